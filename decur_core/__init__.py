@@ -1,0 +1,3 @@
+"""DeCUR: decoupling common and unique representations for multimodal self-supervision."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,92 @@
+"""LARS (You et al. 2017) as Barlow Twins and DeCUR use it, its parameter groups, and the cosine schedule."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling with momentum.
+
+    For a weight p with gradient g: d = g + weight_decay * p; d *= trust_coefficient * |p| / |d| where both norms are
+    positive; m = momentum * m + d; p -= lr * m. Parameters with at most one dimension (biases and normalisation
+    parameters) take neither decay nor adaptation (paper, appendix B; the rule of Barlow Twins).
+
+    ``params``: parameters or groups, each group may set its own ``lr``. State: one momentum buffer per parameter.
+    Raises ``ValueError`` for a negative rate, decay or trust coefficient and a momentum outside [0, 1).
+    """
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=1e-6, trust_coefficient=0.001):
+        for name, value in {"lr": lr, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient}.items():
+            if value < 0:
+                raise ValueError(f"LARS: {name} = {value}; must not be negative")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"LARS: momentum = {momentum}; must lie in [0, 1)")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every parameter that has a gradient; returns the closure's loss if one is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            with_gradient = [p for p in group["params"] if p.grad is not None]
+            for p in with_gradient:
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            adapted = [p for p in with_gradient if p.ndim > 1]
+            if adapted:
+                self._move(adapted, self._adapt(adapted, group), group)
+            plain = [p for p in with_gradient if p.ndim <= 1]
+            if plain:
+                self._move(plain, [p.grad for p in plain], group)
+        return loss
+
+    def _adapt(self, params: list[Tensor], group: dict) -> list[Tensor]:
+        updates = torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"])
+        # Norms of all parameters in one tensor: no read-back of a single number, so no wait for the device.
+        norms = torch.stack(torch._foreach_norm(params))
+        update_norms = torch.stack(torch._foreach_norm(updates))
+        ratio = group["trust_coefficient"] * norms / update_norms
+        ratio = torch.where((norms > 0) & (update_norms > 0), ratio, 1.0)
+        torch._foreach_mul_(updates, list(ratio.unbind()))
+        return updates
+
+    def _move(self, params: list[Tensor], updates: list[Tensor], group: dict) -> None:
+        buffers = [self.state[p]["momentum"] for p in params]
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, updates)
+        torch._foreach_add_(params, buffers, alpha=-group["lr"])
+
+
+def parameter_groups(module: nn.Module, *, lr: float, lr_biases: float) -> list[dict]:
+    """Two groups with their own rate: weights, and biases with normalisation parameters (at most one dimension).
+
+    ``base_lr`` keeps each group's starting rate for ``set_learning_rates``.
+    """
+    weights = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
+    biases = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]
+    return [
+        {"params": weights, "lr": lr, "base_lr": lr},
+        {"params": biases, "lr": lr_biases, "base_lr": lr_biases, "weight_decay": 0.0},
+    ]
+
+
+def cosine(step: int, total_steps: int) -> float:
+    """Share of the starting rate at ``step`` of ``total_steps``: cosine decay to 0 without restarts or warm-up."""
+    return 0.5 * (1 + math.cos(math.pi * step / total_steps))
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Set each group's rate to its ``base_lr`` times ``share``."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * share
