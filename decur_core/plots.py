@@ -1,0 +1,213 @@
+"""Every figure of the book: arrays in, a matplotlib Figure out. Nothing is computed here that a record should hold."""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from .data.bigearthnet import CLASSES_19
+
+# One colour per meaning in all figures (Okabe and Ito's palette, told apart by colour-blind readers).
+COLOURS = {
+    "sar": "#0072B2",
+    "optical": "#D55E00",
+    "both": "#444444",
+    "common": "#009E73",
+    "unique": "#CC79A7",
+    "total": "#000000",
+    "intra1": "#0072B2",
+    "intra2": "#D55E00",
+    "decur": "#332288",
+    "barlow_twins": "#E69F00",
+    "random": "#999999",
+}
+NAMES = {
+    "sar": "SAR",
+    "optical": "optical",
+    "both": "SAR + optical",
+    "decur": "DeCUR",
+    "barlow_twins": "Barlow Twins (cross-modal)",
+    "random": "random initialisation",
+    "intra1": "intra-modal SAR",
+    "intra2": "intra-modal optical",
+}
+RGB = (3, 2, 1)  # rows of B4, B3, B2 among the 13 bands
+
+
+def _figure(rows: int, columns: int, *, width: float = 9, height: float, **options) -> tuple[Figure, np.ndarray]:
+    figure = plt.figure(figsize=(width, height), dpi=90, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    plt.close(figure)  # a notebook shows it once: as the value of its cell
+    return figure, axes
+
+
+def stretch(image: np.ndarray, low: float = 2, high: float = 98) -> np.ndarray:
+    """An image (C, H, W) as H x W x C in [0, 1], cut at two percentiles of all its pixels; for looking at."""
+    bottom, top = np.percentile(image, (low, high))
+    return np.clip((image - bottom) / max(top - bottom, 1e-6), 0, 1).transpose(1, 2, 0)
+
+
+def _show(axis, image: np.ndarray, title: str = "", **options) -> None:
+    axis.imshow(image, interpolation="nearest", **options)
+    axis.set_title(title, fontsize=8)
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def pairs(samples: Sequence[dict], *, season: int = 0) -> Figure:
+    """One column per sample: the optical image in true colour above, VV and VH in dB below.
+
+    ``samples``: items of a reader with seasons (``optical`` S x 13 x H x W, ``sar`` S x 2 x H x W).
+    """
+    figure, axes = _figure(3, len(samples), height=5.2, width=max(4.5, 1.5 * len(samples)))
+    for column, sample in zip(axes.T, samples, strict=True):
+        _show(column[0], stretch(sample["optical"][season][list(RGB)]), str(sample["id"]).split("/")[-1])
+        for row, name in enumerate(("VV", "VH")):
+            _show(column[1 + row], stretch(sample["sar"][season][row : row + 1]), cmap="gray")
+            if column is axes.T[0]:
+                column[1 + row].set_ylabel(f"{name} (dB)", fontsize=8)
+    axes[0, 0].set_ylabel("B4 B3 B2", fontsize=8)
+    return figure
+
+
+def seasons(sample: dict) -> Figure:
+    """All seasons of one location: optical in true colour above, VV below, titled with their acquisition dates."""
+    n = len(sample["sar"])
+    figure, axes = _figure(2, n, height=4.4, width=max(4.5, 2.2 * n))
+    for s in range(n):
+        _show(axes[0, s], stretch(sample["optical"][s][list(RGB)]), f"optical {sample['dates']['optical'][s][:8]}")
+        _show(axes[1, s], stretch(sample["sar"][s][:1]), f"SAR VV {sample['dates']['sar'][s][:8]}", cmap="gray")
+    return figure
+
+
+def bands(image: np.ndarray, names: Sequence[str], unit: str) -> Figure:
+    """Each band of one image (C x H x W) on its own grey scale, with its mean in ``unit``."""
+    columns = 5
+    rows = -(-len(names) // columns)
+    figure, axes = _figure(rows, columns, height=2.0 * rows)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, band, name in zip(axes.flat, image, names, strict=False):
+        _show(axis, stretch(band[None]), f"{name}: mean {band.mean():.4g}", cmap="gray")
+    figure.suptitle(unit, fontsize=9)
+    return figure
+
+
+def histograms(values: dict[str, np.ndarray], *, unit: str, bins: int = 64) -> Figure:
+    """Distribution of 8-bit values (or others) per modality: one panel per entry, all bands of it as lines."""
+    figure, axes = _figure(1, len(values), height=2.8)
+    for axis, (name, images) in zip(axes.flat, values.items(), strict=True):
+        for band in np.moveaxis(images, -3, 0):
+            counts, edges = np.histogram(band, bins=bins)
+            centres = (edges[:-1] + edges[1:]) / 2
+            axis.plot(centres, counts / counts.sum(), color=COLOURS[name], alpha=0.5, lw=1)
+        axis.set(title=NAMES[name], xlabel=unit, ylabel="share of pixels")
+    return figure
+
+
+def views(rows: dict[str, np.ndarray]) -> Figure:
+    """Augmented views: one row per entry, images N x C x H x W in [0, 1]; 13 channels are shown as true colour."""
+    n = max(len(v) for v in rows.values())
+    figure, axes = _figure(len(rows), n, height=1.25 * len(rows), width=1.2 * n + 0.6)
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+        for axis, image in zip(line, images, strict=True):
+            colour = len(image) > 3
+            picture = stretch(image[list(RGB)] if colour else image[:1], 1, 99)
+            _show(axis, picture, cmap=None if colour else "gray")
+        line[0].set_ylabel(name, fontsize=8)
+    return figure
+
+
+def correlation(matrices: dict[str, np.ndarray], *, dim_common: int | None = None) -> Figure:
+    """Cross-correlation matrices (K x K, values -1 to 1) side by side; lines mark where the unique dimensions begin."""
+    figure, axes = _figure(1, len(matrices), height=3.4, width=min(3.2 * len(matrices) + 0.8, 12))
+    for axis, (name, c) in zip(axes.flat, matrices.items(), strict=True):
+        shown = axis.imshow(c, vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("dimension j", fontsize=8)
+        if dim_common is not None:
+            for line in (axis.axhline, axis.axvline):
+                line(dim_common - 0.5, color="black", lw=0.8, ls="--")
+    axes[0, 0].set_ylabel("dimension i", fontsize=8)
+    figure.colorbar(shown, ax=axes.ravel().tolist(), label="C$_{ij}$", shrink=0.8)
+    return figure
+
+
+def history(runs: dict[str, Sequence[dict]], *, smooth: int = 1) -> Figure:
+    """Every loss term over the steps, one panel per run; ``smooth``: steps averaged for the thick line."""
+    figure, axes = _figure(1, len(runs), height=3.2, width=max(5, 4.2 * len(runs)))
+    for axis, (title, lines) in zip(axes.flat, runs.items(), strict=True):
+        steps = [line["step"] for line in lines]
+        for name in ("total", "common", "unique", "intra1", "intra2"):
+            if lines and name in lines[0]:
+                values = np.array([line[name] for line in lines])
+                axis.plot(steps, values, color=COLOURS[name], lw=0.5, alpha=0.35)
+                width = min(smooth, len(values))
+                mean = np.convolve(values, np.ones(width) / width, mode="valid")
+                axis.plot(steps[width - 1 :], mean, color=COLOURS[name], lw=1.5, label=NAMES.get(name, name))
+        axis.set(title=title, xlabel="step", ylabel="loss (sum over dimensions)", yscale="log")
+        axis.legend(fontsize=7)
+    return figure
+
+
+def learning_rate(lines: Sequence[dict]) -> Figure:
+    """The learning rate of the weights over the steps of one run."""
+    figure, axes = _figure(1, 1, height=2.4, width=5)
+    axes[0, 0].plot([x["step"] for x in lines], [x["learning_rate"] for x in lines], color="black")
+    axes[0, 0].set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    axes[0, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def scores(rows: Sequence[dict], *, reference: float | None = None) -> Figure:
+    """mAP micro per protocol and label fraction, a bar per method, whiskers for the deviation over seeds.
+
+    ``rows``: of ``results.summary``; ``reference``: mAP of guessing, drawn as a dotted line.
+    """
+    groups = list(dict.fromkeys((r["inputs"], r["protocol"], r["fraction"]) for r in rows))
+    methods = list(dict.fromkeys(r["method"] for r in rows))
+    figure, axes = _figure(1, 1, height=3.4, width=max(5, 1.1 * len(groups) + 2))
+    axis, width = axes[0, 0], 0.8 / max(1, len(methods))
+    for k, method in enumerate(methods):
+        found = {(r["inputs"], r["protocol"], r["fraction"]): r for r in rows if r["method"] == method}
+        at = [i + (k - (len(methods) - 1) / 2) * width for i, g in enumerate(groups) if g in found]
+        chosen = [found[g] for g in groups if g in found]
+        spread = [r["deviation"] or 0 for r in chosen]
+        label = NAMES.get(method, method)
+        axis.bar(at, [r["mean"] for r in chosen], width, yerr=spread, color=COLOURS[method], label=label, capsize=2)
+    if reference is not None:
+        axis.axhline(reference, color="black", ls=":", lw=1, label="guessing")
+    names = [f"{NAMES[i]}\n{p}\n{100 * f:g} % labels" for i, p, f in groups]
+    axis.set_xticks(range(len(groups)), names, fontsize=7)
+    axis.set_ylabel("mAP micro (%)")
+    axis.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False)
+    return figure
+
+
+def per_class(rows: dict[str, Sequence[float | None]]) -> Figure:
+    """Average precision of each of the 19 classes that occurs, a bar per method."""
+    kept = [i for i in range(len(CLASSES_19)) if any(v[i] is not None for v in rows.values())]
+    figure, axes = _figure(1, 1, height=0.42 * len(kept) + 1, width=8)
+    axis, height = axes[0, 0], 0.8 / len(rows)
+    for k, (method, values) in enumerate(rows.items()):
+        at = [i + k * height - 0.4 + height / 2 for i in range(len(kept))]
+        label = NAMES.get(method, method)
+        axis.barh(at, [values[i] or 0 for i in kept], height, color=COLOURS[method], label=label)
+    axis.set_yticks(range(len(kept)), [CLASSES_19[i] for i in kept], fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xlabel("average precision (%)")
+    axis.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
+    return figure
+
+
+def prevalence(labels: np.ndarray) -> Figure:
+    """Share of patches that carry each of the 19 classes; ``labels``: N x 19 of 0 and 1."""
+    share = 100 * labels.mean(0)
+    figure, axes = _figure(1, 1, height=4.2, width=8)
+    axes[0, 0].barh(range(len(share)), share, color=COLOURS["both"])
+    axes[0, 0].set_yticks(range(len(share)), CLASSES_19, fontsize=7)
+    axes[0, 0].invert_yaxis()
+    axes[0, 0].set_xlabel("share of patches (%)")
+    return figure

@@ -1,0 +1,123 @@
+"""Run folders, provenance and records: what was computed, from what, by which code, on which machine."""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+
+import torch
+import torchvision
+
+from . import config
+
+SENTINEL = "decur: notebook finished"
+
+
+def finished() -> None:
+    """The last line of every notebook: the headless driver accepts a run only when it finds this line."""
+    print(SENTINEL)
+
+
+def path(settings: config.Settings, *parts: str) -> Path:
+    """A folder below ``<runs>/<profile>``; it is not made here."""
+    return config.ROOT / settings.runs / settings.profile / Path(*parts)
+
+
+def title(settings: config.Settings) -> str:
+    """Name of a run's folder: pair, method, seed, then ``name`` if there is one."""
+    return "-".join(filter(None, (settings.pair, settings.method, f"seed{settings.seed}", settings.name)))
+
+
+def write_json(file: Path, value) -> None:
+    """Write JSON under a temporary name, flush it to disk, then rename: a reader never sees half a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    with open(temporary, "w") as f:
+        json.dump(value, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, file)
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Hold ``folder`` for this process; a second process that wants it gets an error, not a mixed-up run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RuntimeError(f"{folder} is in use by another process; wait for it or stop it first") from None
+        yield
+
+
+def progress(steps: Iterable, **options):
+    """A tqdm bar: a widget in JupyterLab, rare text lines in headless runs, where each refresh would be stored."""
+    if os.environ.get("DECUR_HEADLESS"):
+        from tqdm import tqdm
+
+        return tqdm(steps, mininterval=5, ascii=True, **options)
+    from tqdm.auto import tqdm
+
+    return tqdm(steps, **options)
+
+
+def _git(*command: str) -> str:
+    with contextlib.suppress(OSError):
+        out = subprocess.run(["git", *command], cwd=config.ROOT, capture_output=True, text=True, timeout=30)
+        if out.returncode == 0:
+            return out.stdout.strip()
+    return ""
+
+
+@cache
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def provenance() -> dict:
+    """Commit, whether files differ from it, date (UTC), hardware and versions; JSON-able."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "commit": _git("rev-parse", "--short=12", "HEAD") or "unknown",
+        "modified": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "decur_core", "notebooks")),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": {"processor": _processor(), "cores": os.cpu_count(), "gpus": gpus},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+        },
+    }
+
+
+def read_history(folder: Path) -> list[dict]:
+    """Every step's loss terms and rates, in order, from ``history.jsonl``; a torn last line is left out."""
+    lines = []
+    with contextlib.suppress(FileNotFoundError), open(folder / "history.jsonl") as f:
+        for line in f:
+            with contextlib.suppress(json.JSONDecodeError):
+                lines.append(json.loads(line))
+    return lines
+
+
+def write_record(settings: config.Settings, name: str, record: dict) -> dict:
+    """Save an evaluation with its provenance under ``records/<name>.json`` of the profile; returns what was saved."""
+    record = {**record, "profile": settings.profile, "world": settings.data.source, "provenance": provenance()}
+    write_json(path(settings, "records", f"{name}.json"), record)
+    return record
+
+
+def read_records(settings: config.Settings) -> list[dict]:
+    """All records of the profile, sorted by file name."""
+    return [json.loads(f.read_text()) for f in sorted(path(settings, "records").glob("*.json"))]

@@ -1,0 +1,105 @@
+"""Classification transfer: frozen means frozen, the score is the whole set's, subsets hold no patch twice."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import average_precision_score
+
+from decur_core import config, pretrain, transfer
+from decur_core.data.store import Store
+
+
+@pytest.fixture
+def pretrained(tiny, pair_store):
+    settings = tiny(epochs=1, **{"transfer.epochs": 6, "transfer.milestones": [5], "transfer.batch_size": 16})
+    settings = config.load("start", {**{k: v for k, v in config.to_dict(settings).items() if k != "profile"}})
+    return settings, pretrain.run(settings, pair_store)
+
+
+def test_map_equals_scikit_learn_on_the_whole_set():
+    random = np.random.default_rng(0)
+    labels = (random.random((200, 5)) < 0.3).astype(int)
+    labels[:, 4] = 0
+    scores = random.normal(size=(200, 5)) + labels
+    found = transfer.mean_average_precision(torch.tensor(scores), torch.tensor(labels))
+    per_class = [100 * average_precision_score(labels[:, k], scores[:, k]) for k in range(4)]
+    assert found["per_class"][:4] == pytest.approx(per_class, abs=1e-3) and found["per_class"][4] is None
+    assert found["macro"] == pytest.approx(np.mean(per_class), abs=1e-3)
+    assert found["micro"] == pytest.approx(100 * average_precision_score(labels.ravel(), scores.ravel()), abs=1e-3)
+
+
+def test_subset_has_no_duplicates_and_follows_the_seed():
+    chosen = transfer.subset(1000, 0.01, seed=3)
+    assert len(chosen) == len(set(chosen)) == 10 and chosen == sorted(chosen)
+    assert chosen == transfer.subset(1000, 0.01, seed=3) != transfer.subset(1000, 0.01, seed=4)
+    assert transfer.subset(1000, 1.0, seed=0) == list(range(1000))
+    assert len(transfer.subset(20, 0.01, seed=0)) == 1
+
+
+def fitted(settings, folder, stores, **kinds):
+    """The classifier after training, caught on its way to prediction."""
+    caught = []
+    real = transfer.predict
+
+    def catch(classifier, *arguments, **options):
+        caught.append(classifier)
+        return real(classifier, *arguments, **options)
+
+    transfer.predict = catch
+    try:
+        record = transfer.evaluate(settings, folder, stores, **kinds)
+    finally:
+        transfer.predict = real
+    return record, caught[0]
+
+
+def test_frozen_encoders_do_not_move(pretrained, patch_stores):
+    settings, folder = pretrained
+    before = transfer.load_pretrained(folder)[0]
+    record, classifier = fitted(settings, folder, patch_stores, protocol="linear")
+    for k, encoder in enumerate(classifier.encoders, start=1):
+        expected = getattr(before, f"backbone_{k}").state_dict()
+        assert all(torch.equal(v, expected[name]) for name, v in encoder.state_dict().items())
+    assert record["micro"] > transfer.chance(patch_stores["test"])
+
+
+def test_finetuning_moves_every_weight(pretrained, patch_stores):
+    settings, folder = pretrained
+    before = transfer.load_pretrained(folder)[0]
+    record, classifier = fitted(settings, folder, patch_stores, protocol="finetune", inputs="optical")
+    expected = dict(before.backbone_2.named_parameters())
+    assert len(classifier.encoders) == 1
+    assert all(not torch.equal(v, expected[name]) for name, v in classifier.encoders[0].named_parameters())
+    assert record["inputs"] == "optical"
+
+
+def test_score_does_not_depend_on_the_batch_size(pretrained, patch_stores):
+    settings, folder = pretrained
+    model, _, _ = transfer.load_pretrained(folder)
+    classifier = transfer.Classifier(model, inputs="both", classes=3, frozen=True)
+    test = Store(patch_stores["test"])
+    small = config.load("start", {"transfer.batch_size": 7, "transfer.crop_size": 20})
+    large = config.load("start", {"transfer.batch_size": 64, "transfer.crop_size": 20})
+    one = transfer.predict(classifier, test, small, inputs="both")
+    two = transfer.predict(classifier, test, large, inputs="both")
+    assert one.shape == (30, 3)
+    torch.testing.assert_close(one, two)
+
+
+def test_record_is_complete_and_reused(pretrained, patch_stores, monkeypatch):
+    settings, folder = pretrained
+    record = transfer.evaluate(settings, folder, patch_stores, protocol="linear", fraction=0.25)
+    assert record["patches"] == {"train": 12, "test": 30} and len(set(record["label_ids"])) == 12
+    for key in ("dataset", "method", "seed", "protocol", "inputs", "fraction", "world", "profile", "settings_hash"):
+        assert key in record
+    assert {"commit", "date", "hardware", "versions"} <= record["provenance"].keys()
+    monkeypatch.setattr(transfer, "_fit", lambda *a, **k: pytest.fail("an evaluation on record was run again"))
+    assert transfer.evaluate(settings, folder, patch_stores, protocol="linear", fraction=0.25) == record
+
+
+def test_unlabelled_store_and_missing_run_are_refused(pretrained, pair_store, patch_stores, tmp_path):
+    settings, folder = pretrained
+    with pytest.raises(config.ConfigError, match="holds no labels"):
+        transfer.evaluate(settings, folder, {"train": pair_store, "test": pair_store}, protocol="linear")
+    with pytest.raises(FileNotFoundError, match="no finished pretraining"):
+        transfer.evaluate(settings, tmp_path, patch_stores, protocol="linear")
