@@ -1,0 +1,270 @@
+"""Headless driver: ``python -m decur_core.run PROFILE [20 30 ...] [--set key=value ...]``.
+
+papermill executes ``notebooks/NN_*.ipynb`` into ``runs/<profile>/notebooks``. A notebook is published into
+``book/executed/<profile>`` only when it ended well: no error, and the sentinel printed by its last cell. papermill's
+metadata says "completed" even after the kernel was killed, and papermill keeps signals to itself; both are mended here.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import nbformat
+import yaml
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+from papermill.clientwrap import PapermillNotebookClient
+from papermill.engines import NBClientEngine, papermill_engines
+from papermill.exceptions import PapermillExecutionError
+from papermill.execute import execute_notebook
+
+from . import config, runs
+
+REFRESH = 10.0  # seconds between two log lines of the same progress bar
+
+
+@dataclass
+class State:
+    """What the driver knows: the kernel's process, the cell it is in, the first signal that came."""
+
+    kernel: int | None = None
+    cell: str = "before its first cell"
+    received: int | None = None
+
+
+class ThisPython(KernelSpecManager):
+    """Kernels of the interpreter that runs the driver, whatever else is installed under the name python3."""
+
+    def get_kernel_spec(self, kernel_name):
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        known = {"display_name": "Python", "language": "python", "metadata": {"supported_encryption": "curve"}}
+        return KernelSpec(argv=argv, env={"DECUR_HEADLESS": "1"}, **known)
+
+
+class Client(PapermillNotebookClient):
+    """papermill's client, with a kernel that never outlives the driver, merged streams and a log of progress."""
+
+    def create_kernel_manager(self):
+        # Encrypted: other users of a node can connect to the kernel's ports.
+        options = {"kernel_spec_manager": ThisPython(), "transport_encryption": "auto"}
+        self.km = AsyncKernelManager(kernel_name="python3", **options)
+        return self.km
+
+    def start_new_kernel(self, **kwargs):
+        libc = ctypes.CDLL(None)
+        # 1 is PR_SET_PDEATHSIG: Linux kills the kernel with the driver. Elsewhere ipykernel polls for its parent.
+        tie = (lambda: libc.prctl(1, signal.SIGKILL)) if sys.platform == "linux" else None
+        super().start_new_kernel(preexec_fn=tie, **kwargs)
+        self.state.kernel = self.km.provisioner.pid
+
+    def execute(self):
+        try:
+            return super().execute()
+        finally:
+            kill(self.state.kernel)  # whatever the notebook started and left behind
+            self.state.kernel = None
+
+    def execute_cell(self, cell, cell_index, **kwargs):
+        if cell.cell_type != "code":
+            return cell
+        if self.state.received:
+            raise InterruptedError  # the kernel survived the signal; no further cell is started
+        number = sum(c.cell_type == "code" for c in self.nb.cells[: cell_index + 1])
+        self.state.cell, self.lines, self.shown, start = f"cell {number}", {}, 0.0, time.monotonic()
+        print(f"  {self.state.cell}: {cell.source.partition(chr(10))[0][:100]}", flush=True)
+        try:
+            return super().execute_cell(cell, cell_index, **kwargs)
+        finally:
+            print(*(f"    | {rest}\n" for rest in self.lines.values() if rest.strip()), sep="", end="")
+            print(f"  {self.state.cell}: {time.monotonic() - start:.1f} s", flush=True)
+
+    def process_message(self, msg, cell, cell_index):
+        output = super().process_message(msg, cell, cell_index)
+        if output is not None and output.output_type == "stream":
+            *done, line = overwrite(self.lines.get(output.name, ""), output.text).split("\n")
+            self.lines[output.name] = line
+            if "\r" in output.text and line.strip() and time.monotonic() - self.shown > REFRESH:
+                done, self.shown = [*done, line], time.monotonic()
+            print(*(f"    | {text.rstrip()}\n" for text in done), sep="", end="", flush=True)
+            merge_last(cell.outputs)
+        return output
+
+
+class Engine(NBClientEngine):
+    """papermill's engine with ``Client`` for a client."""
+
+    @classmethod
+    def execute_managed_notebook(cls, nb_man, kernel_name, *, state, **kwargs):
+        client = Client(nb_man, timeout=None, startup_timeout=300, iopub_timeout=60, shutdown_kernel="immediate")
+        client.state = state
+        return client.execute()
+
+
+papermill_engines.register("decur", Engine)
+
+
+def overwrite(text: str, more: str) -> str:
+    """``text + more`` as a terminal shows it: what follows a carriage return replaces its line."""
+    head, newline, line = text.rpartition("\n")
+    return head + newline + re.sub(r"[^\n]*\r(?=[^\r\n])", "", line + more).replace("\r\n", "\n")
+
+
+def merge_last(outputs: list) -> None:
+    """Fold the stream chunk at the end of ``outputs`` into its stream's text since the last figure or value."""
+    chunk = outputs.pop()
+    for earlier in reversed(outputs):
+        if earlier.output_type != "stream":
+            break
+        if earlier.name == chunk.name:
+            earlier.text = overwrite(earlier.text, chunk.text)
+            return
+    chunk.text = overwrite("", chunk.text)
+    outputs.append(chunk)
+
+
+def kill(kernel: int | None) -> None:
+    """SIGKILL for the kernel and its process group (a kernel leads a session of its own)."""
+    if kernel:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(kernel, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def forwarding(state: State, grace: float):
+    """Pass SIGTERM, SIGINT and SIGUSR1 on to the kernel, which has ``grace`` seconds to write a checkpoint and stop."""
+
+    def forward(number, frame):
+        print(f"{signal.Signals(number).name}: passed on to the kernel, which has {grace:g} s to stop", flush=True)
+        if not state.received:
+            state.received = number
+            timer = threading.Timer(grace, lambda: kill(state.kernel))
+            timer.daemon = True
+            timer.start()
+        if state.kernel:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(state.kernel, number)
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    # What the caller ignores stays ignored (nohup, background jobs of a shell).
+    before = {n: signal.signal(n, forward) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def is_finished(notebook) -> bool:
+    """Whether the last code cell of an executed notebook printed the sentinel."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    streams = [out.text for out in cells[-1].outputs if out.output_type == "stream"] if cells else []
+    return any(runs.SENTINEL in text.splitlines() for text in streams)
+
+
+def find(numbers: list[str], notebooks: Path) -> list[Path]:
+    """Notebooks with these numbers (``"20"``), all for an empty list, in order; ValueError for an unknown one."""
+    paths = sorted(notebooks.glob("[0-9][0-9]_*.ipynb"))
+    known = {path.name[:2] for path in paths}
+    if not set(numbers) <= known or not known:
+        asked = ", ".join(n for n in numbers if n not in known) or "NN_*.ipynb"
+        raise ValueError(f"no notebook {asked} in {notebooks}; existing: {', '.join(sorted(known)) or 'none'}")
+    return [path for path in paths if path.name[:2] in (numbers or known)]
+
+
+def publish(notebook, target: Path, note: dict) -> None:
+    """Write the executed ``notebook``, with ``note`` in its metadata, under a temporary name; then rename it."""
+    for part in (notebook, *notebook.cells):
+        part.metadata.pop("papermill", None)  # holds paths of this machine
+    notebook.metadata["decur"] = note
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
+    os.replace(temporary, target)
+
+
+def run_one(path: Path, state: State, *, parameters: dict, output: Path, executed: Path, cwd: Path) -> str | None:
+    """Execute the notebook at ``path`` and publish it; returns None, or what went wrong."""
+    start = time.monotonic()
+    output.mkdir(parents=True, exist_ok=True)
+    options = {"engine_name": "decur", "kernel_name": "python3", "language": "python", "progress_bar": False}
+    try:
+        done = execute_notebook(path, output / path.name, parameters, cwd=cwd, state=state, **options)
+    except PapermillExecutionError as error:
+        return re.sub(r"\x1b\[[0-9;]*m", "", "\n".join([f"{error.ename}: {error.evalue}", *error.traceback]))
+    except Exception as error:  # a dead kernel, an unreadable notebook: the run ends, the message says why
+        return f"{type(error).__name__}: {error}"
+    if state.received:
+        return "a signal came"
+    if not is_finished(done):
+        return f"the last cell did not print {runs.SENTINEL!r}; decur_core.runs.finished() does"
+    command = ["git", "-C", str(config.ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    date, seconds = datetime.now(UTC).isoformat(timespec="seconds"), round(time.monotonic() - start, 1)
+    publish(done, executed / path.name, {**parameters, "date": date, "seconds": seconds, "commit": commit})
+    print(f"{path.name}: {seconds} s, published in {executed}", flush=True)
+
+
+def run(
+    paths: list[Path],
+    *,
+    profile: str,
+    overrides: dict,
+    output: Path,
+    executed: Path,
+    grace: float = 60,
+    cwd=config.ROOT,
+) -> int:
+    """Execute notebooks in order and stop at the first failure; returns the exit code.
+
+    ``output``: folder of the copies as they ran, whole or not; ``executed``: folder that good ones are published into;
+    ``grace``: seconds from a signal to the kernel's end; ``cwd``: working directory of the kernels. Returns 0 when all
+    were published, 128 + the signal's number after a signal, 1 otherwise.
+    """
+    state, parameters = State(), {"profile": profile, "overrides": overrides}
+    with forwarding(state, grace):
+        for path in paths:
+            state.cell = State.cell
+            print(f"{path.name}: profile {profile}", flush=True)
+            error = run_one(path, state, parameters=parameters, output=output, executed=executed, cwd=cwd)
+            if state.received:
+                name = signal.Signals(state.received).name
+                print(f"{path.name}: {name} in {state.cell}; the same command resumes", file=sys.stderr)
+                return 128 + state.received
+            if error:
+                print(f"{path.name}: failed in {state.cell}: {error}\nsee {output / path.name}", file=sys.stderr)
+                return 1
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code (2 for a profile, setting or notebook that does not exist)."""
+    parser = argparse.ArgumentParser(prog="python -m decur_core.run", description="Run notebooks headless.")
+    parser.add_argument("profile", help="a file in notebooks/profiles, without .yaml")
+    parser.add_argument("notebooks", nargs="*", help="numbers, e.g. 20 30; default: all")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="e.g. epochs=5")
+    parser.add_argument("--grace", type=float, default=60, help="seconds for a checkpoint after a signal (%(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        if wrong := [item for item in args.set if "=" not in item]:
+            raise ValueError(f"--set {wrong[0]}: expected KEY=VALUE")
+        overrides = {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in args.set)}
+        settings = config.load(args.profile, overrides)
+        paths = find(args.notebooks, config.ROOT / "notebooks")
+    except (ValueError, yaml.YAMLError) as error:
+        parser.error(str(error))
+    folders = {"output": runs.path(settings, "notebooks"), "executed": config.ROOT / "book/executed" / settings.profile}
+    return run(paths, profile=args.profile, overrides=overrides, grace=args.grace, **folders)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

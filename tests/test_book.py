@@ -1,0 +1,181 @@
+"""The book's set-up, the rules for notebooks, and the extension that lays outputs into pages."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jupyter_book.config
+import nbformat
+import pytest
+import yaml
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from decur_core.run import is_finished
+from decur_core.runs import SENTINEL
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "book" / "_ext"))
+import executed  # noqa: E402
+
+CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
+TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
+PAGES = [TOC["root"], *(chapter["file"] for part in TOC["parts"] for chapter in part["chapters"])]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+COPIES = sorted((ROOT / "book" / "executed").glob("*/*.ipynb"))
+
+
+def code(notebook) -> list:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def unknown_keys(found: dict, known: dict, where: str = "") -> list[str]:
+    """Keys that jupyter-book would ignore without a word; sphinx.config is checked by Sphinx itself."""
+    wrong = [f"{where}{key}" for key in found if key not in known]
+    for key, value in found.items():
+        if isinstance(value, dict) and isinstance(known.get(key), dict) and where + key != "sphinx.config":
+            wrong += unknown_keys(value, known[key], f"{where}{key}.")
+    return wrong
+
+
+def test_config_keys_are_known():
+    known = yaml.safe_load(jupyter_book.config.PATH_YAML_DEFAULT.read_text())
+    known["sphinx"]["config"] = {}
+    assert unknown_keys(CONFIG, known) == []
+    assert unknown_keys({"execute": {"only_build_toc_files": True}, "bogus": 1}, known) != []
+    jupyter_book.config.validate_yaml(CONFIG, raise_on_errors=True)
+    assert CONFIG["execute"]["execute_notebooks"] == "off" and CONFIG["only_build_toc_files"] is True
+    assert CONFIG["sphinx"]["recursive_update"] is True
+
+
+def test_table_of_contents_is_complete():
+    for page in PAGES:
+        assert any((ROOT / f"{page}{end}").is_file() for end in (".md", ".ipynb")), page
+    listed = [page for page in PAGES if page.startswith("notebooks/")]
+    assert sorted(listed) == [f"notebooks/{path.stem}" for path in NOTEBOOKS]
+    prose = {f"book/{path.stem}" for path in (ROOT / "book").glob("*.md")}
+    assert prose == {page for page in PAGES if page.startswith("book/")}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_rules(path):
+    notebook = nbformat.read(path, 4)
+    nbformat.validate(notebook)
+    cells = code(notebook)
+    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
+    assert cells[0].metadata.tags == ["parameters"]
+    values = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cells[0].source).body}
+    assert values == {"profile": "mini", "overrides": {}}
+    assert cells[-1].source.strip() == "runs.finished()" and cells[-1].metadata.tags == ["remove-cell"]
+    for cell in cells:
+        assert cell.outputs == [] and cell.execution_count is None, "sources carry no outputs"
+        assert len(cell.source.splitlines()) <= 15, cell.source
+        for node in ast.walk(ast.parse(cell.source)):
+            if path.stem != "01_loss":
+                assert not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef), cell.source
+            if isinstance(node, ast.If | ast.IfExp | ast.Match):
+                test = node.subject if isinstance(node, ast.Match) else node.test
+                assert "profile" not in ast.unparse(test), cell.source
+
+
+@pytest.mark.parametrize("path", COPIES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_executed_copies_are_small_and_finished(path):
+    assert path.stat().st_size <= 1_000_000
+    notebook = nbformat.read(path, 4)
+    assert is_finished(notebook) and Path(notebook.metadata.decur.profile).stem == path.parent.name
+    assert (ROOT / "notebooks" / path.name).is_file() and (
+        ROOT / "notebooks/profiles" / f"{path.parent.name}.yaml"
+    ).is_file()
+
+
+def test_mini_copies_are_not_committed():
+    done = subprocess.run(["git", "ls-files", "book/executed/mini"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    assert done.stdout == ""
+
+
+def pair():
+    """A source and its executed copy, as the driver publishes it."""
+    parameters = new_code_cell('profile = "mini"\noverrides = {}', metadata={"tags": ["parameters"]})
+    first, last = new_code_cell("x = 1  # one\nx"), new_code_cell("finished()")
+    source = new_notebook(cells=[new_markdown_cell("# Title\n\nText."), parameters, first, last])
+    ran = nbformat.from_dict(json.loads(json.dumps(source)))
+    injected = new_code_cell(
+        '# Parameters\nprofile = "a100"\noverrides = {"epochs": 5}\n', metadata={"tags": ["injected-parameters"]}
+    )
+    ran.cells.insert(2, injected)
+    ran.cells[3].source = "x = (1)\nx"
+    ran.cells[3].outputs = [new_output("execute_result", {"text/plain": "1"}, execution_count=2)]
+    ran.cells[4].outputs = [new_output("stream", name="stdout", text=SENTINEL + "\n")]
+    note = {"profile": "a100", "overrides": {"epochs": 5}, "date": "2026-11-23T10:00:00+00:00", "seconds": 12000.0}
+    ran.metadata["decur"] = note
+    return source, ran
+
+
+def test_outputs_are_laid_into_the_page():
+    source, ran = pair()
+    executed.lay(source, ran)
+    title, parameters, first, last = source.cells
+    assert title.source.startswith("# Title\n\n```{margin}\nProfile a100, `epochs = 5`, 2026-11-23, 3.3 h\n```\n")
+    assert title.source.endswith("\nText.")
+    assert parameters.source == 'profile = "a100"\noverrides = {"epochs": 5}'
+    assert first.source == "x = 1  # one\nx" and first.outputs[0].data == {"text/plain": "1"}
+    assert last.outputs == []
+    nbformat.validate(source)
+
+
+def test_copies_of_other_code_or_unfinished_ones_are_refused():
+    source, ran = pair()
+    ran.cells[3].source = "x = 2\nx"
+    with pytest.raises(executed.Unusable, match="code cell 2 .'x = 1"):
+        executed.lay(source, ran)
+    source, ran = pair()
+    ran.cells[4].outputs = []
+    with pytest.raises(executed.Unusable, match="not a finished run"):
+        executed.lay(source, ran)
+    source, ran = pair()
+    del ran.cells[3]
+    with pytest.raises(executed.Unusable, match="2 code cells, the page has 3"):
+        executed.lay(source, ran)
+
+
+class App:
+    """What the extension uses of Sphinx's application."""
+
+    def __init__(self, folder: Path):
+        self.srcdir, self.config, self.env = folder, self, self
+        self.decur_profiles, self.decur_executed = ["a100", "mini"], "executed"
+        self.dependencies = {"20_page": set()}
+
+    def doc2path(self, docname: str) -> str:
+        return str(self.srcdir / f"{docname}.ipynb")
+
+
+@pytest.mark.parametrize(
+    ("copies", "warning"),
+    [
+        ({}, "20_page.ipynb: no executed copy; run: python -m decur_core.run mini 20"),
+        ({"mini": "x = 1\nx"}, None),
+        ({"mini": "x = 1\nx", "a100": "x = 1\nx"}, None),
+        # An outdated copy of the larger profile must not be hidden behind a good one of the smaller.
+        ({"mini": "x = 1\nx", "a100": "x = 3\nx"}, "run: python -m decur_core.run a100 20"),
+    ],
+)
+def test_larger_profiles_are_preferred(tmp_path, monkeypatch, copies, warning):
+    warnings = []
+    monkeypatch.setattr(executed.logger, "warning", lambda message, *values, **_: warnings.append(message % values))
+    source, ran = pair()
+    for profile, text in copies.items():
+        ran.metadata["decur"]["profile"], ran.cells[3].source = profile, text
+        (tmp_path / "executed" / profile).mkdir(parents=True)
+        nbformat.write(ran, tmp_path / "executed" / profile / "20_page.ipynb")
+    content, app = [nbformat.writes(source)], App(tmp_path)
+    executed.read_source(app, "20_page", content)
+    if warning:
+        assert len(warnings) == 1 and warnings[0].endswith(warning) and content == [nbformat.writes(source)]
+    else:
+        expected = "a100" if "a100" in copies else "mini"
+        assert warnings == [] and f"Profile {expected}, " in content[0]
+    assert len(app.dependencies["20_page"]) == 2

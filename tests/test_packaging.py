@@ -1,0 +1,90 @@
+"""One pinned set of versions behind pip, conda and make; citation and licence files that tools can read."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def name(requirement: str) -> str:
+    return re.sub(r"[-_.]+", "-", re.split(r"[=<>!~\[; ]", requirement)[0]).lower()
+
+
+def test_every_direct_dependency_is_pinned_exactly():
+    extras = PROJECT["optional-dependencies"]
+    assert set(extras) == {"test", "bench"}
+    for requirement in [*PROJECT["dependencies"], *extras["test"], *extras["bench"]]:
+        assert re.fullmatch(r"[\w.-]+==[\w.]+", requirement), requirement
+
+
+def test_conda_environment_has_the_same_pins():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    *conda, pip = environment["dependencies"]
+    assert environment["name"] == "decur" and environment["channels"] == ["conda-forge"]
+    assert conda == ["python=3.11", "pip"]
+    extras = PROJECT["optional-dependencies"]
+    expected = [*PROJECT["dependencies"], *extras["test"], *extras["bench"], "--editable ."]
+    assert sorted(pip["pip"]) == sorted(expected)
+
+
+def test_makefile_installs_from_pyproject_and_names_no_version_itself():
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(r"^\$\(STAMP\): pyproject.toml$", makefile, re.M) and "--editable '.[test]'" in makefile
+    assert "==" not in makefile
+
+
+def test_make_explains_a_missing_python(tmp_path):
+    for tool in ("touch", "sh"):
+        (tmp_path / tool).symlink_to(f"/bin/{tool}")
+    make = subprocess.run(["which", "make"], capture_output=True, text=True).stdout.strip()
+    if not make:
+        pytest.skip("make is not installed")
+    command = [make, "test", f"VENV={tmp_path / 'none'}"]
+    done = subprocess.run(command, cwd=ROOT, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode != 0 and "No Python >= 3.11" in done.stdout and not (tmp_path / "none").exists()
+
+
+def test_every_package_that_is_imported_is_a_direct_dependency():
+    declared = {name(r) for r in [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]}
+    owners, missing = packages_distributions(), {}
+    files = [f for folder in ("decur_core", "book/_ext", "tests", "benchmarks") for f in (ROOT / folder).rglob("*.py")]
+    local = {"decur_core", "benchmarks", *(f.stem for f in files)}
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                modules = [node.module]
+            for module in {m.partition(".")[0] for m in modules} - set(sys.stdlib_module_names) - local:
+                # cv2 belongs to the bench extra, which need not be installed here.
+                owned = {
+                    name(owner) for owner in owners.get(module, [{"cv2": "opencv-python-headless"}.get(module, module)])
+                }
+                if not owned & declared:
+                    missing.setdefault(module, []).append(str(file.relative_to(ROOT)))
+    assert not missing
+
+
+def test_citation_names_the_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0" and citation["license"] == PROJECT["license"] == "Apache-2.0"
+    assert str(citation["version"]) == PROJECT["version"]
+    paper = citation["preferred-citation"]
+    assert "Decoupling Common and Unique Representations" in paper["title"] and paper["year"] == 2024
+    assert [author["family-names"] for author in paper["authors"]][::5] == ["Wang", "Zhu"]
+    assert any("2309.05300" in identifier["value"] for identifier in paper["identifiers"])
+    licence = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in licence and "Version 2.0, January 2004" in licence
+
+
+def test_ci_runs_both_commands():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "set -eo pipefail" in script and script.index("make test") < script.index("make book")

@@ -1,0 +1,165 @@
+"""The headless driver on throw-away notebooks: what is published, what is refused, and what a signal does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+from decur_core import run
+from decur_core.runs import SENTINEL
+
+DRIVER = """
+import sys
+from pathlib import Path
+from decur_core import run
+folder = Path(sys.argv[1])
+folders = {"output": folder / "runs", "executed": folder / "executed", "cwd": folder}
+sys.exit(run.run([folder / "10_long.ipynb"], profile="mini", overrides={}, **folders))
+"""
+CHATTER = r"""import sys
+for i in range(50):
+    print(i, flush=True)
+    print(f"\r{i}/49", end="", file=sys.stderr)"""
+END = f"print({SENTINEL!r})"
+HANDLES = """import os, signal, subprocess, time
+child = subprocess.Popen(["sleep", "60"], stderr=subprocess.DEVNULL)
+signal.signal(signal.SIGTERM, lambda *_: (open("seen", "w").close(), exec("raise RuntimeError('stopped')")))
+open("pids.tmp", "w").write(f"{os.getpid()} {child.pid}"); os.rename("pids.tmp", "pids")
+time.sleep(60)"""
+IGNORES = HANDLES.replace(" exec(\"raise RuntimeError('stopped')\")", " 0")
+
+
+def write(path: Path, *cells: str) -> Path:
+    parameters = new_code_cell('profile = "none"\noverrides = {}', metadata={"tags": ["parameters"]})
+    nbformat.write(new_notebook(cells=[parameters, *map(new_code_cell, cells)]), path)
+    return path
+
+
+def drive(folder: Path, *names: str, **options) -> int:
+    paths = [folder / name for name in names]
+    folders = {"output": folder / "runs", "executed": folder / "executed", "cwd": folder}
+    return run.run(paths, profile="mini", overrides={"epochs": 2}, **folders, **options)
+
+
+def gone(pid: int, seconds: float = 10) -> bool:
+    """Whether the process is dead (or a zombie) within ``seconds``."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+            os.kill(pid, 0)
+        except (ProcessLookupError, FileNotFoundError):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_success_is_published_and_failures_leave_the_old_copy(tmp_path, capfd):
+    write(tmp_path / "10_good.ipynb", "print(profile, overrides)", CHATTER, END)
+    assert drive(tmp_path, "10_good.ipynb") == 0
+    published = tmp_path / "executed" / "10_good.ipynb"
+    notebook = nbformat.read(published, 4)
+    assert notebook.metadata.decur.profile == "mini" and notebook.metadata.decur.overrides == {"epochs": 2}
+    assert set(notebook.metadata.decur) == {"profile", "overrides", "date", "seconds", "commit"}
+    assert str(tmp_path) not in published.read_text()
+    outputs = [cell.outputs for cell in notebook.cells]
+    assert outputs[2][0].text == "mini {'epochs': 2}\n"
+    texts = {out.name: out.text for out in outputs[3]}
+    assert len(outputs[3]) == 2 and texts == {"stdout": "".join(f"{i}\n" for i in range(50)), "stderr": "49/49"}
+    assert "cell 4: import sys" in capfd.readouterr().out
+
+    before = published.read_bytes()
+    write(tmp_path / "10_good.ipynb", "x = 1 / 0", END)
+    write(tmp_path / "20_after.ipynb", "open('ran', 'w')", END)
+    assert drive(tmp_path, "10_good.ipynb", "20_after.ipynb") == 1
+    error = capfd.readouterr().err
+    assert "10_good.ipynb: failed in cell 3: ZeroDivisionError" in error
+    assert published.read_bytes() == before and not (tmp_path / "ran").exists()
+
+    write(tmp_path / "10_good.ipynb", "print('all well')", "print('" + SENTINEL[:-1] + "')")
+    assert drive(tmp_path, "10_good.ipynb") == 1
+    assert "did not print" in capfd.readouterr().err
+    assert published.read_bytes() == before and os.listdir(published.parent) == ["10_good.ipynb"]
+
+
+def test_killed_kernel_is_refused(tmp_path, capfd):
+    write(tmp_path / "10_dies.ipynb", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", END)
+    assert drive(tmp_path, "10_dies.ipynb") == 1
+    assert "10_dies.ipynb: failed in cell 3: DeadKernelError" in capfd.readouterr().err
+    assert not (tmp_path / "executed").exists()
+    # The reason for the sentinel: what papermill left says that nothing was wrong.
+    assert nbformat.read(tmp_path / "runs" / "10_dies.ipynb", 4).metadata.papermill.exception is None
+
+
+def pids(folder: Path) -> list[int]:
+    """Processes of the kernel and of its child, once the long cell has written them down."""
+    end = time.monotonic() + 60
+    while not (folder / "pids").exists():
+        assert time.monotonic() < end, "the kernel did not start"
+        time.sleep(0.05)
+    return [int(pid) for pid in (folder / "pids").read_text().split()]
+
+
+@pytest.mark.parametrize(("cell", "grace"), [(HANDLES, 30), (IGNORES, 0.5)])
+def test_sigterm_reaches_the_kernel(tmp_path, capfd, cell, grace):
+    write(tmp_path / "10_long.ipynb", cell, END)
+    sender = threading.Thread(target=lambda: pids(tmp_path) and os.kill(os.getpid(), signal.SIGTERM))
+    sender.start()
+    assert drive(tmp_path, "10_long.ipynb", grace=grace) == 128 + signal.SIGTERM
+    sender.join()
+    assert "10_long.ipynb: SIGTERM in cell 3" in capfd.readouterr().err
+    assert (tmp_path / "seen").exists() and not (tmp_path / "executed").exists()
+    assert all(map(gone, pids(tmp_path)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's end is tied to the driver's by Linux's prctl")
+def test_kernel_does_not_outlive_a_killed_driver(tmp_path):
+    write(tmp_path / "10_long.ipynb", HANDLES, END)
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path)])
+    kernel, child = pids(tmp_path)
+    driver.kill()
+    driver.wait(timeout=30)
+    assert gone(kernel, 5)
+    os.kill(child, signal.SIGKILL)  # a plain subprocess of the notebook's is not tied to it
+
+
+def test_a_foreign_kernelspec_does_not_hijack(tmp_path, monkeypatch):
+    spec = tmp_path / "jupyter" / "kernels" / "python3"
+    spec.mkdir(parents=True)
+    (spec / "kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "x", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    write(tmp_path / "10_here.ipynb", "import sys\nprint(sys.executable)", END)
+    assert drive(tmp_path, "10_here.ipynb") == 0
+    notebook = nbformat.read(tmp_path / "executed" / "10_here.ipynb", 4)
+    assert notebook.cells[2].outputs[0].text.strip() == sys.executable
+
+
+def test_streams_merge_as_a_terminal_shows_them():
+    outputs = []
+    for text in ("a 1%", "x\n", "\ra 9%\r", "a 100%\n", "y"):
+        outputs.append(new_output("stream", name="stdout" if text[0] in "xy" else "stderr", text=text))
+        run.merge_last(outputs)
+    assert [(out.name, out.text) for out in outputs] == [("stderr", "a 100%\n"), ("stdout", "x\ny")]
+    outputs.append(new_output("display_data", {"text/plain": "figure"}))
+    outputs.append(new_output("stream", name="stdout", text="z\r\n"))
+    run.merge_last(outputs)
+    assert len(outputs) == 4 and outputs[-1].text == "z\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [("nonesuch", "existing profiles"), ("mini 99", "no notebook 99"), ("mini --set epochs", "KEY=VALUE")],
+)
+def test_usage_errors_come_before_any_compute(argv, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        run.main(argv.split())
+    assert end.value.code == 2 and message in capsys.readouterr().err
