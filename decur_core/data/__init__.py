@@ -1,0 +1,1 @@
+"""Readers of the published layouts, the store, and the miniature world."""

@@ -1,0 +1,125 @@
+"""From physical values to the 8-bit images that encoders are trained on (paper, section 4).
+
+A `Preprocessing` travels with the weights: stores and checkpoints carry its dictionary, so that no one has to guess
+which bands, unit and scaling a set of weights expects.
+"""
+
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+import torch
+
+from decur_core.data.raster import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """Bands, unit and 8-bit mapping of one modality; input that does not fit is refused, never rescaled by guess."""
+
+    modality: str  # name in errors, key in samples and stores
+    bands: tuple[str, ...]  # in the order of the channel axis
+    unit: str  # of the physical input, in words
+    valid_range: tuple[float, float]  # in `unit`; values outside it mean another unit
+    scheme: str  # "reflectance_8bit" or "outliers_mean_std_8bit", see `encode`
+    scale: float | None = None  # reflectance_8bit: the value that becomes 255
+    outliers: float | None = None  # outliers_mean_std_8bit: share of pixels cut per image and band, half at each end
+    mean: tuple[float, ...] | None = None  # outliers_mean_std_8bit: per band over the data set, in `unit`
+    std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.scheme == "reflectance_8bit":
+            fits = self.scale is not None and self.scale > 0
+        else:
+            fits = self.scheme == "outliers_mean_std_8bit" and self.outliers is not None and 0 <= self.outliers < 1
+            fits = fits and len(self.mean or ()) == len(self.std or ()) == len(self.bands)
+        if not fits:
+            raise ValueError(
+                f"{self}: scheme must be reflectance_8bit, with scale > 0, or outliers_mean_std_8bit, with outliers "
+                "in [0, 1) and one mean and one std per band"
+            )
+
+    def check(self, images: np.ndarray) -> None:
+        """Refuse (…, C, H, W) arrays that cannot be `unit` in these bands.
+
+        DataError: wrong band count, 8-bit or non-finite values, values outside `valid_range`, or an image (one season
+        of one place) whose values as a whole belong to another unit. An image of one value (no data) passes.
+        """
+        expected = f"{self.modality}: expected {self.unit} of {len(self.bands)} bands ({' '.join(self.bands)})"
+        if images.ndim < 3 or images.shape[-3] != len(self.bands):
+            raise DataError(f"{expected}, shape (…, {len(self.bands)}, H, W); found shape {images.shape}")
+        if images.dtype == np.uint8 or images.dtype.kind not in "fui":
+            raise DataError(f"{expected}; found {images.dtype} values")
+        low, high = images.min(axis=(-3, -2, -1)), images.max(axis=(-3, -2, -1))  # not-a-number spreads to both
+        if not (np.isfinite(low).all() and np.isfinite(high).all()):
+            raise DataError(f"{expected}; found non-finite pixels (fill them or leave the image out)")
+        found, textured = f"found {low.min():g} to {high.max():g}", high > low
+        if low.min() < self.valid_range[0] or high.max() > self.valid_range[1]:
+            raise DataError(f"{expected}, within {self.valid_range[0]:g} to {self.valid_range[1]:g}; {found}")
+        if self.valid_range[0] < 0 and (textured & (low >= 0)).any():
+            raise DataError(f"{expected}; {found}: without a negative value this is amplitude or power, not decibels")
+        if self.scheme == "reflectance_8bit":
+            if (textured & (high <= 1.5)).any():
+                raise DataError(f"{expected}; {found}: looks like reflectance in 0 to 1, multiply by {self.scale:g}")
+            # Dark water can stay below 255 at the ground (L2A, B10 empty), never at the top of the atmosphere.
+            if (textured & (high <= 255) & images.any(axis=(-2, -1)).all(axis=-1)).any():
+                raise DataError(f"{expected}; {found}: looks like images already scaled to 8 bits")
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """Map physical values (…, C, H, W), one image per leading index, to uint8 of the same shape, after `check`.
+
+        reflectance_8bit: x / scale * 255, clipped to 0..255. outliers_mean_std_8bit: per image and band, values beyond
+        the outlier quantiles are set to them, then (x - (mean - 2 std)) / (4 std) * 255, clipped. Fractions are cut
+        off, as in the published converters, so that the bytes are those that the released weights saw.
+        """
+        self.check(images)
+        if self.scheme == "reflectance_8bit":
+            values = np.multiply(images, np.float32(255), dtype=np.float32)  # exact for whole numbers below 65793,
+            values /= np.float32(self.scale)  # so a value on a step of the 8-bit scale stays on it
+        else:
+            tails = (self.outliers / 2, 1 - self.outliers / 2)
+            low, high = np.quantile(images, tails, axis=(-2, -1), keepdims=True).astype(np.float32)
+            mean, std = (np.array(v, dtype=np.float32)[:, None, None] for v in (self.mean, self.std))
+            values = np.clip(images, low, high, dtype=np.float32)
+            values -= mean - 2 * std
+            values *= 255 / (4 * std)
+        return np.clip(values, 0, 255, out=values).astype(np.uint8)
+
+    def to_float(self, encoded: torch.Tensor) -> torch.Tensor:
+        """uint8 tensor of any shape -> float32 in [0, 1], what encoders take."""
+        if encoded.dtype != torch.uint8:
+            raise DataError(f"{self.modality}: expected the uint8 images that encode() makes, found {encoded.dtype}")
+        return encoded.float() / 255
+
+    def to_dict(self) -> dict:
+        """The fields as JSON has them."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Preprocessing":
+        """Inverse of `to_dict`; a ValueError names fields that are unknown or missing."""
+        names = {field.name for field in fields(cls)}
+        if unknown := set(values) ^ names:
+            raise ValueError(f"preprocessing: fields unknown or missing: {sorted(unknown)}; expected {sorted(names)}")
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+# Range: point targets reach about 30 dB, edge noise goes far below the noise floor, and detector counts of uncalibrated
+# products run into the hundreds. Statistics of SSL4EO-S12, published with its converter.
+SAR = Preprocessing(
+    modality="sar",
+    bands=("VV", "VH"),
+    unit="backscatter in dB",
+    valid_range=(-100.0, 50.0),
+    scheme="outliers_mean_std_8bit",
+    outliers=0.02,
+    mean=(-12.54847273, -20.19237134),
+    std=(5.25697717, 5.91150917),
+)
+OPTICAL = Preprocessing(
+    modality="optical",
+    bands=("B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B9", "B10", "B11", "B12"),
+    unit="reflectance x 10000",
+    valid_range=(0.0, 65536.0),  # of 16-bit files; interpolation can round 65535 up
+    scheme="reflectance_8bit",
+    scale=10000.0,
+)
