@@ -1,0 +1,119 @@
+"""The miniature world on disk, in the published layouts of SSL4EO-S12 and BigEarthNet-MM (v1), with smaller tiles."""
+
+import json
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import rasterio
+from rasterio import Affine
+from rasterio.crs import CRS
+
+from decur_core.data.synthetic import GROUPS, BigEarthNetWorld, World
+from decur_core.preprocess import OPTICAL, SAR
+
+_LONLAT, _UTM = CRS.from_epsg(4326), CRS.from_epsg(32633)
+_PIXEL = {_LONLAT: 9e-5, _UTM: 10.0}  # 10 m in the units of the reference system
+
+
+def _write(path: Path, band: np.ndarray, *, crs: CRS, west: float, north: float, step: int) -> None:
+    """One band (h, w) as a GeoTIFF without a no-data tag, as in both data sets."""
+    size = _PIXEL[crs] * step
+    with rasterio.open(
+        path,
+        "w",
+        driver="GTiff",
+        height=band.shape[0],
+        width=band.shape[1],
+        count=1,
+        dtype=band.dtype,
+        crs=crs,
+        transform=Affine(size, 0, west, 0, -size, north),
+    ) as file:
+        file.write(band, 1)
+
+
+def _bands(native: dict, season: int) -> Iterable[tuple[str, np.ndarray, int]]:
+    """(name, band, pixel size in units of 10 m) of the optical bands of a season."""
+    for step, rows in GROUPS.items():
+        for row, band in zip(rows, native[step][season], strict=True):
+            yield OPTICAL.bands[row], band, step
+
+
+def _scene(platform: str, time: str, code: int) -> str:
+    """Name of a Sentinel-1 scene that starts at `time`: 25 s long, with invented orbit, take and checksum."""
+    stop = (datetime.strptime(time, "%Y%m%dT%H%M%S") + timedelta(seconds=25)).strftime("%Y%m%dT%H%M%S")
+    return f"{platform}_IW_GRDH_1SDV_{time}_{stop}_{code % 60000:06d}_{code * 7 % 2**24:06X}_{code * 31 % 2**16:04X}"
+
+
+def write_ssl4eo(root: Path | str, world: World, indices: Iterable[int]) -> None:
+    """Write locations of the world as SSL4EO-S12: `s1/<id>/<scene>/{VV,VH}.tif` and `s2c/<id>/<scene>/B1..B12.tif`.
+
+    `SSL4EOS12(root)` reads back exactly what the world gives for these locations. As in the data set, Sentinel-1 scenes
+    come from the platforms S1A and S1B, so that their names do not sort by date.
+    """
+    for i in indices:
+        native, dates = world.native(i), world.dates(i)
+        platforms = np.random.default_rng((world.seed, world.stream, i, 2)).choice(["S1A", "S1B"], world.seasons)
+        place = {"crs": _LONLAT, "west": round(5 + 0.03 * (i % 1000), 6), "north": round(50 - 0.03 * (i // 1000), 6)}
+        for season in range(world.seasons):
+            folder = (
+                Path(root) / "s1" / world.ids[i] / _scene(platforms[season], dates["sar"][season], 4 * i + season + 1)
+            )
+            folder.mkdir(parents=True)
+            for name, band in zip(SAR.bands, native["sar"][season], strict=True):
+                _write(folder / f"{name}.tif", band, step=1, **place)
+            time = dates["optical"][season]
+            folder = Path(root) / "s2c" / world.ids[i] / f"{time}_{time}_T33UUP"
+            folder.mkdir(parents=True)
+            for name, band, step in _bands(native, season):
+                _write(folder / f"{name}.tif", band, step=step, **place)
+
+
+def write_bigearthnet(root: Path | str, world: BigEarthNetWorld, splits: dict[str, Iterable[int]]) -> None:
+    """Write patches as BigEarthNet-MM v1: both patch folders, label JSONs, and a list per split (train, val, test).
+
+    `BigEarthNetMM(root, split)` reads back exactly what the world gives for these patches.
+    """
+    root = Path(root)
+    root.mkdir(parents=True, exist_ok=True)
+    for split, indices in splits.items():
+        lines = []
+        for i in indices:
+            s2, s1 = world.ids[i], world.sar_name(i)
+            native, dates = world.native(i), world.dates(i)
+            column, row = (int(part) for part in s2.split("_")[-2:])
+            west, north, side = 300000 + 10 * world.tile * column, 5400000 - 10 * world.tile * row, 10 * world.tile
+            place = {"crs": _UTM, "west": west, "north": north}
+
+            folder = root / "BigEarthNet-v1.0" / s2
+            folder.mkdir(parents=True)
+            for name, band, step in _bands(native, 0):
+                if name != "B10":
+                    number = name if name == "B8A" else f"B{int(name[1:]):02d}"
+                    _write(folder / f"{s2}_{number}.tif", band, step=step, **place)
+            time = datetime.strptime(dates["optical"][0], "%Y%m%dT%H%M%S")
+            corners = {"ulx": west, "uly": north, "lrx": west + side}
+            common = {"labels": world.corine(i), "projection": _UTM.to_wkt()}
+            metadata = common | {
+                "coordinates": corners | {"lry": north - side},
+                "tile_source": f"S2A_MSIL1C_{dates['optical'][0]}_N0205_R022_T33UUP_{dates['optical'][0]}.SAFE",
+                "acquisition_date": time.strftime("%Y-%m-%d %H:%M:%S"),
+            }
+            (folder / f"{s2}_labels_metadata.json").write_text(json.dumps(metadata))
+
+            folder = root / "BigEarthNet-S1-v1.0" / s1
+            folder.mkdir(parents=True)
+            for name, band in zip(SAR.bands, native["sar"][0], strict=True):
+                _write(folder / f"{s1}_{name}.tif", band, step=1, **place)
+            time = datetime.strptime(dates["sar"][0], "%Y%m%dT%H%M%S")
+            metadata = common | {
+                "coordinates": corners | {"lly": north - side},
+                "corresponding_s2_patch": s2,
+                "scene_source": _scene("S1A", dates["sar"][0], i + 1),
+                "acquisition_time": time.isoformat(),
+            }
+            (folder / f"{s1}_labels_metadata.json").write_text(json.dumps(metadata))
+            lines.append(f"{s2},{s1}\n")
+        (root / f"bigearthnet-{split}.csv").write_text("".join(lines))
