@@ -3,6 +3,8 @@
 import dataclasses
 import difflib
 import itertools
+import json
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -18,9 +20,9 @@ class ConfigError(ValueError):
     """A setting that cannot be used; the message names it, its value and what is allowed."""
 
 
-def setting(default, meaning: str, *, low=None, high=None, choices: tuple = (), result: bool = True):
+def setting(default, meaning: str, *, low=None, high=None, choices: tuple = (), pattern="", result: bool = True):
     """A field with its meaning and unit. ``result=False``: the setting cannot change what a training run computes."""
-    metadata = {"meaning": meaning, "low": low, "high": high, "choices": choices, "result": result}
+    metadata = {"meaning": meaning, "low": low, "high": high, "choices": choices, "pattern": pattern, "result": result}
     factory = {"default_factory": lambda: default} if isinstance(default, dict) else {"default": default}
     return field(metadata=metadata, **factory)
 
@@ -49,7 +51,7 @@ class World:
     test: int = setting(512, "labelled patches for testing it", low=1, result=False)
     tile: int = setting(36, "tile side, px at 10 m; a multiple of 6", low=6)
     layout: str = setting("coregistered", "scene layout over views", choices=("coregistered", "redrawn"))
-    seed: int = setting(0, "seed of scenes and factors", low=0)
+    seed: int = setting(0, "seed of scenes and factors", low=0, high=2**63 - 1)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Settings:
     """All settings of a profile; ``load`` makes and checks it."""
 
     profile: str = setting("", "name of the profile", result=False)
-    name: str = setting("", "suffix that tells this run's folder from others", result=False)
+    name: str = setting("", "suffix of the run's folder, which tells it from others", pattern=r"[\w.-]*", result=False)
     pair: str = setting("sar_optical", "modality pair", choices=("sar_optical",))
     method: str = setting("decur", "pretraining loss", choices=("decur", "barlow_twins", "random"))
     backbone: str = setting("resnet50", "network of each modality", choices=("resnet18", "resnet50", "small"))
@@ -90,7 +92,7 @@ class Settings:
     momentum: float = setting(0.9, "LARS momentum", low=0, high=0.999999)
     weight_decay: float = setting(1e-6, "decay of the weights", low=0)
     trust_coefficient: float = setting(0.001, "LARS trust coefficient", low=0)
-    seed: int = setting(0, "seed of weights, sample order, seasons and augmentations", low=0)
+    seed: int = setting(0, "seed of weights, sample order, seasons and augmentations", low=0, high=2**63 - 1)
     precision: str = setting("auto", "of the network; auto: bfloat16 on GPUs", choices=("auto", "float32", "bfloat16"))
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda"), result=False)
     workers: int = setting(8, "loader processes", low=0, high=512, result=False)
@@ -117,7 +119,7 @@ def load(profile: str = "mini", overrides: dict | str | None = None) -> Settings
     values = _parse(path.read_text(), path.name)
     if isinstance(overrides, str):
         overrides = _parse(overrides, "overrides")
-    settings = _build(Settings, _merge(values, overrides or {}), path.name)
+    settings = _build(Settings, _merge(values, _section(overrides or {}, "overrides")), path.name)
     settings = dataclasses.replace(settings, profile=path.stem)
     _check(settings)
     members(settings)
@@ -126,11 +128,16 @@ def load(profile: str = "mini", overrides: dict | str | None = None) -> Settings
 
 def _parse(text: str, where: str) -> dict:
     try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(text)
+        json.dumps(values, default=str)  # refuses values that contain themselves
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{where}: not valid YAML: {error}") from None
+    return _section({} if values is None else values, where)
+
+
+def _section(values, where: str) -> dict:
     if not isinstance(values, dict):
-        raise ConfigError(f"{where}: expected `name: value` lines, found {type(values).__name__}")
+        raise ConfigError(f"{where}: expected `name: value` lines, found {values!r}")
     return values
 
 
@@ -141,10 +148,15 @@ def _merge(base: dict, top: dict) -> dict:
         for name, value in source.items():
             head, _, rest = str(name).partition(".")
             value = {rest: value} if rest else value
-            if head != "sweep" and isinstance(value, dict):
-                found = merged.get(head, {})
-                value = _merge(found if isinstance(found, dict) else {}, value)
-            merged[head] = value
+            found = merged.get(head)
+            if head == "sweep" and not rest:
+                merged[head] = value  # a sweep replaces the profile's as a whole; its own names are dotted
+            elif isinstance(value, dict) and isinstance(found, dict):
+                merged[head] = {**found, **value} if head == "sweep" else _merge(found, value)
+            elif rest and found is not None:
+                raise ConfigError(f"{head} = {found!r}; expected a section, since {name!r} is set too")
+            else:
+                merged[head] = value if head == "sweep" or not isinstance(value, dict) else _merge({}, value)
     return merged
 
 
@@ -152,8 +164,9 @@ def _build(cls: type, values: dict, where: str):
     hints = typing.get_type_hints(cls)
     for name in values:
         if name not in hints or name == "profile":
-            close = difflib.get_close_matches(str(name), hints, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(hints)}"
+            known = [k for k in hints if k != "profile"]
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
             raise ConfigError(f"{where}: unknown setting {str(name)!r}; {hint}")
     made = {}
     for f in dataclasses.fields(cls):
@@ -193,6 +206,8 @@ def _in_range(value, metadata, name: str) -> None:
     for v in value if isinstance(value, tuple) else (value,):
         if metadata["choices"] and v not in metadata["choices"]:
             raise ConfigError(f"{name} = {v!r}; allowed: {', '.join(metadata['choices'])}")
+        if metadata["pattern"] and not re.fullmatch(metadata["pattern"], v):
+            raise ConfigError(f"{name} = {v!r}; allowed: letters, digits, '.', '_' and '-'")
         low, high = metadata["low"], metadata["high"]
         # Written so that NaN, which compares as neither, is refused too.
         if (low is not None and not v >= low) or (high is not None and not v <= high):
@@ -215,8 +230,13 @@ def _check(s: Settings) -> None:
         raise ConfigError(f"world: tile = {s.world.tile}; must be a multiple of 6 (bands at 10, 20 and 60 m)")
     if s.data.source == "world" and s.world.locations < s.batch_size:
         raise ConfigError(f"batch_size = {s.batch_size} is more than world: locations = {s.world.locations}")
-    if not all(s.transfer.fractions) or not s.transfer.fractions:
-        raise ConfigError(f"transfer: fractions = {s.transfer.fractions}; each must lie above 0 and at most at 1")
+    if not all(s.transfer.fractions):
+        raise ConfigError(f"transfer: fractions = {list(s.transfer.fractions)}; each must lie above 0 and at most at 1")
+    for name in ("protocols", "inputs", "fractions"):
+        if not getattr(s.transfer, name):
+            raise ConfigError(f"transfer: {name} = []; at least one is needed")
+    if not s.runs:
+        raise ConfigError("runs = ''; expected the name of a folder")
 
 
 def check_world_size(settings: Settings, world_size: int) -> None:
@@ -231,9 +251,11 @@ def check_world_size(settings: Settings, world_size: int) -> None:
 
 def members(settings: Settings) -> list[Settings]:
     """One ``Settings`` for each combination of the ``sweep`` lists; without a sweep, the settings themselves."""
-    lists = [v if isinstance(v, list) else [v] for v in settings.sweep.values()]
+    for name, values in settings.sweep.items():
+        if name in ("profile", "sweep") or not isinstance(values, list) or not values:
+            raise ConfigError(f"sweep: {name} = {values!r}; expected a setting's name and a list with at least one value")
     made = []
-    for combination in itertools.product(*lists):
+    for combination in itertools.product(*settings.sweep.values()):
         values = _merge(to_dict(settings), dict(zip(settings.sweep, combination, strict=True)))
         member = _build(Settings, {k: v for k, v in values.items() if k not in ("profile", "sweep")}, "sweep")
         member = dataclasses.replace(member, profile=settings.profile)

@@ -19,7 +19,7 @@ class LARS(torch.optim.Optimizer):
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=1e-6, trust_coefficient=0.001):
         for name, value in {"lr": lr, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient}.items():
-            if value < 0:
+            if not value >= 0:  # refuses NaN too
                 raise ValueError(f"LARS: {name} = {value}; must not be negative")
         if not 0 <= momentum < 1:
             raise ValueError(f"LARS: momentum = {momentum}; must lie in [0, 1)")
