@@ -243,6 +243,7 @@ def run(
             if error:
                 print(f"{path.name}: failed in {state.cell}: {error}\nsee {output / path.name}", file=sys.stderr)
                 return 1
+            runs.publish_records(output.parent / "records", executed / "records.json")
     return 0
 
 

@@ -11,9 +11,6 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
-import torch
-import torchvision
-
 from . import config
 
 SENTINEL = "decur: notebook finished"
@@ -87,6 +84,9 @@ def _processor() -> str:
 
 def provenance() -> dict:
     """Commit, whether files differ from it, date (UTC), hardware and versions; JSON-able."""
+    import torch  # here, so that the headless driver and the book's build need not load it
+    import torchvision
+
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "commit": _git("rev-parse", "--short=12", "HEAD") or "unknown",
@@ -121,3 +121,11 @@ def write_record(settings: config.Settings, name: str, record: dict) -> dict:
 def read_records(settings: config.Settings) -> list[dict]:
     """All records of the profile, sorted by file name."""
     return [json.loads(f.read_text()) for f in sorted(path(settings, "records").glob("*.json"))]
+
+
+def publish_records(folder: Path, target: Path) -> None:
+    """The records of ``folder`` as one file for the book: of the profile's own runs, not of renamed trials."""
+    records = [json.loads(f.read_text()) for f in sorted(folder.glob("*.json"))]
+    kept = [{k: v for k, v in r.items() if k != "label_ids"} for r in records if not r["name"]]
+    if kept:
+        write_json(target, kept)

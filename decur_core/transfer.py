@@ -136,6 +136,8 @@ def evaluate(
     ids = [train.ids[i] for i in chosen] if fraction < 1 else "all"
     record = {
         "dataset": "BigEarthNet-MM",
+        "run": Path(folder).name,
+        "name": settings.name,
         "method": pretraining["method"],
         "seed": pretraining["seed"],
         **wanted,
