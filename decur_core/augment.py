@@ -61,10 +61,11 @@ OPTICAL = Policy()
 SAR = Policy(p_jitter=0.0, p_solarize=0.0)
 
 
-def augment(images: Tensor, policy: Policy, *, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, policy: Policy, *, generator: torch.Generator, part: tuple[int, int] = (0, 1)) -> Tensor:
     """One random view of each image; every sample has its own parameters.
 
-    images: uint8 (N, C, H, W) on any device. Returns float32 (N, C, size, size) in [0, 1] on that device. Parameters
+    images: uint8 (N, C, H, W) on any device; with part (k, w) the k-th of w equal parts of a batch, which gets the
+    parameters that it gets in the whole batch. Returns float32 (N, C, size, size) in [0, 1] on that device. Parameters
     are drawn from `generator` on the CPU, so the same seed gives the same views on every device, and a GPU is never
     waited for. Raises ValueError for images or a generator that do not fit.
     """
@@ -72,7 +73,8 @@ def augment(images: Tensor, policy: Policy, *, generator: torch.Generator) -> Te
         found = f"{images.dtype} of shape {tuple(images.shape)}"
         raise ValueError(f"augment takes torch.uint8 (N, C, H, W), got {found}; Preprocessing.encode makes such images")
     count, channels, height, width = images.shape
-    drawn = draw(count, height, width, policy, generator=generator)
+    drawn = draw(count * part[1], height, width, policy, generator=generator)
+    drawn = {name: values[count * part[0] :][:count] for name, values in drawn.items()}
     drawn["rows"] = _positions(drawn["top"], drawn["height"], drawn["vflip"], policy.size)
     drawn["columns"] = _positions(drawn["left"], drawn["width"], drawn["hflip"], policy.size)
     shape, on_cpu, scratch = (count, channels, policy.size, policy.size), images.device.type == "cpu", None

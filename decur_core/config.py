@@ -95,6 +95,7 @@ class Settings:
     seed: int = setting(0, "seed of weights, sample order, seasons and augmentations", low=0, high=2**63 - 1)
     precision: str = setting("auto", "of the network; auto: bfloat16 on GPUs", choices=("auto", "float32", "bfloat16"))
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda"), result=False)
+    processes: int = setting(0, "that train, on this node; 0: one per visible GPU, 1 on a CPU", low=0, result=False)
     workers: int = setting(8, "loader processes", low=0, high=512, result=False)
     checkpoint_steps: int = setting(500, "steps between checkpoints", low=1, result=False)
     log_steps: int = setting(20, "steps between lines of the log and checks for non-finite losses", low=1, result=False)
@@ -253,7 +254,9 @@ def members(settings: Settings) -> list[Settings]:
     """One ``Settings`` for each combination of the ``sweep`` lists; without a sweep, the settings themselves."""
     for name, values in settings.sweep.items():
         if name in ("profile", "sweep") or not isinstance(values, list) or not values:
-            raise ConfigError(f"sweep: {name} = {values!r}; expected a setting's name and a list with at least one value")
+            raise ConfigError(
+                f"sweep: {name} = {values!r}; expected a setting's name and a list with at least one value"
+            )
     made = []
     for combination in itertools.product(*settings.sweep.values()):
         values = _merge(to_dict(settings), dict(zip(settings.sweep, combination, strict=True)))

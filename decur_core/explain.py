@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from . import losses, transfer
@@ -28,10 +27,18 @@ def embeddings(folder: Path, store: Store, *, samples: int, batch_size: int = 25
     return torch.cat(embedded[0]), torch.cat(embedded[1])
 
 
-def cross_correlations(folders: dict[str, Path], store_path: Path, *, samples: int) -> dict[str, np.ndarray]:
-    """The cross-modal matrix C (Eq. 1), K x K, of each run over ``samples`` pairs of a store."""
+def embed_members(folders: dict[str, Path], store_path: Path, *, samples: int) -> dict[str, tuple]:
+    """``embeddings`` of every run of ``pretrain.run_members``: label to the two modalities' embeddings."""
     store = Store(store_path)
-    return {
-        title: losses.cross_correlation(*embeddings(folder, store, samples=samples)).numpy()
-        for title, folder in folders.items()
-    }
+    return {label: embeddings(folder, store, samples=samples) for label, folder in folders.items()}
+
+
+def effective_rank(z_NK: torch.Tensor) -> float:
+    """How many independent directions an embedding uses, 1 to K: exp of the entropy of its correlation spectrum.
+
+    (Roy and Vetterli 2007, with the eigenvalues of the dimensions' correlation matrix in place of singular values.)
+    Dimensions that repeat one another lower it.
+    """
+    spectrum = torch.linalg.eigvalsh(losses.cross_correlation(z_NK, z_NK).double()).clamp_min(0)
+    share = spectrum / spectrum.sum()
+    return float(torch.exp(-(share * share.clamp_min(1e-300).log()).sum()))

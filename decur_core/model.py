@@ -39,13 +39,15 @@ class MultimodalModel(nn.Module):
         self.projector_2 = mlp(self.features, projector)
 
     def forward(
-        self, views1_a: Tensor, views1_b: Tensor, views2_a: Tensor, views2_b: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self, views1_a: Tensor | None, views1_b: Tensor | None, views2_a: Tensor | None, views2_b: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         """Four batches of float images (N x C x H x W in [0, 1]) to four embeddings, each N x K, in the same order.
 
-        Every batch of views passes on its own, so that BatchNorm sees one view at a time, as in Algorithm 1.
+        Every batch of views passes on its own, so that BatchNorm sees one view at a time, as in Algorithm 1. For views
+        that a loss does not look at, it passes None and gets None.
         """
-        return self.embed(1, views1_a), self.embed(1, views1_b), self.embed(2, views2_a), self.embed(2, views2_b)
+        four = ((1, views1_a), (1, views1_b), (2, views2_a), (2, views2_b))
+        return tuple(None if views is None else self.embed(modality, views) for modality, views in four)
 
     def embed(self, modality: int, views: Tensor) -> Tensor:
         """One batch of views of ``modality`` (1 or 2) to its N x K embedding."""

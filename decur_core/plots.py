@@ -73,12 +73,13 @@ def pairs(samples: Sequence[dict], *, season: int = 0) -> Figure:
 
 
 def seasons(sample: dict) -> Figure:
-    """All seasons of one location: optical in true colour above, VV below, titled with their acquisition dates."""
+    """All seasons of one location: optical in true colour above, VV below, titled with acquisition dates if known."""
     n = len(sample["sar"])
     figure, axes = _figure(2, n, height=4.4, width=max(4.5, 2.2 * n))
+    dates = {name: sample["dates"].get(name, ["(no date given)"] * n) for name in ("optical", "sar")}
     for s in range(n):
-        _show(axes[0, s], stretch(sample["optical"][s][list(RGB)]), f"optical {sample['dates']['optical'][s][:8]}")
-        _show(axes[1, s], stretch(sample["sar"][s][:1]), f"SAR VV {sample['dates']['sar'][s][:8]}", cmap="gray")
+        _show(axes[0, s], stretch(sample["optical"][s][list(RGB)]), f"optical {dates['optical'][s][:15]}")
+        _show(axes[1, s], stretch(sample["sar"][s][:1]), f"SAR VV {dates['sar'][s][:15]}", cmap="gray")
     return figure
 
 

@@ -210,12 +210,12 @@ def run(settings: Settings, store_path: Path | str) -> Path:
 
 
 def run_members(settings: Settings, store_path: Path | str) -> dict[str, Path]:
-    """``run`` for every member of the profile's ``sweep``, one after the other: run title to folder."""
-    return {runs.title(member): run(member, store_path) for member in config.members(settings)}
+    """``run`` for every member of the profile's ``sweep``, one after the other: run label to folder."""
+    return {runs.label(member): run(member, store_path) for member in config.members(settings)}
 
 
 def example_views(store: Store, modality: Modality, size: int, *, count: int = 8) -> np.ndarray:
-    """``count`` random views of a store's first pair, first season, as pretraining sees them: count x C x size x size."""
+    """Random views of a store's first pair, first season, as pretraining sees them: count x C x size x size."""
     image = torch.from_numpy(store.read(0, modality.name, 0).copy())
     policy = dataclasses.replace(modality.views, size=size)
     return augment(image.expand(count, *image.shape), policy, generator=seeded("example", modality.name)).numpy()

@@ -5,19 +5,11 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from .runs import METHODS
+
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
-METHODS = {
-    "random": "Random initialisation",
-    "supervised": "Supervised",
-    "simclr": "SimCLR-cross",
-    "clip": "CLIP",
-    "barlow_twins": "Barlow Twins",
-    "vicreg": "VICReg",
-    "barlow_twins_single": "Barlow Twins-SAR",
-    "decur": "DeCUR",
-}
-COLUMNS = {"1%/linear": (0.01, "linear"), "1%/finetune": (0.01, "finetune")}
-COLUMNS |= {"100%/linear": (1.0, "linear"), "100%/finetune": (1.0, "finetune")}
+COLUMNS = {"1 % linear": (0.01, "linear"), "1 % finetune": (0.01, "finetune")}
+COLUMNS |= {"100 % linear": (1.0, "linear"), "100 % finetune": (1.0, "finetune")}
 INPUTS = {"sar+optical": "both", "sar": "sar"}
 
 
@@ -62,14 +54,29 @@ def _cell(mean: float, deviation: float | None) -> str:
 
 
 def markdown(rows: Sequence[dict]) -> str:
-    """Rows of ``summary`` as a Markdown table: mAP micro and macro in percent, mean ± deviation over seeds."""
-    head = "| Method | Inputs | Labels | Protocol | Seeds | mAP micro | mAP macro |\n|---|---|---|---|---|---|---|\n"
+    """Rows of ``summary`` as a Markdown table, a column per method: mAP micro / macro in percent.
+
+    Mean ± standard deviation over seeds where there is more than one; the best micro of a line in bold.
+    """
     names = {"both": "SAR + optical", "sar": "SAR", "optical": "optical"}
-    return head + "\n".join(
-        f"| {METHODS[r['method']]} | {names[r['inputs']]} | {100 * r['fraction']:g} % | {r['protocol']} | {r['seeds']}"
-        f" | {_cell(r['mean'], r['deviation'])} | {_cell(r['macro'], r['macro_deviation'])} |"
-        for r in rows
+    methods = [m for m in METHODS if any(r["method"] == m for r in rows)]
+    tasks = sorted(
+        {(r["inputs"], r["fraction"], r["protocol"]) for r in rows},
+        key=lambda t: (list(names).index(t[0]), -t[1], t[2] != "linear"),
     )
+    found = {(r["method"], r["inputs"], r["fraction"], r["protocol"]): r for r in rows}
+    lines = ["| Inputs | Labels | Protocol | " + " | ".join(METHODS[m] for m in methods) + " |"]
+    lines.append("|---" * (3 + len(methods)) + "|")
+    for task in tasks:
+        best = max(r["mean"] for r in rows if (r["inputs"], r["fraction"], r["protocol"]) == task)
+        cells = [names[task[0]], f"{100 * task[1]:g} %", task[2]]
+        for method in methods:
+            row = found.get((method, *task))
+            micro = _cell(row["mean"], row["deviation"]) if row else ""
+            micro = f"**{micro}**" if row and row["mean"] == best else micro
+            cells.append(f"{micro} / {_cell(row['macro'], row['macro_deviation'])}" if row else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def table1(records: Sequence[dict], inputs: str = "sar+optical") -> str:
@@ -85,7 +92,7 @@ def table1(records: Sequence[dict], inputs: str = "sar+optical") -> str:
         max((r["mean"] for (m, f, p), r in ours.items() if (f, p) == column), default=None)
         for column in COLUMNS.values()
     ]
-    lines = ["| | " + " | ".join(f"{c} paper | {c} ours" for c in COLUMNS) + " |", "|---" * (1 + 2 * len(COLUMNS)) + "|"]
+    lines = ["| | " + " | ".join(f"{c}, paper | ours" for c in COLUMNS) + " |", "|---" * (1 + 2 * len(COLUMNS)) + "|"]
     for method in (m for m in METHODS if m in paper):
         cells = []
         for k, column in enumerate(COLUMNS.values()):

@@ -13,6 +13,16 @@ from pathlib import Path
 
 from . import config
 
+METHODS = {
+    "random": "Random initialisation",
+    "supervised": "Supervised",
+    "simclr": "SimCLR-cross",
+    "clip": "CLIP",
+    "barlow_twins": "Barlow Twins",
+    "vicreg": "VICReg",
+    "barlow_twins_single": "Barlow Twins-SAR",
+    "decur": "DeCUR",
+}
 SENTINEL = "decur: notebook finished"
 
 
@@ -29,6 +39,11 @@ def path(settings: config.Settings, *parts: str) -> Path:
 def title(settings: config.Settings) -> str:
     """Name of a run's folder: pair, method, seed, then ``name`` if there is one."""
     return "-".join(filter(None, (settings.pair, settings.method, f"seed{settings.seed}", settings.name)))
+
+
+def label(settings: config.Settings) -> str:
+    """Name of a run for readers: method and seed, then ``name`` if there is one."""
+    return ", ".join(filter(None, (METHODS[settings.method], f"seed {settings.seed}", settings.name)))
 
 
 def write_json(file: Path, value) -> None:

@@ -1,6 +1,7 @@
-"""Scene classification with pretrained encoders: linear probe and fine-tuning on multi-label patches (paper, app. B)."""
+"""Scene classification with pretrained encoders: linear probe and fine-tuning, multi-label (paper, appendix B)."""
 
 import hashlib
+import itertools
 import json
 import math
 import warnings
@@ -154,12 +155,10 @@ def evaluate(
 def evaluate_members(settings: Settings, folders: dict[str, Path], stores: dict[str, Path]) -> list[dict]:
     """``evaluate`` for every run, protocol, inputs and label fraction of the profile; the records, in that order."""
     t = settings.transfer
+    todo = list(itertools.product(folders.values(), t.inputs, t.fractions, t.protocols))
     return [
         evaluate(settings, folder, stores, protocol=protocol, inputs=inputs, fraction=fraction)
-        for folder in folders.values()
-        for inputs in t.inputs
-        for fraction in t.fractions
-        for protocol in t.protocols
+        for folder, inputs, fraction, protocol in runs.progress(todo, desc="evaluations")
     ]
 
 
@@ -195,7 +194,7 @@ def _fit(classifier: Classifier, store: Store, chosen: list[int], settings: Sett
     criterion = nn.MultiLabelSoftMarginLoss()
     policy = replace(plain(t.crop_size), crop_scale=(t.crop_scale, 1.0), crop_ratio=(3 / 4, 4 / 3), p_hflip=0.5)
     classifier.train()
-    for epoch in runs.progress(range(t.epochs), desc=desc):
+    for epoch in runs.progress(range(t.epochs), desc=desc, leave=False):
         order = torch.randperm(len(chosen), generator=pretrain.seeded(seed, "transfer", epoch)).tolist()
         for k in range(0, len(order), t.batch_size):
             rows = [chosen[i] for i in order[k : k + t.batch_size]]

@@ -103,7 +103,7 @@ REFUSED = [  # overrides; what the message must hold: the name, the value, what 
     ({"world.layout": "free"}, ["layout = 'free'", "coregistered, redrawn"]),
     ({"data": {"source": "web"}}, ["data", "source = 'web'", "ssl4eo, world, samples"]),
     ({"transfer.exclude": "yes"}, ["transfer", "exclude = 'yes'", "true or false"]),
-    ({"transfer.fractions": [0]}, ["fractions = (0.0,)", "above 0 and at most at 1"]),
+    ({"transfer.fractions": [0]}, ["fractions = [0.0]", "above 0 and at most at 1"]),
     ({"transfer.fractions": [1.5]}, ["transfer: fractions = 1.5", "0 to 1"]),
     ({"transfer.inputs": ["lidar"]}, ["transfer: inputs = 'lidar'", "both, sar, optical"]),
     ({"sweep": ["method"]}, ["sweep = ['method']", "section"]),
@@ -192,7 +192,7 @@ def test_overrides_replace_a_list_and_a_sweep_as_a_whole(profile):
 
 
 def test_members_of_a_sweep(profile):
-    s = config.load(profile, {"sweep": {"method": ["decur", "random"], "world.seed": [0, 1, 2], "epochs": 4}})
+    s = config.load(profile, {"sweep": {"method": ["decur", "random"], "world.seed": [0, 1, 2], "epochs": [4]}})
     members = config.members(s)
     found = [(m.method, m.world.seed, m.epochs) for m in members]
     assert found == [(method, seed, 4) for method in ("decur", "random") for seed in (0, 1, 2)]
@@ -307,3 +307,33 @@ def test_garbage_is_refused_as_a_setting_or_accepted_as_one(profile):
         values = {k: v for k, v in config.to_dict(settings).items() if k != "profile"}
         assert config.load(profile, values) == settings, overrides
     assert min(outcomes.values()) > 50
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [1],
+        5,
+        "epochs: 2020-13-45",
+        "a: &a {b: *a}",
+        {"world": 5, "world.tile": 36},
+        {"sweep": {"method": []}},
+        {"sweep": {"seed": 3}},
+        {"sweep": {"profile": ["a", "b"]}},
+        {"name": "../../x"},
+        {"seed": 10**30},
+        {"transfer.protocols": []},
+        {"runs": ""},
+    ],
+)
+def test_odd_overrides_are_refused_as_config_errors(profile, overrides):
+    with pytest.raises(ConfigError):
+        config.load(profile, overrides)
+
+
+def test_dotted_sweep_names_add_up_and_a_section_replaces(profile):
+    s = config.load(profile, {"sweep.method": ["decur"], "sweep.seed": [0, 1]})
+    assert s.sweep == {"method": ["decur"], "seed": [0, 1]}
+    assert config.load("mini", {"sweep": {"seed": [0]}}).sweep == {"seed": [0]}
+    assert config.load("mini", {"sweep.seed": [0]}).sweep["seed"] == [0]
+    assert "method" in config.load("mini", {"sweep.seed": [0]}).sweep

@@ -323,3 +323,15 @@ def test_cross_correlation_is_that_of_numpy():
     a, b = embeddings(30, 6, dtype=torch.float64)[:2]
     wanted = torch.from_numpy(np.corrcoef(a.T, b.T)[:6, 6:])
     torch.testing.assert_close(losses.cross_correlation(a, b), wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_overflowing_embeddings_are_not_taken_for_constant():
+    z = [torch.randn(8, 40, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    assert not torch.isfinite(losses.decur(*(1e20 * x for x in z), dim_common=20).total)
+
+
+def test_second_derivatives_are_refused():
+    z = [torch.randn(4, 9, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    (first,) = torch.autograd.grad(losses.decur(*z, dim_common=5).total, z[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()

@@ -167,7 +167,7 @@ def test_full_disk_is_reported_and_the_run_goes_on(tiny, pair_store, monkeypatch
 
 def test_other_settings_refuse_to_resume_and_are_named(tiny, pair_store):
     pretrain.run(tiny(), pair_store)
-    with pytest.raises(config.ConfigError, match=r"lambd: 0.015625 there, 0.02 now; .*|epochs: 4 there, 5 now") as error:
+    with pytest.raises(config.ConfigError, match="holds a run with other settings") as error:
         pretrain.run(tiny(lambd=0.02, epochs=5), pair_store)
     assert "epochs: 4 there, 5 now" in str(error.value) and "lambd: 0.015625 there, 0.02 now" in str(error.value)
 

@@ -140,8 +140,9 @@ def pretraining_store(settings: config.Settings) -> Path:
 def patch_stores(settings: config.Settings) -> dict[str, Path]:
     """The finished stores of labelled patches, ``train`` and ``test``; converts what is missing."""
     kind = _world_name(settings) if settings.data.source == "world" else settings.data.source
+    folder = _stores(settings)
     return {
-        split: _convert(settings, _stores(settings) / f"bigearthnet-{kind}-{split}", lambda s=split: patches(settings, s))
+        split: _convert(settings, folder / f"bigearthnet-{kind}-{split}", lambda split=split: patches(settings, split))
         for split in ("train", "test")
     }
 
