@@ -74,7 +74,7 @@ def progress(steps: Iterable, **options):
     if os.environ.get("DECUR_HEADLESS"):
         from tqdm import tqdm
 
-        return tqdm(steps, mininterval=5, ascii=True, **options)
+        return tqdm(steps, mininterval=5, ascii=True, position=0, **options)  # a nested bar would move the cursor
     from tqdm.auto import tqdm
 
     return tqdm(steps, **options)
