@@ -1,0 +1,75 @@
+"""Records reach the book: published beside the pages, turned into tables where a page asks for one."""
+
+import importlib.util
+import json
+import types
+from pathlib import Path
+
+import pytest
+
+from decur_core import runs
+
+ROOT = Path(__file__).resolve().parents[1]
+spec = importlib.util.spec_from_file_location("records", ROOT / "book/_ext/records.py")
+records = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(records)
+
+
+def record(name="", micro=50.0, world="world"):
+    hardware = {"processor": "some CPU", "cores": 2, "gpus": []}
+    kinds = {"method": "decur", "protocol": "linear", "inputs": "both", "fraction": 1.0, "seed": 0}
+    source = {
+        "profile": "mini",
+        "world": world,
+        "provenance": {"commit": "c", "date": "2026-01-01", "hardware": hardware},
+    }
+    return {"name": name, "micro": micro, "macro": 40.0, "per_class": [], "label_ids": ["x"] * 1000, **kinds, **source}
+
+
+@pytest.fixture
+def app(tmp_path):
+    config = types.SimpleNamespace(decur_profiles=["a100", "report", "mini"], decur_executed="executed")
+    dependencies = {"book/results": set()}
+    return types.SimpleNamespace(srcdir=tmp_path, config=config, env=types.SimpleNamespace(dependencies=dependencies))
+
+
+def publish(tmp_path, profile, *found):
+    folder = tmp_path / "runs" / profile
+    for k, one in enumerate(found):
+        runs.write_json(folder / f"{k}.json", one)
+    runs.publish_records(folder, tmp_path / "executed" / profile / "records.json")
+
+
+def test_renamed_trials_and_label_lists_stay_out_of_the_book(tmp_path):
+    publish(tmp_path, "mini", record(), record(name="trial", micro=99.0))
+    (kept,) = json.loads((tmp_path / "executed/mini/records.json").read_text())
+    assert kept["micro"] == 50.0 and "label_ids" not in kept
+
+
+def test_the_preferred_profile_with_that_kind_of_data_supplies_a_table(app, tmp_path):
+    publish(tmp_path, "mini", record(micro=11.0))
+    publish(tmp_path, "report", record(micro=22.0))
+    publish(tmp_path, "a100", record(micro=33.0, world="ssl4eo"))
+    content = ["before\n\n<!-- decur: summary world -->\n\nafter <!-- decur: not at line start -->"]
+    records.read_source(app, "book/results", content)
+    assert "**22.0** / 40.0" in content[0] and "miniature world (not real data)" in content[0]
+    assert "11.0" not in content[0] and "33.0" not in content[0] and content[0].endswith("not at line start -->")
+    assert "33.0" in records.table1(app, "sar+optical") and "22.0" not in records.table1(app, "sar+optical")
+    assert len(app.env.dependencies["book/results"]) == 3
+
+
+def test_without_records_a_page_says_so(app):
+    content = ["<!-- decur: summary world -->"]
+    records.read_source(app, "book/results", content)
+    assert content == [records.NOT_RUN]
+
+
+def test_every_mark_in_the_book_has_its_table():
+    for page in (ROOT / "book").glob("*.md"):
+        for match in records.MARK.finditer(page.read_text()):
+            assert match[1].split()[0] in records.TABLES, f"{page.name}: {match[0]}"
+
+
+def test_settings_are_listed_with_default_and_meaning(app):
+    table = records.settings(app, "")
+    assert "| `learning_rate` | `0.2` |" in table and "| `world.layout` | `coregistered` |" in table
