@@ -100,7 +100,6 @@ def draw(count: int, height: int, width: int, policy: Policy, *, generator: torc
     """
     if generator.device.type != "cpu":
         raise ValueError(f"the generator lives on {generator.device}; torch.Generator() makes one for every device")
-
     (low, high), full = policy.crop_ratio, torch.tensor([[height], [width]], dtype=torch.float64)
     if (least := math.sqrt(policy.crop_scale[0] * height * width * min(low, 1 / high))) < 2:
         found = f"images of {height} x {width} px with crop_scale {policy.crop_scale} give crops {least:.1f} px wide"

@@ -1,12 +1,13 @@
 """Profiles: every number of a run, strict and typed. Defaults are the paper's for SAR-optical pretraining."""
 
+import contextlib
 import dataclasses
 import difflib
 import itertools
 import json
 import re
 import types
-import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,9 +45,7 @@ class World:
     """The miniature world (source: world): known factors rendered as Sentinel-1 and Sentinel-2 tiles."""
 
     locations: int = setting(2048, "pretraining locations", low=1)
-    through_files: int = setting(
-        64, "of these (and of the patches), written to disk as GeoTIFF and read back", low=0, result=False
-    )
+    through_files: int = setting(64, "of these (and of the patches), written as GeoTIFF and read", low=0, result=False)
     train: int = setting(1024, "labelled patches for training a classifier", low=1, result=False)
     test: int = setting(512, "labelled patches for testing it", low=1, result=False)
     tile: int = setting(36, "tile side, px at 10 m; a multiple of 6", low=6)
@@ -68,7 +67,7 @@ class Transfer:
     learning_rate_finetune: float = setting(0.05, "SGD rate when all weights are trained", low=0)
     crop_size: int = setting(224, "side of a network input, px", low=8)
     crop_scale: float = setting(0.8, "smallest share of a patch's area that a crop keeps", low=0.01, high=1)
-    exclude: bool = setting(True, "leave out patches with snow, cloud or shadow", result=False)
+    exclude: bool = setting(False, "leave out patches that lists named patches_with_* in the root name", result=False)
 
 
 @dataclass(frozen=True)
@@ -117,29 +116,23 @@ def load(profile: str = "mini", overrides: dict | str | None = None) -> Settings
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
         raise ConfigError(f"profile {str(profile)!r}: no file {path}; existing profiles: {known}")
-    values = _parse(path.read_text(), path.name)
-    if isinstance(overrides, str):
-        overrides = _parse(overrides, "overrides")
-    settings = _build(Settings, _merge(values, _section(overrides or {}, "overrides")), path.name)
-    settings = dataclasses.replace(settings, profile=path.stem)
+    values = _merge(_section(path.read_text(), path.name), _section(overrides, "overrides"))
+    settings = dataclasses.replace(_build(Settings, values, path.name), profile=path.stem)
     _check(settings)
     members(settings)
     return settings
 
 
-def _parse(text: str, where: str) -> dict:
+def _section(values, where: str) -> dict:
+    """Named values, given as a dict or as YAML text; an empty text or None holds none."""
     try:
-        values = yaml.safe_load(text)
-        json.dumps(values, default=str)  # refuses values that contain themselves
+        values = yaml.safe_load(values) if isinstance(values, str) else values
+        json.dumps(values, default=str, skipkeys=True)  # refuses values that contain themselves
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{where}: not valid YAML: {error}") from None
-    return _section({} if values is None else values, where)
-
-
-def _section(values, where: str) -> dict:
-    if not isinstance(values, dict):
+    if not isinstance(values, dict | None):
         raise ConfigError(f"{where}: expected `name: value` lines, found {values!r}")
-    return values
+    return values or {}
 
 
 def _merge(base: dict, top: dict) -> dict:
@@ -148,39 +141,35 @@ def _merge(base: dict, top: dict) -> dict:
     for source in (base, top):
         for name, value in source.items():
             head, _, rest = str(name).partition(".")
-            value = {rest: value} if rest else value
-            found = merged.get(head)
-            if head == "sweep" and not rest:
-                merged[head] = value  # a sweep replaces the profile's as a whole; its own names are dotted
-            elif isinstance(value, dict) and isinstance(found, dict):
-                merged[head] = {**found, **value} if head == "sweep" else _merge(found, value)
-            elif rest and found is not None:
+            value, found = {rest: value} if rest else value, merged.get(head)
+            if rest and not isinstance(found, dict | None):
                 raise ConfigError(f"{head} = {found!r}; expected a section, since {name!r} is set too")
+            if head == "sweep":  # replaces the profile's as a whole; its own names are dotted
+                merged[head] = {**(found or {}), **value} if rest else value
+            elif isinstance(value, dict):
+                merged[head] = _merge(found if isinstance(found, dict) else {}, value)
             else:
-                merged[head] = value if head == "sweep" or not isinstance(value, dict) else _merge({}, value)
+                merged[head] = value
     return merged
 
 
 def _build(cls: type, values: dict, where: str):
-    hints = typing.get_type_hints(cls)
-    for name in values:
-        if name not in hints or name == "profile":
-            known = [k for k in hints if k != "profile"]
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-            raise ConfigError(f"{where}: unknown setting {str(name)!r}; {hint}")
+    known = {f.name: f for f in dataclasses.fields(cls) if f.name != "profile"}
     made = {}
-    for f in dataclasses.fields(cls):
-        if f.name not in values:
-            continue
-        value, name = values[f.name], f"{where}: {f.name}"
-        if dataclasses.is_dataclass(hints[f.name]):
-            if not isinstance(value, dict):
-                raise ConfigError(f"{name} = {value!r}; expected a section of `name: value` lines")
-            made[f.name] = _build(hints[f.name], value, name)
+    for key, value in values.items():
+        name = f"{where}: {key}"
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+            raise ConfigError(f"{where}: unknown setting {str(key)!r}; {hint}")
+        kind = known[key].type
+        if not dataclasses.is_dataclass(kind):
+            made[key] = _cast(value, kind, name)
+            _in_range(made[key], known[key].metadata, name)
+        elif isinstance(value, dict):
+            made[key] = _build(kind, value, name)
         else:
-            made[f.name] = _cast(value, hints[f.name], name)
-            _in_range(made[f.name], f.metadata, name)
+            raise ConfigError(f"{name} = {value!r}; expected a section of `name: value` lines")
     return cls(**made)
 
 
@@ -191,12 +180,12 @@ def _cast(value, kind, name: str):
             raise ConfigError(f"{name} = {value!r}; expected a list, e.g. [{value}]")
         return tuple(_cast(v, kind.__args__[0], name) for v in value)
     if kind in (int, float) and not isinstance(value, bool) and isinstance(value, int | float | str):
-        try:
+        with contextlib.suppress(ValueError, OverflowError):
             number = float(value)
-            if kind is float or number.is_integer():
-                return number if kind is float else int(value) if isinstance(value, int) else int(number)
-        except (ValueError, OverflowError):
-            pass
+            if kind is float:
+                return number
+            if number.is_integer():
+                return value if isinstance(value, int) else int(number)  # large ones are not exact as floats
     elif kind in (bool, str, dict) and isinstance(value, kind):
         return value
     expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a section"}[kind]
@@ -204,38 +193,38 @@ def _cast(value, kind, name: str):
 
 
 def _in_range(value, metadata, name: str) -> None:
+    low, high = metadata["low"], metadata["high"]
     for v in value if isinstance(value, tuple) else (value,):
+        allowed = None
         if metadata["choices"] and v not in metadata["choices"]:
-            raise ConfigError(f"{name} = {v!r}; allowed: {', '.join(metadata['choices'])}")
-        if metadata["pattern"] and not re.fullmatch(metadata["pattern"], v):
-            raise ConfigError(f"{name} = {v!r}; allowed: letters, digits, '.', '_' and '-'")
-        low, high = metadata["low"], metadata["high"]
+            allowed = ", ".join(metadata["choices"])
+        elif metadata["pattern"] and not re.fullmatch(metadata["pattern"], v):
+            allowed = "letters, digits, '.', '_' and '-'"
         # Written so that NaN, which compares as neither, is refused too.
-        if (low is not None and not v >= low) or (high is not None and not v <= high):
+        elif (low is not None and not v >= low) or (high is not None and not v <= high):
             allowed = f"{low} or more" if high is None else f"{low} to {high}"
+        elif v == float("inf"):
+            allowed = "finite numbers"
+        if allowed:
             raise ConfigError(f"{name} = {v!r}; allowed: {allowed}")
-        if isinstance(v, float) and v == float("inf"):
-            raise ConfigError(f"{name} = {v!r}; must be finite")
 
 
 def _check(s: Settings) -> None:
     """Settings that are fine alone and impossible together."""
-    if not s.projector:
-        raise ConfigError("projector = []; at least one width is needed")
+    lists = {"projector": s.projector}
+    lists |= {f"transfer: {name}": getattr(s.transfer, name) for name in ("protocols", "inputs", "fractions")}
+    for name, values in lists.items():
+        if not values:
+            raise ConfigError(f"{name} = []; at least one width or value is needed")
+    if not all(s.transfer.fractions):
+        raise ConfigError(f"transfer: fractions = {list(s.transfer.fractions)}; each must lie above 0 and at most at 1")
     if s.dim_common > s.projector[-1]:
-        raise ConfigError(
-            f"dim_common = {s.dim_common} is more than the embedding has: the last width of projector is"
-            f" {s.projector[-1]}; allowed: 0 to {s.projector[-1]}"
-        )
+        allowed = f"the last width of projector is {s.projector[-1]}; allowed: 0 to {s.projector[-1]}"
+        raise ConfigError(f"dim_common = {s.dim_common} is more than the embedding has: {allowed}")
     if s.world.tile % 6:
         raise ConfigError(f"world: tile = {s.world.tile}; must be a multiple of 6 (bands at 10, 20 and 60 m)")
     if s.data.source == "world" and s.world.locations < s.batch_size:
         raise ConfigError(f"batch_size = {s.batch_size} is more than world: locations = {s.world.locations}")
-    if not all(s.transfer.fractions):
-        raise ConfigError(f"transfer: fractions = {list(s.transfer.fractions)}; each must lie above 0 and at most at 1")
-    for name in ("protocols", "inputs", "fractions"):
-        if not getattr(s.transfer, name):
-            raise ConfigError(f"transfer: {name} = []; at least one is needed")
     if not s.runs:
         raise ConfigError("runs = ''; expected the name of a folder")
 
@@ -244,66 +233,55 @@ def check_world_size(settings: Settings, world_size: int) -> None:
     """Refuse a batch that cannot be shared out evenly over ``world_size`` processes."""
     if settings.batch_size % world_size:
         fits = settings.batch_size // world_size * world_size or world_size
-        raise ConfigError(
-            f"batch_size = {settings.batch_size} is not divisible by the world size of {world_size} processes;"
-            f" nearest that is: {fits}"
-        )
+        found = f"batch_size = {settings.batch_size} is not divisible by the world size of {world_size} processes"
+        raise ConfigError(f"{found}; nearest that is: {fits}")
 
 
 def members(settings: Settings) -> list[Settings]:
     """One ``Settings`` for each combination of the ``sweep`` lists; without a sweep, the settings themselves."""
     for name, values in settings.sweep.items():
         if name in ("profile", "sweep") or not isinstance(values, list) or not values:
-            raise ConfigError(
-                f"sweep: {name} = {values!r}; expected a setting's name and a list with at least one value"
-            )
+            expected = "expected a setting's name and a list with at least one value"
+            raise ConfigError(f"sweep: {name} = {values!r}; {expected}")
+    base = {k: v for k, v in to_dict(settings).items() if k not in ("profile", "sweep")}
     made = []
     for combination in itertools.product(*settings.sweep.values()):
-        values = _merge(to_dict(settings), dict(zip(settings.sweep, combination, strict=True)))
-        member = _build(Settings, {k: v for k, v in values.items() if k not in ("profile", "sweep")}, "sweep")
-        member = dataclasses.replace(member, profile=settings.profile)
-        _check(member)
-        made.append(member)
+        values = _merge(base, dict(zip(settings.sweep, combination, strict=True)))
+        made.append(dataclasses.replace(_build(Settings, values, "sweep"), profile=settings.profile))
+        _check(made[-1])
     return made
 
 
 def to_dict(settings) -> dict:
     """Nested plain values, as JSON and YAML hold them (tuples become lists)."""
-    values = dataclasses.asdict(settings)
-    return _listed(values)
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
 
 
-def _listed(value):
-    if isinstance(value, dict):
-        return {k: _listed(v) for k, v in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+def _fields(cls: type = Settings, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+    """Dotted name and field of every setting."""
+    for f in dataclasses.fields(cls):
+        if f.metadata:
+            yield prefix + f.name, f
+        else:
+            yield from _fields(f.type, f"{f.name}.")
 
 
 def identity(settings: Settings) -> dict:
     """The settings that decide what a pretraining run computes, as a flat dict of dotted names."""
-    flat = {}
-    for f in dataclasses.fields(settings):
-        value = getattr(settings, f.name)
-        if f.name == "transfer" or (f.name == "world" and settings.data.source != "world"):
-            continue
-        if dataclasses.is_dataclass(value):
-            inner = [g for g in dataclasses.fields(value) if g.metadata["result"]]
-            flat |= {f"{f.name}.{g.name}": _listed(getattr(value, g.name)) for g in inner}
-        elif f.metadata["result"]:
-            flat[f.name] = _listed(value)
+    values, flat = to_dict(settings), {}
+    skipped = ("transfer",) if settings.data.source == "world" else ("transfer", "world")
+    for name, f in _fields():
+        section, _, inner = name.rpartition(".")
+        if f.metadata["result"] and section not in skipped:
+            flat[name] = values[section][inner] if section else values[name]
     return flat
 
 
-def describe(cls: type = Settings, prefix: str = "") -> list[tuple[str, object, str]]:
+def describe() -> list[tuple[str, object, str]]:
     """(name, default, meaning) of every setting, for the book's table."""
     rows = []
-    for f in dataclasses.fields(cls):
-        if "meaning" in f.metadata:
-            default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-            choices = f.metadata["choices"]
-            rows.append(
-                (prefix + f.name, default, f.metadata["meaning"] + (f": {', '.join(choices)}" if choices else ""))
-            )
-        else:
-            rows += describe(f.default_factory, f"{f.name}.")
+    for name, f in _fields():
+        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+        choices = ", ".join(f.metadata["choices"])
+        rows.append((name, default, f.metadata["meaning"] + (f": {choices}" if choices else "")))
     return rows

@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 
 from . import losses, transfer
-from .augment import augment
 from .data.store import Store
 
 
@@ -17,14 +16,11 @@ def embeddings(folder: Path, store: Store, *, samples: int, batch_size: int = 25
     """
     model, preprocessing, settings = transfer.load_pretrained(folder)
     model.eval()
-    size, n = settings["crop_size"], min(samples, len(store))
-    embedded: list[list[torch.Tensor]] = [[], []]
-    for k in range(0, n, batch_size):
-        for modality, name in enumerate(preprocessing):
-            rows = [torch.from_numpy(store.read(i, name, 0).copy()) for i in range(k, min(k + batch_size, n))]
-            images = augment(torch.stack(rows), transfer.plain(size), generator=torch.Generator())
-            embedded[modality].append(model.embed(modality + 1, images))
-    return torch.cat(embedded[0]), torch.cat(embedded[1])
+    policy, embedded = transfer.plain(settings["crop_size"]), []
+    for rows in torch.arange(min(samples, len(store))).split(batch_size):
+        images = transfer.views(store, preprocessing, rows.tolist(), policy)
+        embedded.append([model.embed(modality, x) for modality, x in enumerate(images, start=1)])
+    return tuple(map(torch.cat, zip(*embedded, strict=True)))
 
 
 def embed_members(folders: dict[str, Path], store_path: Path, *, samples: int) -> dict[str, tuple]:

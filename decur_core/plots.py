@@ -9,30 +9,21 @@ from matplotlib.ticker import MaxNLocator
 
 from .data.bigearthnet import CLASSES_19
 
-# One colour per meaning in all figures (Okabe and Ito's palette, told apart by colour-blind readers).
-COLOURS = {
-    "sar": "#0072B2",
-    "optical": "#D55E00",
-    "both": "#444444",
-    "common": "#009E73",
-    "unique": "#CC79A7",
-    "total": "#000000",
-    "intra1": "#0072B2",
-    "intra2": "#D55E00",
-    "decur": "#332288",
-    "barlow_twins": "#E69F00",
-    "random": "#999999",
+# Name and colour of everything, the same in all figures (Okabe and Ito's palette, told apart by colour-blind readers).
+STYLES = {
+    "sar": ("SAR", "#0072B2"),
+    "optical": ("optical", "#D55E00"),
+    "both": ("SAR + optical", "#444444"),
+    "common": ("common", "#009E73"),
+    "unique": ("unique", "#CC79A7"),
+    "total": ("total", "#000000"),
+    "intra1": ("intra-modal SAR", "#0072B2"),
+    "intra2": ("intra-modal optical", "#D55E00"),
+    "decur": ("DeCUR", "#332288"),
+    "barlow_twins": ("Barlow Twins (cross-modal)", "#E69F00"),
+    "random": ("random initialisation", "#999999"),
 }
-NAMES = {
-    "sar": "SAR",
-    "optical": "optical",
-    "both": "SAR + optical",
-    "decur": "DeCUR",
-    "barlow_twins": "Barlow Twins (cross-modal)",
-    "random": "random initialisation",
-    "intra1": "intra-modal SAR",
-    "intra2": "intra-modal optical",
-}
+ABOVE = {"fontsize": 7, "loc": "lower left", "bbox_to_anchor": (0, 1), "frameon": False}  # of a legend
 RGB = (3, 2, 1)  # rows of B4, B3, B2 among the 13 bands
 
 
@@ -52,8 +43,15 @@ def stretch(image: np.ndarray, low: float = 2, high: float = 98) -> np.ndarray:
 def _show(axis, image: np.ndarray, title: str = "", **options) -> None:
     axis.imshow(image, interpolation="nearest", **options)
     axis.set_title(title, fontsize=8)
-    axis.set_xticks([])
-    axis.set_yticks([])
+    axis.set(xticks=[], yticks=[])
+
+
+def _classes(labels: Sequence[str], *, height: float) -> tuple[Figure, plt.Axes]:
+    """A panel for bars that lie, one row per class, the first on top."""
+    figure, axes = _figure(1, 1, height=height, width=8)
+    axes[0, 0].set_yticks(range(len(labels)), labels, fontsize=7)
+    axes[0, 0].invert_yaxis()
+    return figure, axes[0, 0]
 
 
 def pairs(samples: Sequence[dict], *, season: int = 0) -> Figure:
@@ -102,9 +100,8 @@ def histograms(values: dict[str, np.ndarray], *, unit: str, bins: int = 64) -> F
     for axis, (name, images) in zip(axes.flat, values.items(), strict=True):
         for band in np.moveaxis(images, -3, 0):
             counts, edges = np.histogram(band, bins=bins)
-            centres = (edges[:-1] + edges[1:]) / 2
-            axis.plot(centres, counts / counts.sum(), color=COLOURS[name], alpha=0.5, lw=1)
-        axis.set(title=NAMES[name], xlabel=unit, ylabel="share of pixels")
+            axis.plot((edges[:-1] + edges[1:]) / 2, counts / counts.sum(), color=STYLES[name][1], alpha=0.5, lw=1)
+        axis.set(title=STYLES[name][0], xlabel=unit, ylabel="share of pixels")
     return figure
 
 
@@ -143,11 +140,11 @@ def history(runs: dict[str, Sequence[dict]], *, smooth: int = 1) -> Figure:
         steps = [line["step"] for line in lines]
         for name in ("total", "common", "unique", "intra1", "intra2"):
             if lines and name in lines[0]:
-                values = np.array([line[name] for line in lines])
-                axis.plot(steps, values, color=COLOURS[name], lw=0.5, alpha=0.35)
+                values, (label, color) = [line[name] for line in lines], STYLES[name]
+                axis.plot(steps, values, color=color, lw=0.5, alpha=0.35)
                 width = min(smooth, len(values))
                 mean = np.convolve(values, np.ones(width) / width, mode="valid")
-                axis.plot(steps[width - 1 :], mean, color=COLOURS[name], lw=1.5, label=NAMES.get(name, name))
+                axis.plot(steps[width - 1 :], mean, color=color, lw=1.5, label=label)
         axis.set(title=title, xlabel="step", ylabel="loss (sum over dimensions)", yscale="log")
         axis.legend(fontsize=7)
     return figure
@@ -155,10 +152,10 @@ def history(runs: dict[str, Sequence[dict]], *, smooth: int = 1) -> Figure:
 
 def learning_rate(lines: Sequence[dict]) -> Figure:
     """The learning rate of the weights over the steps of one run."""
-    figure, axes = _figure(1, 1, height=2.4, width=5)
-    axes[0, 0].plot([x["step"] for x in lines], [x["learning_rate"] for x in lines], color="black")
-    axes[0, 0].set(xlabel="step", ylabel="learning rate", ylim=(0, None))
-    axes[0, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure, ((axis,),) = _figure(1, 1, height=2.4, width=5)
+    axis.plot([x["step"] for x in lines], [x["learning_rate"] for x in lines], color="black")
+    axis.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
@@ -169,46 +166,38 @@ def scores(rows: Sequence[dict], *, reference: float | None = None) -> Figure:
     """
     groups = list(dict.fromkeys((r["inputs"], r["protocol"], r["fraction"]) for r in rows))
     methods = list(dict.fromkeys(r["method"] for r in rows))
-    figure, axes = _figure(1, 1, height=3.4, width=max(5, 1.1 * len(groups) + 2))
-    axis, width = axes[0, 0], 0.8 / max(1, len(methods))
+    figure, ((axis,),) = _figure(1, 1, height=3.4, width=max(5, 1.1 * len(groups) + 2))
+    width = 0.8 / max(1, len(methods))
     for k, method in enumerate(methods):
-        found = {(r["inputs"], r["protocol"], r["fraction"]): r for r in rows if r["method"] == method}
-        at = [i + (k - (len(methods) - 1) / 2) * width for i, g in enumerate(groups) if g in found]
-        chosen = [found[g] for g in groups if g in found]
-        spread = [r["deviation"] or 0 for r in chosen]
-        label = NAMES.get(method, method)
-        axis.bar(at, [r["mean"] for r in chosen], width, yerr=spread, color=COLOURS[method], label=label, capsize=2)
+        found = {groups.index((r["inputs"], r["protocol"], r["fraction"])): r for r in rows if r["method"] == method}
+        at = [i + (k - (len(methods) - 1) / 2) * width for i in found]
+        spread, (label, color) = [r["deviation"] or 0 for r in found.values()], STYLES[method]
+        axis.bar(at, [r["mean"] for r in found.values()], width, yerr=spread, color=color, label=label, capsize=2)
     if reference is not None:
         axis.axhline(reference, color="black", ls=":", lw=1, label="guessing")
-    names = [f"{NAMES[i]}\n{p}\n{100 * f:g} % labels" for i, p, f in groups]
+    names = [f"{STYLES[i][0]}\n{p}\n{100 * f:g} % labels" for i, p, f in groups]
     axis.set_xticks(range(len(groups)), names, fontsize=7)
     axis.set_ylabel("mAP micro (%)")
-    axis.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False)
+    axis.legend(ncols=4, **ABOVE)
     return figure
 
 
 def per_class(rows: dict[str, Sequence[float | None]]) -> Figure:
     """Average precision of each of the 19 classes that occurs, a bar per method."""
     kept = [i for i in range(len(CLASSES_19)) if any(v[i] is not None for v in rows.values())]
-    figure, axes = _figure(1, 1, height=0.42 * len(kept) + 1, width=8)
-    axis, height = axes[0, 0], 0.8 / len(rows)
+    figure, axis = _classes([CLASSES_19[i] for i in kept], height=0.42 * len(kept) + 1)
+    height = 0.8 / len(rows)
     for k, (method, values) in enumerate(rows.items()):
-        at = [i + k * height - 0.4 + height / 2 for i in range(len(kept))]
-        label = NAMES.get(method, method)
-        axis.barh(at, [values[i] or 0 for i in kept], height, color=COLOURS[method], label=label)
-    axis.set_yticks(range(len(kept)), [CLASSES_19[i] for i in kept], fontsize=7)
-    axis.invert_yaxis()
+        at, (label, color) = np.arange(len(kept)) + (k + 0.5) * height - 0.4, STYLES[method]
+        axis.barh(at, [values[i] or 0 for i in kept], height, color=color, label=label)
     axis.set_xlabel("average precision (%)")
-    axis.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
+    axis.legend(ncols=3, **ABOVE)
     return figure
 
 
 def prevalence(labels: np.ndarray) -> Figure:
     """Share of patches that carry each of the 19 classes; ``labels``: N x 19 of 0 and 1."""
-    share = 100 * labels.mean(0)
-    figure, axes = _figure(1, 1, height=4.2, width=8)
-    axes[0, 0].barh(range(len(share)), share, color=COLOURS["both"])
-    axes[0, 0].set_yticks(range(len(share)), CLASSES_19, fontsize=7)
-    axes[0, 0].invert_yaxis()
-    axes[0, 0].set_xlabel("share of patches (%)")
+    figure, axis = _classes(CLASSES_19, height=4.2)
+    axis.barh(range(len(CLASSES_19)), 100 * labels.mean(0), color=STYLES["both"][1])
+    axis.set_xlabel("share of patches (%)")
     return figure

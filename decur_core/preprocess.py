@@ -33,16 +33,14 @@ class Preprocessing:
             fits = self.scheme == "outliers_mean_std_8bit" and self.outliers is not None and 0 <= self.outliers < 1
             fits = fits and len(self.mean or ()) == len(self.std or ()) == len(self.bands)
         if not fits:
-            raise ValueError(
-                f"{self}: scheme must be reflectance_8bit, with scale > 0, or outliers_mean_std_8bit, with outliers "
-                "in [0, 1) and one mean and one std per band"
-            )
+            known = "reflectance_8bit, with scale > 0, or outliers_mean_std_8bit, with outliers in [0, 1) and one mean"
+            raise ValueError(f"{self}: scheme must be {known} and one std per band")
 
     def check(self, images: np.ndarray) -> None:
         """Refuse (…, C, H, W) arrays that cannot be `unit` in these bands.
 
         DataError: wrong band count, 8-bit or non-finite values, values outside `valid_range`, or an image (one season
-        of one place) whose values as a whole belong to another unit. An image of one value (no data) passes.
+        of one place) that as a whole belongs to another unit. An image of one value (no data) passes.
         """
         expected = f"{self.modality}: expected {self.unit} of {len(self.bands)} bands ({' '.join(self.bands)})"
         if images.ndim < 3 or images.shape[-3] != len(self.bands):

@@ -8,8 +8,8 @@ from pathlib import Path
 from .runs import METHODS
 
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
-COLUMNS = {"1 % linear": (0.01, "linear"), "1 % finetune": (0.01, "finetune")}
-COLUMNS |= {"100 % linear": (1.0, "linear"), "100 % finetune": (1.0, "finetune")}
+COLUMNS = {f"{100 * f:g} % {p}": (f, p) for f in (0.01, 1.0) for p in ("linear", "finetune")}
+KEYS = ("method", "protocol", "inputs", "fraction")  # what tells one measurement from another, seeds aside
 INPUTS = {"sar+optical": "both", "sar": "sar"}
 
 
@@ -20,17 +20,14 @@ def summary(records: Sequence[dict]) -> list[dict]:
     """
     groups: dict[tuple, list[dict]] = {}
     for record in records:
-        key = tuple(record[k] for k in ("method", "protocol", "inputs", "fraction"))
-        groups.setdefault(key, []).append(record)
+        groups.setdefault(tuple(record[k] for k in KEYS), []).append(record)
     rows = []
-    for (method, protocol, inputs, fraction), found in groups.items():
-        micro = [r["micro"] for r in found if r["micro"] is not None]
-        macro = [r["macro"] for r in found]
-        row = {"method": method, "protocol": protocol, "inputs": inputs, "fraction": fraction, "seeds": len(found)}
-        row["mean"] = statistics.fmean(micro)
-        row["deviation"] = statistics.stdev(micro) if len(micro) > 1 else None
-        row["macro"] = statistics.fmean(macro)
-        row["macro_deviation"] = statistics.stdev(macro) if len(macro) > 1 else None
+    for key, found in groups.items():
+        row = {**dict(zip(KEYS, key, strict=True)), "seeds": len(found)}
+        for kind, mean, deviation in (("micro", "mean", "deviation"), ("macro", "macro", "macro_deviation")):
+            values = [r[kind] for r in found]
+            row[mean] = statistics.fmean(values)
+            row[deviation] = statistics.stdev(values) if len(values) > 1 else None
         rows.append(row)
     order = list(METHODS)
     rows.sort(key=lambda r: (order.index(r["method"]), r["inputs"], -r["fraction"], r["protocol"] != "linear"))
@@ -49,8 +46,9 @@ def per_class(records: Sequence[dict], *, protocol: str, inputs: str, fraction: 
     }
 
 
-def _cell(mean: float, deviation: float | None) -> str:
-    return f"{mean:.1f}" + (f" ± {deviation:.1f}" if deviation is not None else "")
+def _cell(mean: float, deviation: float | None, best: float | None = None) -> str:
+    text = f"{mean:.1f}" + (f" ± {deviation:.1f}" if deviation is not None else "")
+    return f"**{text}**" if mean == best else text
 
 
 def markdown(rows: Sequence[dict]) -> str:
@@ -64,17 +62,15 @@ def markdown(rows: Sequence[dict]) -> str:
         {(r["inputs"], r["fraction"], r["protocol"]) for r in rows},
         key=lambda t: (list(names).index(t[0]), -t[1], t[2] != "linear"),
     )
-    found = {(r["method"], r["inputs"], r["fraction"], r["protocol"]): r for r in rows}
     lines = ["| Inputs | Labels | Protocol | " + " | ".join(METHODS[m] for m in methods) + " |"]
     lines.append("|---" * (3 + len(methods)) + "|")
     for task in tasks:
-        best = max(r["mean"] for r in rows if (r["inputs"], r["fraction"], r["protocol"]) == task)
+        found = {r["method"]: r for r in rows if (r["inputs"], r["fraction"], r["protocol"]) == task}
+        best = max(r["mean"] for r in found.values())
         cells = [names[task[0]], f"{100 * task[1]:g} %", task[2]]
-        for method in methods:
-            row = found.get((method, *task))
-            micro = _cell(row["mean"], row["deviation"]) if row else ""
-            micro = f"**{micro}**" if row and row["mean"] == best else micro
-            cells.append(f"{micro} / {_cell(row['macro'], row['macro_deviation'])}" if row else "")
+        for r in map(found.get, methods):
+            macro = _cell(r["macro"], r["macro_deviation"]) if r else ""
+            cells.append(f"{_cell(r['mean'], r['deviation'], best)} / {macro}" if r else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -85,24 +81,18 @@ def table1(records: Sequence[dict], inputs: str = "sar+optical") -> str:
     ``inputs``: ``sar+optical`` or ``sar``. Our cells are empty where nothing ran. Which data ours come from is for the
     caption to say: see ``source``.
     """
-    ours = {(r["method"], r["fraction"], r["protocol"]): r for r in summary(records) if r["inputs"] == INPUTS[inputs]}
+    ours = [r for r in summary(records) if r["inputs"] == INPUTS[inputs]]
     paper = PAPER["table1_bigearthnet_map_micro"][inputs]
-    best_paper = [max(row[k] for row in paper.values()) for k in range(len(COLUMNS))]
-    best_ours = [
-        max((r["mean"] for (m, f, p), r in ours.items() if (f, p) == column), default=None)
-        for column in COLUMNS.values()
-    ]
+    rows: dict[str, list[str]] = {m: [] for m in METHODS if m in paper}
+    for k, column in enumerate(COLUMNS.values()):
+        found = {r["method"]: r for r in ours if (r["fraction"], r["protocol"]) == column}
+        best = max((r["mean"] for r in found.values()), default=None)
+        for method, cells in rows.items():
+            r = found.get(method)
+            cells.append(_cell(paper[method][k], None, max(row[k] for row in paper.values())))
+            cells.append(_cell(r["mean"], r["deviation"], best) if r else "")
     lines = ["| | " + " | ".join(f"{c}, paper | ours" for c in COLUMNS) + " |", "|---" * (1 + 2 * len(COLUMNS)) + "|"]
-    for method in (m for m in METHODS if m in paper):
-        cells = []
-        for k, column in enumerate(COLUMNS.values()):
-            value = f"{paper[method][k]:.1f}"
-            cells.append(f"**{value}**" if paper[method][k] == best_paper[k] else value)
-            row = ours.get((method, *column))
-            mine = _cell(row["mean"], row["deviation"]) if row else ""
-            cells.append(f"**{mine}**" if row and row["mean"] == best_ours[k] else mine)
-        lines.append(f"| {METHODS[method]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines + [f"| {METHODS[m]} | " + " | ".join(cells) + " |" for m, cells in rows.items()])
 
 
 def source(records: Sequence[dict]) -> str:
@@ -112,11 +102,10 @@ def source(records: Sequence[dict]) -> str:
     kinds = {"world": "the miniature world (not real data)", "ssl4eo": "SSL4EO-S12 and BigEarthNet-MM"}
     kinds["samples"] = "a handful of real sample tiles"
     data = " and ".join(kinds[k] for k in sorted({r["world"] for r in records}))
-    profiles = ", ".join(sorted({r["profile"] for r in records}))
-    commits = ", ".join(sorted({r["provenance"]["commit"] for r in records}))
-    hardware = {r["provenance"]["hardware"]["processor"]: r["provenance"]["hardware"] for r in records}
+    origins = [r["provenance"] for r in records]
+    profiles, commits = (sorted(found) for found in ({r["profile"] for r in records}, {o["commit"] for o in origins}))
+    hardware = {o["hardware"]["processor"]: o["hardware"] for o in origins}
     machines = ", ".join(", ".join(h["gpus"]) or f"{h['cores']} cores of {name}" for name, h in hardware.items())
     seeds = len({r["seed"] for r in records})
-    date = max(r["provenance"]["date"] for r in records)[:10]
-    plural = "s" if seeds > 1 else ""
-    return f"Ours: {data}; profile {profiles}, {seeds} seed{plural}, commit {commits}, {machines}, {date}."
+    made = f"profile {', '.join(profiles)}, {seeds} seed{'s' if seeds > 1 else ''}, commit {', '.join(commits)}"
+    return f"Ours: {data}; {made}, {machines}, {max(o['date'] for o in origins)[:10]}."

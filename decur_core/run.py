@@ -11,7 +11,6 @@ import ctypes
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -30,16 +29,18 @@ from papermill.execute import execute_notebook
 
 from . import config, runs
 
+# Bars as rare text lines. Threads that wait must sleep: spinning ones make a shared machine many times slower.
+ENVIRONMENT = {"DECUR_HEADLESS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 REFRESH = 10.0  # seconds between two log lines of the same progress bar
 
 
 @dataclass
 class State:
-    """What the driver knows: the kernel's process, the cell it is in, the first signal that came."""
+    """What the driver knows."""
 
-    kernel: int | None = None
+    kernel: int | None = None  # its process
     cell: str = "before its first cell"
-    received: int | None = None
+    received: int | None = None  # the first signal that came
 
 
 class ThisPython(KernelSpecManager):
@@ -47,8 +48,8 @@ class ThisPython(KernelSpecManager):
 
     def get_kernel_spec(self, kernel_name):
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        known = {"display_name": "Python", "language": "python", "metadata": {"supported_encryption": "curve"}}
-        return KernelSpec(argv=argv, env={"DECUR_HEADLESS": "1"}, **known)
+        known = {"language": "python", "metadata": {"supported_encryption": "curve"}}
+        return KernelSpec(argv=argv, env=ENVIRONMENT, **known)
 
 
 class Client(PapermillNotebookClient):
@@ -71,7 +72,7 @@ class Client(PapermillNotebookClient):
         try:
             return super().execute()
         finally:
-            kill(self.state.kernel)  # whatever the notebook started and left behind
+            send(self.state.kernel, signal.SIGKILL, os.killpg)  # whatever the notebook started and left behind
             self.state.kernel = None
 
     def execute_cell(self, cell, cell_index, **kwargs):
@@ -101,8 +102,6 @@ class Client(PapermillNotebookClient):
 
 
 class Engine(NBClientEngine):
-    """papermill's engine with ``Client`` for a client."""
-
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, *, state, **kwargs):
         client = Client(nb_man, timeout=None, startup_timeout=300, iopub_timeout=60, shutdown_kernel="immediate")
@@ -132,11 +131,11 @@ def merge_last(outputs: list) -> None:
     outputs.append(chunk)
 
 
-def kill(kernel: int | None) -> None:
-    """SIGKILL for the kernel and its process group (a kernel leads a session of its own)."""
+def send(kernel: int | None, number: int, how=os.kill) -> None:
+    """Send a signal to the kernel, if it is alive; ``os.killpg`` reaches what it started, too (it leads a session)."""
     if kernel:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(kernel, signal.SIGKILL)
+            how(kernel, number)
 
 
 @contextlib.contextmanager
@@ -147,12 +146,10 @@ def forwarding(state: State, grace: float):
         print(f"{signal.Signals(number).name}: passed on to the kernel, which has {grace:g} s to stop", flush=True)
         if not state.received:
             state.received = number
-            timer = threading.Timer(grace, lambda: kill(state.kernel))
+            timer = threading.Timer(grace, lambda: send(state.kernel, signal.SIGKILL, os.killpg))
             timer.daemon = True
             timer.start()
-        if state.kernel:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(state.kernel, number)
+        send(state.kernel, number)
 
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     # What the caller ignores stays ignored (nohup, background jobs of a shell).
@@ -182,14 +179,11 @@ def find(numbers: list[str], notebooks: Path) -> list[Path]:
 
 
 def publish(notebook, target: Path, note: dict) -> None:
-    """Write the executed ``notebook``, with ``note`` in its metadata, under a temporary name; then rename it."""
+    """Write the executed ``notebook`` with ``note`` in its metadata."""
     for part in (notebook, *notebook.cells):
         part.metadata.pop("papermill", None)  # holds paths of this machine
     notebook.metadata["decur"] = note
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
-    os.replace(temporary, target)
+    runs.write_text(target, nbformat.writes(notebook) + "\n")
 
 
 def run_one(path: Path, state: State, *, parameters: dict, output: Path, executed: Path, cwd: Path) -> str | None:
@@ -207,28 +201,20 @@ def run_one(path: Path, state: State, *, parameters: dict, output: Path, execute
         return "a signal came"
     if not is_finished(done):
         return f"the last cell did not print {runs.SENTINEL!r}; decur_core.runs.finished() does"
-    command = ["git", "-C", str(config.ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    commit = runs.git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*") or "unknown"
     date, seconds = datetime.now(UTC).isoformat(timespec="seconds"), round(time.monotonic() - start, 1)
     publish(done, executed / path.name, {**parameters, "date": date, "seconds": seconds, "commit": commit})
     print(f"{path.name}: {seconds} s, published in {executed}", flush=True)
 
 
 def run(
-    paths: list[Path],
-    *,
-    profile: str,
-    overrides: dict,
-    output: Path,
-    executed: Path,
-    grace: float = 60,
-    cwd=config.ROOT,
+    paths: list[Path], *, profile: str, overrides: dict, output: Path, executed: Path, grace=60.0, cwd=config.ROOT
 ) -> int:
     """Execute notebooks in order and stop at the first failure; returns the exit code.
 
-    ``output``: folder of the copies as they ran, whole or not; ``executed``: folder that good ones are published into;
-    ``grace``: seconds from a signal to the kernel's end; ``cwd``: working directory of the kernels. Returns 0 when all
-    were published, 128 + the signal's number after a signal, 1 otherwise.
+    ``output``: folder of the copies as they ran; ``executed``: that good ones are published into; ``grace``: seconds
+    from a signal to the kernel's end; ``cwd``: of the kernels. Returns 0 when all were published, 128 + the number
+    of a signal that came, 1 otherwise.
     """
     state, parameters = State(), {"profile": profile, "overrides": overrides}
     with forwarding(state, grace):

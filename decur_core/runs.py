@@ -8,8 +8,9 @@ import platform
 import subprocess
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
+
+import tqdm.auto
 
 from . import config
 
@@ -46,15 +47,20 @@ def label(settings: config.Settings) -> str:
     return ", ".join(filter(None, (METHODS[settings.method], f"seed {settings.seed}", settings.name)))
 
 
-def write_json(file: Path, value) -> None:
-    """Write JSON under a temporary name, flush it to disk, then rename: a reader never sees half a file."""
+def write_text(file: Path, text: str) -> None:
+    """Write under a temporary name, flush to disk, then rename: a reader never sees half a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with open(temporary, "w") as f:
-        json.dump(value, f, indent=1)
+    with open(temporary, "w", encoding="utf-8") as f:
+        f.write(text)
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, file)
+
+
+def write_json(file: Path, value) -> None:
+    """``value`` as JSON, written like any text."""
+    write_text(file, json.dumps(value, indent=1))
 
 
 @contextlib.contextmanager
@@ -71,24 +77,19 @@ def locked(folder: Path):
 
 def progress(steps: Iterable, **options):
     """A tqdm bar: a widget in JupyterLab, rare text lines in headless runs, where each refresh would be stored."""
-    if os.environ.get("DECUR_HEADLESS"):
-        from tqdm import tqdm
-
-        return tqdm(steps, mininterval=5, ascii=True, position=0, **options)  # a nested bar would move the cursor
-    from tqdm.auto import tqdm
-
-    return tqdm(steps, **options)
+    if os.environ.get("DECUR_HEADLESS"):  # a nested bar below the first would move the cursor
+        return tqdm.tqdm(steps, mininterval=5, ascii=True, position=0, **options)
+    return tqdm.auto.tqdm(steps, **options)
 
 
-def _git(*command: str) -> str:
-    with contextlib.suppress(OSError):
-        out = subprocess.run(["git", *command], cwd=config.ROOT, capture_output=True, text=True, timeout=30)
-        if out.returncode == 0:
-            return out.stdout.strip()
+def git(*command: str) -> str:
+    """What a git command says about the repository; empty where it fails or there is none."""
+    options = {"cwd": config.ROOT, "capture_output": True, "text": True, "timeout": 30, "check": True}
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(["git", *command], **options).stdout.strip()
     return ""
 
 
-@cache
 def _processor() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -104,15 +105,11 @@ def provenance() -> dict:
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "commit": _git("rev-parse", "--short=12", "HEAD") or "unknown",
-        "modified": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "decur_core", "notebooks")),
+        "commit": git("rev-parse", "--short=12", "HEAD") or "unknown",
+        "modified": bool(git("status", "--porcelain", "--untracked-files=no", "--", "decur_core", "notebooks")),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": {"processor": _processor(), "cores": os.cpu_count(), "gpus": gpus},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-        },
+        "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, torchvision)},
     }
 
 
@@ -131,11 +128,6 @@ def write_record(settings: config.Settings, name: str, record: dict) -> dict:
     record = {**record, "profile": settings.profile, "world": settings.data.source, "provenance": provenance()}
     write_json(path(settings, "records", f"{name}.json"), record)
     return record
-
-
-def read_records(settings: config.Settings) -> list[dict]:
-    """All records of the profile, sorted by file name."""
-    return [json.loads(f.read_text()) for f in sorted(path(settings, "records").glob("*.json"))]
 
 
 def publish_records(folder: Path, target: Path) -> None:

@@ -3,14 +3,15 @@
 import hashlib
 import itertools
 import json
-import math
+import statistics
 import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.classification import MultilabelAveragePrecision
+from torchmetrics.functional.classification import multilabel_average_precision
 
 from . import config, pretrain, runs
 from .augment import Policy, augment
@@ -79,30 +80,23 @@ def subset(n: int, fraction: float, *, seed: int) -> list[int]:
 def mean_average_precision(scores: Tensor, labels: Tensor) -> dict:
     """mAP in percent over a whole set: ``micro``, ``macro`` and ``per_class`` (None where a class never occurs).
 
-    ``scores``: N x L, any monotone score; ``labels``: N x L of 0 and 1. Macro averages the classes that occur.
+    ``scores``: N x L, any monotone score; ``labels``: N x L of 0 and 1, not all 0. Macro: of the classes that occur.
     """
-    found = {}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings():  # about classes that never occur
         warnings.filterwarnings("ignore", message=".*no positive samples.*")
         warnings.filterwarnings("ignore", message="Average precision score for one or more classes was `nan`.*")
-        for average in ("micro", "none"):
-            metric = MultilabelAveragePrecision(labels.shape[1], average=average)
-            found[average] = 100 * metric(scores.sigmoid(), labels.int())
-    occurs = labels.bool().any(0)
-    per_class = [round(v, 4) if o else None for v, o in zip(found["none"].tolist(), occurs.tolist(), strict=True)]
-    kept = [v for v in per_class if v is not None]
-    micro = float(found["micro"])
-    return {"micro": micro if math.isfinite(micro) else None, "macro": sum(kept) / len(kept), "per_class": per_class}
+        micro, each = (
+            100 * multilabel_average_precision(scores.sigmoid(), labels.int(), labels.shape[1], average=average)
+            for average in ("micro", "none")
+        )
+    occurs = labels.bool().any(0).tolist()
+    per_class = [round(v, 4) if o else None for v, o in zip(each.tolist(), occurs, strict=True)]
+    macro = statistics.fmean(v for v in per_class if v is not None)
+    return {"micro": float(micro), "macro": macro, "per_class": per_class}
 
 
 def evaluate(
-    settings: Settings,
-    folder: Path,
-    stores: dict[str, Path],
-    *,
-    protocol: str,
-    inputs: str = "both",
-    fraction: float = 1.0,
+    settings: Settings, folder: Path, stores: dict[str, Path], *, protocol: str, inputs: str = "both", fraction=1.0
 ) -> dict:
     """Train a classifier on a finished pretraining and measure mAP on the test patches; returns the saved record.
 
@@ -114,12 +108,14 @@ def evaluate(
     wanted = {"protocol": protocol, "inputs": inputs, "fraction": fraction}
     name = f"bigearthnet-{Path(folder).name}-{protocol}-{inputs}-{fraction:g}"
     model, preprocessing, pretraining = load_pretrained(folder)
+    train, test = Store(stores["train"]), Store(stores["test"])
+    for store in (train, test):
+        if store.labels is None:
+            raise config.ConfigError(f"{store.path}: holds no labels; convert labelled patches")
+        store.check({modality: expected.to_dict() for modality, expected in preprocessing.items()})
     described = {"pretraining": pretraining, "transfer": config.to_dict(settings)["transfer"], **wanted}
     for key in ("protocols", "inputs", "fractions"):
         described["transfer"].pop(key)
-    train, test = Store(stores["train"]), Store(stores["test"])
-    for store in (train, test):
-        _check_store(store, preprocessing)
     described["patches"] = [len(train), len(test)]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
     existing = runs.path(settings, "records", f"{name}.json")
@@ -134,21 +130,10 @@ def evaluate(
     _fit(classifier, train, chosen, settings, inputs=inputs, seed=pretraining["seed"], desc=name)
     scores = predict(classifier, test, settings, inputs=inputs)
     result = mean_average_precision(scores, torch.from_numpy(test.labels.copy()))
-    ids = [train.ids[i] for i in chosen] if fraction < 1 else "all"
-    record = {
-        "dataset": "BigEarthNet-MM",
-        "run": Path(folder).name,
-        "name": settings.name,
-        "method": pretraining["method"],
-        "seed": pretraining["seed"],
-        **wanted,
-        "metric": "mAP (%)",
-        **result,
-        "patches": {"train": len(chosen), "test": len(test)},
-        "label_ids": ids,
-        "settings": described,
-        "settings_hash": digest,
-    }
+    record = {"dataset": "BigEarthNet-MM", "run": Path(folder).name, "name": settings.name, **wanted}
+    record |= {"method": pretraining["method"], "seed": pretraining["seed"], "metric": "mAP (%)", **result}
+    record |= {"patches": {"train": len(chosen), "test": len(test)}, "settings": described, "settings_hash": digest}
+    record["label_ids"] = [train.ids[i] for i in chosen] if fraction < 1 else "all"
     return runs.write_record(settings, name, record)
 
 
@@ -167,24 +152,25 @@ def chance(store_path: Path) -> float:
     return 100 * float(Store(store_path).labels.mean())
 
 
-def _check_store(store: Store, preprocessing: dict[str, Preprocessing]) -> None:
-    if store.labels is None:
-        raise config.ConfigError(f"{store.path}: holds no labels; convert labelled patches")
-    for name, expected in preprocessing.items():
-        if store.meta["preprocessing"].get(name) != expected.to_dict():
-            raise config.ConfigError(
-                f"{store.path}: {name} was converted as {store.meta['preprocessing'].get(name)}, but the pretrained"
-                f" encoder expects {expected.to_dict()}. Convert the patches with the encoder's preprocessing."
-            )
+def views(store: Store, names: Iterable[str], rows: Sequence[int], policy: Policy, *, seed=(), device="cpu") -> list:
+    """Views of some of a store's images, first season: for each modality float N x C x size x size on ``device``.
+
+    All modalities are drawn alike (``seed``: parts of ``pretrain.seeded``), so a pair is cropped and flipped as one.
+    """
+    made = []
+    for name in names:
+        images = torch.stack([torch.from_numpy(store.read(i, name, 0).copy()) for i in rows]).to(device)
+        view = augment(images, policy, generator=pretrain.seeded(*seed))
+        made.append(view.contiguous(memory_format=torch.channels_last))
+    return made
 
 
-def _read(store: Store, rows: list[int], settings: Settings, inputs: str) -> list[Tensor]:
-    names = [PAIRS[settings.pair][m - 1].name for m in INPUTS[inputs]]
-    return [torch.stack([torch.from_numpy(store.read(i, n, 0).copy()) for i in rows]) for n in names]
+def _names(settings: Settings, inputs: str) -> list[str]:
+    return [PAIRS[settings.pair][m - 1].name for m in INPUTS[inputs]]
 
 
 def _fit(classifier: Classifier, store: Store, chosen: list[int], settings: Settings, *, inputs, seed, desc) -> None:
-    t = settings.transfer
+    t, names = settings.transfer, _names(settings, inputs)
     device = next(classifier.parameters()).device
     labels = torch.from_numpy(store.labels.copy()).float()
     rate = t.learning_rate_linear if classifier.frozen else t.learning_rate_finetune
@@ -200,12 +186,8 @@ def _fit(classifier: Classifier, store: Store, chosen: list[int], settings: Sett
             rows = [chosen[i] for i in order[k : k + t.batch_size]]
             if len(rows) < 2 and not classifier.frozen:
                 continue  # BatchNorm cannot train on a single patch
-            # One generator for all modalities, in the same state for each: a pair is cropped and flipped as one.
-            images = [
-                augment(x.to(device), policy, generator=pretrain.seeded(seed, "transfer", epoch, k))
-                for x in _read(store, rows, settings, inputs)
-            ]
-            loss = criterion(classifier(*_channels_last(images)), labels[rows].to(device))
+            images = views(store, names, rows, policy, seed=(seed, "transfer", epoch, k), device=device)
+            loss = criterion(classifier(*images), labels[rows].to(device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -215,18 +197,10 @@ def _fit(classifier: Classifier, store: Store, chosen: list[int], settings: Sett
 @torch.inference_mode()
 def predict(classifier: Classifier, store: Store, settings: Settings, *, inputs: str) -> Tensor:
     """Logits of every patch of a store (N x classes, on the CPU); whole patches, resized, no augmentation."""
-    device = next(classifier.parameters()).device
-    policy = plain(settings.transfer.crop_size)
+    device, policy = next(classifier.parameters()).device, plain(settings.transfer.crop_size)
     classifier.eval()
     scores = []
-    for k in range(0, len(store), settings.transfer.batch_size):
-        rows = list(range(k, min(k + settings.transfer.batch_size, len(store))))
-        images = [
-            augment(x.to(device), policy, generator=torch.Generator()) for x in _read(store, rows, settings, inputs)
-        ]
-        scores.append(classifier(*_channels_last(images)).float().cpu())
+    for rows in torch.arange(len(store)).split(settings.transfer.batch_size):
+        images = views(store, _names(settings, inputs), rows.tolist(), policy, device=device)
+        scores.append(classifier(*images).float().cpu())
     return torch.cat(scores)
-
-
-def _channels_last(images: list[Tensor]) -> list[Tensor]:
-    return [x.contiguous(memory_format=torch.channels_last) for x in images]

@@ -45,15 +45,14 @@ Road and rail networks and associated land; Port areas; Airports; Mineral extrac
 Construction sites; Green urban areas; Sport and leisure facilities; Bare rock; Burnt areas; Intertidal flats"""
 
 _ROWS = [line.split(": ") for line in _TABLE.splitlines()]
-CLASSES_19: tuple[str, ...] = tuple(name for name, _ in _ROWS)
-"""Names of the 19 classes in the order of the label vector."""
+CLASSES_19: tuple[str, ...] = tuple(name for name, _ in _ROWS)  # in the order of the label vector
+# The 43 names in the files -> index in CLASSES_19, or None for the 11 names that the 19 classes leave out.
 CLASS_OF: dict[str, int | None] = {old: k for k, (_, names) in enumerate(_ROWS) for old in names.split("; ")}
-"""The 43 names in the files -> index in CLASSES_19, or None for the 11 names that the 19 classes leave out."""
 CLASS_OF |= dict.fromkeys(_DROPPED.split("; "))
 
 _ROOTS = {"S2": ("BigEarthNet-v1.0", "BigEarthNet-S2-Example"), "S1": ("BigEarthNet-S1-v1.0", "BigEarthNet-S1-Example")}
-# File names of the bands in the order of OPTICAL, with nothing for B10, which level 2A does not have.
-_BANDS = [None if b == "B10" else b if b == "B8A" else f"B{int(b[1:]):02d}" for b in OPTICAL.bands]
+# Bands as files call them, in the order of OPTICAL, with nothing for B10, which level 2A does not have.
+BAND_FILES = [None if b == "B10" else b if b == "B8A" else f"B{int(b[1:]):02d}" for b in OPTICAL.bands]
 
 
 def labels_19(names: Sequence[str], *, source: Path | str) -> np.ndarray:
@@ -75,20 +74,18 @@ def read_list(path: Path | str) -> dict[str, str | None]:
     text = (bz2.decompress(content) if Path(path).suffix == ".bz2" else content).decode()
     rows = [line.split(",") for line in text.split()]
     if wrong := [row for row in rows if len(row) > 2 or not row[0].startswith("S2")]:
-        raise DataError(
-            f"{path}: expected '<S2 patch>' or '<S2 patch>,<S1 patch>' per line, found {','.join(wrong[0])!r}"
-        )
+        found = ",".join(wrong[0])
+        raise DataError(f"{path}: expected '<S2 patch>' or '<S2 patch>,<S1 patch>' per line, found {found!r}")
     return {row[0]: row[1] if len(row) == 2 else None for row in rows}
 
 
 class BigEarthNetMM:
     """SAR-optical patches with 19 labels.
 
-    Args:
-        root: directory with the two patch folders (also under the names of the published example) and the split lists.
-        split: "train", "val" or "test" (list in `root`), a path to a list, or None for every patch found.
-        exclude: lists of patches to leave out (snow, clouds and shadow).
-        missing: "error" refuses a list with patches that are not there; "skip" uses those that are.
+    `root` holds the two patch folders (also under the names of the published example) and the split lists; `split`:
+    "train", "val" or "test" (list in `root`), a path to a list, or None for every patch found; `exclude`: lists of
+    patches to leave out (snow, clouds and shadow); `missing`: "error" refuses a list with patches that are not there,
+    "skip" uses those that are.
 
     Items: {"id": S2 patch, "sar": float32 (2, H, W) in dB, "optical": float32 (13, H, W) in reflectance x 10000 with a
     zero row for B10, "labels": bool (19,)}. `.labels` is bool (n, 19); `.left_out` counts what was left out and why;
@@ -98,23 +95,17 @@ class BigEarthNetMM:
     """
 
     def __init__(
-        self,
-        root: Path | str,
-        split: str | Path | None = None,
-        *,
-        exclude: Sequence[Path | str] = (),
-        missing: str = "error",
+        self, root: Path | str, split: str | Path | None = None, *, exclude: Sequence[Path | str] = (), missing="error"
     ):
         if missing not in ("error", "skip"):
             raise ValueError(f"missing is {missing!r}; allowed are 'error' and 'skip'")
         self.root = Path(root)
-        self.folders = {}
+        self.folders, here = {}, {}
         for sensor, names in _ROOTS.items():
-            found = [self.root / name for name in names if (self.root / name).is_dir()]
-            if not found:
+            folder = next((self.root / name for name in names if (self.root / name).is_dir()), None)
+            if folder is None:
                 raise DataError(f"{self.root}: no folder {' or '.join(names)} ({sensor} patches)")
-            self.folders[sensor] = found[0]
-        here = {sensor: {p.name for p in folder.iterdir() if p.is_dir()} for sensor, folder in self.folders.items()}
+            self.folders[sensor], here[sensor] = folder, {p.name for p in folder.iterdir() if p.is_dir()}
         if split is None:
             partners = dict.fromkeys(sorted(here["S2"]))
         else:
@@ -124,17 +115,17 @@ class BigEarthNetMM:
         partners = {s2: s1 for s2, s1 in partners.items() if s2 not in unwanted}
         left_out = {"excluded": listed - len(partners)}
 
-        if None in partners.values():
-            scanned = self._scan(here["S1"])
-            partners = {s2: s1 or scanned.get(s2) for s2, s1 in partners.items()}
+        if None in partners.values():  # ask the JSON of every S1 patch
+            asked = {self._metadata("S1", s1)[0].get("corresponding_s2_patch"): s1 for s1 in sorted(here["S1"])}
+            partners = {s2: s1 or asked.get(s2) for s2, s1 in partners.items()}
         present = {s2: s1 for s2, s1 in partners.items() if s2 in here["S2"] and s1 in here["S1"]}
         left_out["absent"] = len(partners) - len(present)
         if left_out["absent"] and missing == "error":
             first = next(s2 for s2 in partners if s2 not in present)
+            state = f"first {first} (no {'S1' if first in here['S2'] else 'S2'} patch)"
             raise DataError(
-                f"{self.root}: {left_out['absent']} of {len(partners)} patches are not there, first {first} "
-                f"(no {'S1' if first in here['S2'] else 'S2'} patch); complete the folders, or use what is there with "
-                "missing='skip'"
+                f"{self.root}: {left_out['absent']} of {len(partners)} patches are not there, {state}; complete the "
+                "folders, or use what is there with missing='skip'"
             )
         labels, self._broken = {}, {}  # one bad file of half a million is reported when its patch is asked for
         for s2 in present:
@@ -162,9 +153,8 @@ class BigEarthNetMM:
                 f"{self.folders['S1'] / self._partners[s2]}: its JSON says S2 patch {partner} and labels "
                 f"{metadata['labels']}; expected S2 patch {s2} and the labels of that patch's JSON"
             )
-        optical = read_bands(
-            [b and f"{self.folders['S2'] / s2 / s2}_{b}.tif" for b in _BANDS], steps=OPTICAL_STEPS, kind="ui"
-        )
+        files = [b and f"{self.folders['S2'] / s2 / s2}_{b}.tif" for b in BAND_FILES]
+        optical = read_bands(files, steps=OPTICAL_STEPS, kind="ui")
         files = [self._only("S1", self._partners[s2], f"*_{band}.tif") for band in SAR.bands]
         sar = read_bands(files, steps=(1, 1), kind="f", size=optical.shape[1:])
         return {"id": s2, "sar": sar, "optical": optical, "labels": labels}
@@ -185,7 +175,3 @@ class BigEarthNetMM:
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: expected JSON with the key 'labels': {error!r}") from error
         return metadata, labels_19(names, source=path)
-
-    def _scan(self, patches: set[str]) -> dict[str, str]:
-        """S2 patch -> S1 patch from the JSON of every S1 patch."""
-        return {self._metadata("S1", s1)[0].get("corresponding_s2_patch"): s1 for s1 in sorted(patches)}

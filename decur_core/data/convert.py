@@ -1,21 +1,20 @@
 """From a data set (files, or a generator that looks the same) to a store of encoded images."""
 
 import hashlib
-import multiprocessing
-import os
 import shutil
-import threading
 import time
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import rasterio
 import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from decur_core import distributed
 from decur_core.data.raster import DataError
 from decur_core.data.store import StoreWriter
 from decur_core.preprocess import Preprocessing
@@ -49,24 +48,18 @@ def convert(
 ) -> Report:
     """Encode every sample and write it to the store at `path`; run again after an interruption to go on.
 
-    Args:
-        dataset: has `.ids` and `[i]` -> {"id", <modality>: physical values ((S,) C, H, W), optionally "labels" (L,)};
-            with workers it must pickle.
-        path: directory of the store.
-        preprocessing: per modality (the samples' keys), also noted in the store.
-        workers: processes that read and encode, 0 for this one; this process alone writes.
-        progress: show a bar.
+    `dataset` has `.ids` and `[i]` -> {"id", <modality>: physical values ((S,) C, H, W), optionally "labels" (L,)}, and
+    pickles if there are `workers`: processes that read and encode, 0 for this one, which alone writes. `preprocessing`:
+    per modality (the samples' keys), also noted in the store. A sample that cannot be read or does not fit is
+    quarantined with the reason, and the conversion goes on.
 
-    A sample that cannot be read or does not fit is quarantined with the reason, and the conversion goes on.
-
-    Raises:
-        DataError: all of the first samples fail (wrong root, unit or modality), or `path` holds another store.
-        OSError: not enough free disk space.
+    DataError: all of the first samples fail (wrong root, unit or modality), or `path` holds another store. OSError: not
+    enough free disk space.
     """
     start, path, n = time.perf_counter(), Path(path), len(dataset.ids)
     first = _first_good(dataset, preprocessing)
     shapes = {name: array.shape[1:] for name, array in first["arrays"].items()}
-    seasons = {array.shape[0] for array in first["arrays"].values()}
+    seasons = {len(array) for array in first["arrays"].values()}
     if len(seasons) != 1:
         raise DataError(f"{first['id']}: modalities differ in seasons: {sorted(seasons)}")
     meta = {
@@ -75,33 +68,30 @@ def convert(
         # Ids and shapes may agree while the pixels do not: another seed, another release, another resampling.
         "first_sample": {"id": first["id"], "sha256": first["sha256"]},
     }
-    with StoreWriter(
-        path, ids=dataset.ids, shapes=shapes, seasons=seasons.pop(), labels=len(first["labels"]), meta=meta
-    ) as writer:
+    options = {"shapes": shapes, "seasons": seasons.pop(), "labels": len(first["labels"]), "meta": meta}
+    with StoreWriter(path, ids=dataset.ids, **options) as writer:
         todo = [i for i, id in enumerate(dataset.ids) if id not in writer.done]
-        _check_space(path, len(todo) * sum(array.nbytes for array in first["arrays"].values()))
-        bar = tqdm(total=n, initial=n - len(todo), desc=path.name, mininterval=1, disable=not progress)
-        with bar:
-            for i, result in zip(todo, _encoded(dataset, preprocessing, todo, workers), strict=True):
-                _write(writer, dataset.ids[i], result)
-                bar.update()
+        need, free = len(todo) * sum(a.nbytes for a in first["arrays"].values()), shutil.disk_usage(path).free
+        if 1.05 * need > free:
+            raise OSError(f"{path}: the store needs {need / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free on its disk")
+        results = _encoded(dataset, preprocessing, todo, workers)
+        bar = tqdm(results, total=n, initial=n - len(todo), desc=path.name, mininterval=1, disable=not progress)
+        for i, result in zip(todo, bar, strict=True):
+            try:
+                put = writer.quarantine if "reason" in result else writer.put
+                put(dataset.ids[i], **result)
+            except DataError as error:  # another size than the first sample
+                writer.quarantine(dataset.ids[i], f"DataError: {error}")
         records = writer.records()
         quarantined = {id: record["reason"] for id, record in records.items() if "reason" in record}
         mean, std = _pooled([record["moments"] for record in records.values() if "reason" not in record])
         writer.close(summary={"mean": mean, "std": std})
-    return Report(
-        total=n,
-        stored=n - len(quarantined),
-        quarantined=quarantined,
-        mean=mean,
-        std=std,
-        converted=len(todo),
-        seconds=time.perf_counter() - start,
-    )
+    seconds = time.perf_counter() - start
+    return Report(n, n - len(quarantined), quarantined, mean, std, converted=len(todo), seconds=seconds)
 
 
 def _encode(dataset, preprocessing: dict[str, Preprocessing], i: int) -> dict:
-    """Sample i as {"arrays", "labels", "moments"}, or {"reason"} if it is bad."""
+    """Sample i as the arguments of `StoreWriter.put`, or {"reason"} if it is bad."""
     arrays, moments = {}, {}
     try:
         sample = dataset[i]
@@ -114,16 +104,16 @@ def _encode(dataset, preprocessing: dict[str, Preprocessing], i: int) -> dict:
             moments[name] = [mean.tolist(), square.tolist()]
     except (DataError, rasterio.errors.RasterioError, OSError) as error:
         return {"reason": f"{type(error).__name__}: {error}"}
-    return {"arrays": arrays, "labels": sample.get("labels", ()), "moments": moments}
+    return {"arrays": arrays, "labels": sample.get("labels", ()), "record": {"moments": moments}}
 
 
 def _pooled(moments: list[dict]) -> tuple[dict, dict]:
-    """Mean and standard deviation per modality and band from those of equally large samples."""
+    """Mean and standard deviation per modality and band from means and variances of equally large samples."""
     mean, std = {}, {}
     for name in moments[0]:
         means, squares = np.array([m[name] for m in moments]).transpose(1, 0, 2)  # (n, C) each
         mean[name] = means.mean(axis=0).tolist()
-        std[name] = np.sqrt((squares + (means - means.mean(axis=0)) ** 2).mean(axis=0)).tolist()
+        std[name] = np.sqrt(squares.mean(axis=0) + means.var(axis=0)).tolist()
     return mean, std
 
 
@@ -139,51 +129,15 @@ def _first_good(dataset, preprocessing: dict[str, Preprocessing]) -> dict:
     raise DataError(f"none of the first {len(reasons)} of {len(dataset.ids)} samples is usable, first {reasons[:1]}")
 
 
-def _write(writer: StoreWriter, id: str, result: dict) -> None:
-    if "reason" not in result:
-        try:
-            writer.put(id, result["arrays"], result["labels"], record={"moments": result["moments"]})
-            return
-        except DataError as error:  # another size than the first sample
-            result = {"reason": f"DataError: {error}"}
-    writer.quarantine(id, result["reason"])
-
-
-def _check_space(path: Path, need: int) -> None:
-    free = shutil.disk_usage(path).free
-    if 1.05 * need > free:
-        raise OSError(f"{path}: the store needs {need / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free on this disk")
-
-
-def _encoded(dataset, preprocessing: dict[str, Preprocessing], todo: list[int], workers: int):
-    """Encoded samples in order; with workers, a few per worker are under way at a time, however large the data set."""
-    if not workers:
-        yield from (_encode(dataset, preprocessing, i) for i in todo)
-        return
-    # Fresh processes: forked ones would inherit the writer's environment and this process's threads.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(dataset, preprocessing)) as pool:
-        try:
-            under_way = deque()
-            for i in todo:
-                under_way.append(pool.submit(_encode_here, i))
-                if len(under_way) > 3 * workers:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _start(*task: object) -> None:
-    """Set up a worker."""
-    global _task
-    _task = task
-    torch.set_num_threads(1)
-    # A killed parent leaves the queues open on this side: wait for its end, not theirs.
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def _encode_here(i: int) -> dict:
-    return _encode(*_task, i)
+def _encoded(dataset, preprocessing: dict[str, Preprocessing], todo: Sequence[int], workers: int) -> Iterable[dict]:
+    """Encoded samples in order; with workers, two per worker are under way at a time, however large the data set."""
+    return DataLoader(
+        todo,
+        batch_size=None,
+        collate_fn=partial(_encode, dataset, preprocessing),
+        num_workers=workers,
+        # Fresh processes: forked ones would inherit the writer's environment and this process's threads.
+        multiprocessing_context="spawn" if workers else None,
+        worker_init_fn=distributed.tie,
+        generator=torch.Generator(),  # leaves the global one alone
+    )

@@ -1,11 +1,13 @@
 """From a profile to finished stores: which reader, which preprocessing, where the converted data lie."""
 
 import contextlib
+import shutil
 from pathlib import Path
+
+from torch.utils.data import ConcatDataset, Subset
 
 from .. import config
 from ..pairs import PAIRS
-from ..preprocess import Preprocessing
 from .bigearthnet import BigEarthNetMM
 from .convert import convert
 from .raster import DataError
@@ -16,44 +18,22 @@ from .synthetic import BigEarthNetWorld, World
 from .synthetic_files import write_bigearthnet, write_ssl4eo
 
 
-class Joined:
-    """Several readers one after the other, as one: same items, ids in order."""
-
-    def __init__(self, *readers):
-        self.readers = readers
-        self.ids = [i for reader in readers for i in reader.ids]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict:
-        for reader in self.readers:
-            if index < len(reader):
-                return reader[index]
-            index -= len(reader)
-        raise IndexError(index)
+def _joined(*readers) -> ConcatDataset:
+    """Several readers one after the other, as one."""
+    whole = ConcatDataset(readers)
+    whole.ids = [i for reader in readers for i in reader.ids]
+    return whole
 
 
-class Part:
+def _part(reader, positions) -> Subset:
     """The items of a reader at the given positions."""
-
-    def __init__(self, reader, positions: range):
-        self.reader, self.positions = reader, positions
-        self.ids = [reader.ids[i] for i in positions]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict:
-        return self.reader[self.positions[index]]
+    part = Subset(reader, positions)
+    part.ids = [reader.ids[i] for i in positions]
+    return part
 
 
 def _stores(settings: config.Settings) -> Path:
     return config.ROOT / settings.data.stores / settings.profile
-
-
-def _preprocessing(settings: config.Settings) -> dict[str, Preprocessing]:
-    return {m.name: m.preprocessing for m in PAIRS[settings.pair]}
 
 
 def world(settings: config.Settings) -> World:
@@ -77,10 +57,8 @@ def pairs(settings: config.Settings):
     count = min(settings.world.through_files, len(made))
     if count == 0:
         return made
-    root = _stores(settings) / "world" / _world_name(settings) / "ssl4eo-s12"
-    _write_once(root, lambda folder: write_ssl4eo(folder, made, range(count)))
-    read = SSL4EOS12(root, ids=made.ids[:count])
-    return Joined(read, Part(made, range(count, len(made))))
+    root = _written(settings, "ssl4eo-s12", lambda folder: write_ssl4eo(folder, made, range(count)))
+    return _joined(SSL4EOS12(root, ids=made.ids[:count]), _part(made, range(count, len(made))))
 
 
 def patches(settings: config.Settings, split: str):
@@ -90,67 +68,66 @@ def patches(settings: config.Settings, split: str):
         return _sample_patches(settings, split)
     if data.source == "ssl4eo":
         root = config.ROOT / data.bigearthnet
-        lists = [p for p in sorted(root.glob("patches_with_*")) if settings.transfer.exclude]
+        lists = sorted(root.glob("patches_with_*")) if settings.transfer.exclude else []
+        if settings.transfer.exclude and not lists:
+            wanted = "the published lists of patches with snow, cloud or shadow"
+            raise DataError(f"{root}: no patches_with_*, {wanted}; put them there or set transfer: exclude to false")
         return BigEarthNetMM(root, split, exclude=lists)
     w = settings.world
     made = BigEarthNetWorld(w.train + w.test, tile=w.tile, seed=w.seed)
     whole = {"train": range(w.train), "test": range(w.train, w.train + w.test)}
-    written = {name: part[: w.through_files] for name, part in whole.items()}
     if not w.through_files:
-        return Part(made, whole[split])
-    root = _stores(settings) / "world" / _world_name(settings) / "bigearthnet"
-    _write_once(root, lambda folder: write_bigearthnet(folder, made, written))
-    return Joined(BigEarthNetMM(root, split), Part(made, whole[split][w.through_files :]))
+        return _part(made, whole[split])
+    written = {name: part[: w.through_files] for name, part in whole.items()}
+    root = _written(settings, "bigearthnet", lambda folder: write_bigearthnet(folder, made, written))
+    return _joined(BigEarthNetMM(root, split), _part(made, whole[split][w.through_files :]))
 
 
 def _sample_patches(settings: config.Settings, split: str):
     """The real BigEarthNet example patches under the official split lists: the train list's, and all others as test."""
     folder = config.ROOT / settings.data.samples
-    everything = BigEarthNetMM(folder / "bigearthnet_real", None)
-    official = BigEarthNetMM(
-        folder / "bigearthnet_real", folder / "bigearthnet_splits" / "train.csv.bz2", missing="skip"
-    )
+    train = BigEarthNetMM(folder / "bigearthnet_real", folder / "bigearthnet_splits" / "train.csv.bz2", missing="skip")
     if split == "train":
-        return official
-    return Part(everything, [i for i, name in enumerate(everything.ids) if name not in set(official.ids)])
+        return train
+    everything = BigEarthNetMM(folder / "bigearthnet_real")
+    return _part(everything, [i for i, name in enumerate(everything.ids) if name not in train.ids])
 
 
-def _world_name(settings: config.Settings) -> str:
+def _source(settings: config.Settings) -> str:
+    """What the images come from, as a name for files; of a world, with everything that decides its files."""
     w = settings.world
+    if settings.data.source != "world":
+        return settings.data.source
     return f"{w.layout}-{w.locations}-{w.through_files}-{w.train}-{w.test}-{w.tile}px-seed{w.seed}"
 
 
-def _write_once(root: Path, write) -> None:
-    """Write a tree under a temporary name and rename it, so that a tree that is there is a whole one."""
-    if root.exists():
-        return
-    temporary = root.with_name(root.name + ".part")
-    temporary.mkdir(parents=True, exist_ok=True)
-    write(temporary)
-    temporary.rename(root)
+def _written(settings: config.Settings, name: str, write) -> Path:
+    """A tree of the world on disk, written under a temporary name and renamed: one that is there is a whole one."""
+    root = _stores(settings) / "world" / _source(settings) / name
+    if not root.exists():
+        temporary = root.with_name(f"{name}.part")
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+        write(temporary)
+        temporary.rename(root)
+    return root
 
 
 def pretraining_store(settings: config.Settings) -> Path:
     """The finished store of the pretraining pairs; converts what is missing of it, from the start or from a kill."""
-    kind = _world_name(settings) if settings.data.source == "world" else settings.data.source
-    target = _stores(settings) / f"{settings.pair}-{kind}"
-    return _convert(settings, target, lambda: pairs(settings))
+    return _convert(settings, f"{settings.pair}-{_source(settings)}", pairs)
 
 
 def patch_stores(settings: config.Settings) -> dict[str, Path]:
     """The finished stores of labelled patches, ``train`` and ``test``; converts what is missing."""
-    kind = _world_name(settings) if settings.data.source == "world" else settings.data.source
-    folder = _stores(settings)
-    return {
-        split: _convert(settings, folder / f"bigearthnet-{kind}-{split}", lambda split=split: patches(settings, split))
-        for split in ("train", "test")
-    }
+    name = f"bigearthnet-{_source(settings)}"
+    return {split: _convert(settings, f"{name}-{split}", patches, split) for split in ("train", "test")}
 
 
-def _convert(settings: config.Settings, target: Path, reader) -> Path:
-    """``target`` as a finished store. A finished one is used as it is, so that the source files may be gone by then."""
+def _convert(settings: config.Settings, name: str, reader, *split: str) -> Path:
+    """The finished store of that name. One that is there is used as it is: its source files may be gone by then."""
+    target = _stores(settings) / name
     with contextlib.suppress(DataError):  # unfinished or not there
         return Store(target).path
-    report = convert(reader(), target, preprocessing=_preprocessing(settings), workers=settings.data.processes)
-    print(report)
+    preprocessing = {m.name: m.preprocessing for m in PAIRS[settings.pair]}
+    print(convert(reader(settings, *split), target, preprocessing=preprocessing, workers=settings.data.processes))
     return target

@@ -55,14 +55,9 @@ def read_bands(
 ) -> np.ndarray:
     """Read one-band files of one place and bring them to the finest grid: float32 (len(paths), H, W).
 
-    Args:
-        paths: one file per band; None leaves a row of zeros.
-        steps: pixel size of each band in units of the finest one (1, 2 and 6 for Sentinel-2); at least one is 1.
-        kind: as in `read`.
-        size: (H, W) of the finest grid; None takes that of the first band with step 1.
-
-    Raises:
-        DataError: as `read`, and for a file whose size is not the finest one divided by its step.
+    `paths`: one per band, None for a row of zeros; `steps`: pixel size of each band in units of the finest one (1, 2
+    and 6 for Sentinel-2), at least one is 1; `kind`: as in `read`; `size`: (H, W) of the finest grid, None takes that
+    of the first band with step 1. A DataError as in `read`, and for a file of another size than `size` / step.
     """
     with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):  # there are no side files worth a listing
         bands = [None if path is None else read(path, count=1, kind=kind)[0] for path in paths]
@@ -73,10 +68,8 @@ def read_bands(
         if band is None:
             continue
         if (band.shape[0] * step, band.shape[1] * step) != tuple(size):
-            found, fine = f"{band.shape[0]} x {band.shape[1]} pixels", f"{size[0]} x {size[1]} pixels of the 10 m bands"
-            raise DataError(
-                f"{path}: {found}, expected {size[0] / step:g} x {size[1] / step:g} (1/{step} of the {fine})"
-            )
+            wanted = f"{size[0] / step:g} x {size[1] / step:g} (1/{step} of the {size[0]} x {size[1]} of 10 m bands)"
+            raise DataError(f"{path}: {band.shape[0]} x {band.shape[1]} pixels, expected {wanted}")
         if step == 1:
             out[row] = band
         else:

@@ -19,10 +19,8 @@ FOLDERS = {"sen1floods11": "sen1floods11_sample", "sen12mscr": "sen12mscr_pair",
 class RealPairs:
     """Tiles of co-located real SAR and optical images, as items of the form that `SSL4EOS12` gives, with one season.
 
-    Args:
-        root: folder that holds those in FOLDERS.
-        tile: height and width of the tiles in pixels of 10 m; they do not overlap, and row-major order numbers them.
-        sources: which of FOLDERS to use.
+    `root` holds the folders in FOLDERS, of which `sources` are used; `tile`: height and width in pixels of 10 m. Tiles
+    do not overlap, and row-major order numbers them.
 
     Items: {"id": such as "sen1floods11/Spain_7370579/r0c1", "sar": float32 (1, 2, tile, tile) in dB, "optical": float32
     (1, 13, tile, tile) in reflectance x 10000, "dates": {}}. Sen1Floods11 and SEN12MS-CR are level 1C; BigEarthNet is
@@ -32,18 +30,17 @@ class RealPairs:
     """
 
     def __init__(self, root: Path | str, tile: int = 120, *, sources: Sequence[str] = tuple(FOLDERS)):
-        self.root, self.tile, self._items = Path(root), tile, {}
+        self.tile, self._items = tile, {}
         for source in sources:
             if source not in FOLDERS:
                 raise ValueError(f"sources has {source!r}; allowed are {', '.join(FOLDERS)}")
-            if not (folder := self.root / FOLDERS[source]).is_dir():
+            if not (folder := Path(root) / FOLDERS[source]).is_dir():
                 raise DataError(f"{folder}: missing; leave {source} out of sources or put the sample data there")
-            tiles = {}
+            before = len(self._items)
             for name, sar, optical in _SCENES[source](folder):
-                tiles |= self._cut(f"{source}/{name}", sar, optical)
-            if not tiles:
+                self._items |= self._cut(f"{source}/{name}", sar, optical)
+            if len(self._items) == before:
                 raise DataError(f"{folder}: no tile of {tile} x {tile} pixels fits; leave {source} out of sources")
-            self._items |= tiles
         self.ids = list(self._items)
 
     def __len__(self) -> int:
@@ -54,20 +51,16 @@ class RealPairs:
 
     def _cut(self, name: str, sar: np.ndarray, optical: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
         """Tiles of a scene, (2, H, W) and (13, H, W), that hold data everywhere."""
-        if sar.shape[1:] != optical.shape[1:]:
-            raise DataError(
-                f"{name}: SAR of {sar.shape[1:]} pixels and optical of {optical.shape[1:]} are not on one grid"
-            )
+        if (shape := sar.shape[1:]) != optical.shape[1:]:
+            raise DataError(f"{name}: SAR of {shape} pixels and optical of {optical.shape[1:]} are not on one grid")
         empty = ~np.isfinite(sar).all(axis=0) | ~optical.any(axis=0)
         tiles, size = {}, self.tile
-        for r in range(sar.shape[1] // size):
-            for c in range(sar.shape[2] // size):
-                window = np.s_[..., r * size : (r + 1) * size, c * size : (c + 1) * size]
-                if not empty[window].any():
-                    pair = {"sar": sar[window][None], "optical": optical[window][None]}
-                    for setting in (SAR, OPTICAL):
-                        setting.check(pair[setting.modality])
-                    tiles[f"{name}/r{r}c{c}"] = pair
+        for r, c in np.ndindex(shape[0] // size, shape[1] // size):
+            window = np.s_[..., r * size : (r + 1) * size, c * size : (c + 1) * size]
+            if not empty[window].any():
+                SAR.check(sar[window])
+                OPTICAL.check(optical[window])
+                tiles[f"{name}/r{r}c{c}"] = {"sar": sar[window][None], "optical": optical[window][None]}
         return tiles
 
 

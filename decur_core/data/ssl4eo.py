@@ -30,10 +30,8 @@ def read_ids(path: Path | str) -> list[str]:
 class SSL4EOS12:
     """SAR-optical pairs of one tree, all seasons of a location per item.
 
-    Args:
-        root: directory that holds `s1` and `s2c`.
-        ids: locations to use, in this order; None takes every directory present in both, sorted.
-        seasons: seasons that each location must have.
+    `root` holds `s1` and `s2c`; `ids`: locations to use, in this order, None for every directory present in both,
+    sorted; `seasons`: how many each location must have.
 
     Items: {"id": str, "sar": float32 (seasons, 2, H, W) in dB, "optical": float32 (seasons, 13, H, W) in reflectance x
     10000, "dates": {"sar": [...], "optical": [...]} as YYYYMMDDThhmmss}. Seasons are in order of acquisition, and the
@@ -44,15 +42,14 @@ class SSL4EOS12:
     """
 
     def __init__(self, root: Path | str, *, ids: Sequence[str] | None = None, seasons: int = 4):
-        self.root, self.seasons = Path(root), seasons
-        found = {}
-        for folder in ("s1", "s2c"):
-            if not (self.root / folder).is_dir():
-                raise DataError(f"{self.root / folder}: missing; the root of SSL4EO-S12 holds the folders s1 and s2c")
-            found[folder] = {entry.name for entry in (self.root / folder).iterdir() if entry.is_dir()}
+        self.root, self.seasons, found = Path(root), seasons, {}
+        for folder in (self.root / "s1", self.root / "s2c"):
+            if not folder.is_dir():
+                raise DataError(f"{folder}: missing; the root of SSL4EO-S12 holds the folders s1 and s2c")
+            found[folder.name] = {entry.name for entry in folder.iterdir() if entry.is_dir()}
         both = found["s1"] & found["s2c"]
         if absent := [i for i in ids or () if i not in both]:
-            state = ", ".join(f"{'in' if absent[0] in names else 'not in'} {folder}" for folder, names in found.items())
+            state = ", ".join(f"{'in' if absent[0] in names else 'not in'} {name}" for name, names in found.items())
             raise DataError(f"{self.root}: {len(absent)} of {len(ids)} ids are missing, first {absent[0]} ({state})")
         if ids is None and (single := sorted(found["s1"] ^ found["s2c"])):
             warnings.warn(f"{self.root}: {len(single)} ids are left out, only s1 or s2c has {single[0]}", stacklevel=2)
@@ -85,11 +82,10 @@ class SSL4EOS12:
         place, scenes = self.root / folder / location, []
         if not place.is_dir():
             raise DataError(f"{place}: missing; the location must be in both s1 and s2c")
-        for scene in place.iterdir():
-            if scene.is_dir():
-                if not (match := _SCENE_DATES[folder].match(scene.name)):
-                    raise DataError(f"{scene}: no date in the name; expected {_SCENE_DATES[folder].pattern}")
-                scenes.append((match[1], str(scene)))
+        for scene in filter(Path.is_dir, place.iterdir()):
+            if not (match := _SCENE_DATES[folder].match(scene.name)):
+                raise DataError(f"{scene}: no date in the name; expected {_SCENE_DATES[folder].pattern}")
+            scenes.append((match[1], str(scene)))
         if len(scenes) != self.seasons:
             raise DataError(f"{place}: {len(scenes)} season directories, expected {self.seasons}")
         dates, paths = zip(*sorted(scenes), strict=True)

@@ -55,27 +55,14 @@ def _map(path: Path) -> lmdb.Environment | None:
 class StoreWriter:
     """Writes a store, or goes on with an unfinished one, as a context manager. One process may write at a time.
 
+    `ids`: every id of the data set, in its order; `shapes`: (C, H, W) per modality; `seasons`: images per id and
+    modality; `labels`: length of the label vector, 0 without; `meta`: JSON-able facts (data set, preprocessing).
     The process may be killed at any moment: ids in `.done` (stored or quarantined) are complete, the rest is to be put.
     `.finished` says that nothing is left to do. A DataError names what differs if `path` holds another store.
-
-    Args:
-        path: directory of the store.
-        ids: every id of the data set, in its order.
-        shapes: (C, H, W) per modality.
-        seasons: images per id and modality.
-        labels: length of the label vector, 0 without labels.
-        meta: JSON-able facts about the content (data set, preprocessing).
     """
 
     def __init__(
-        self,
-        path: Path | str,
-        *,
-        ids: Sequence[str],
-        shapes: dict[str, tuple[int, int, int]],
-        seasons: int,
-        labels: int = 0,
-        meta: dict,
+        self, path: Path | str, *, ids: Sequence[str], shapes: dict[str, tuple], seasons: int, labels=0, meta: dict
     ):
         self.path, self.ids, self._pending, self._bytes = Path(path), list(ids), [], 0
         digest = hashlib.sha256("\n".join(self.ids).encode()).hexdigest()
@@ -96,7 +83,7 @@ class StoreWriter:
         else:
             there, here = _flat(json.loads(there)), _flat(self._spec)
             if unlike := [k for k in there | here if there.get(k) != here.get(k)]:
-                self._release()
+                self.close(finish=False)
                 what = "; ".join(f"{k}: {there.get(k)} there, {here.get(k)} here" for k in unlike)
                 raise DataError(f"{self.path}: holds another store, choose another path ({what})")
 
@@ -106,10 +93,8 @@ class StoreWriter:
     def __exit__(self, *error: object) -> None:
         self.close(finish=error[0] is None)
 
-    def put(
-        self, id: str, arrays: dict[str, np.ndarray], labels: np.ndarray | None = None, *, record: dict | None = None
-    ) -> None:
-        """Store uint8 (seasons, C, H, W) per modality, labels (L,) and a JSON-able record of an id."""
+    def put(self, id: str, arrays: dict[str, np.ndarray], labels: Sequence | None = None, *, record=None) -> None:
+        """Store uint8 (seasons, C, H, W) per modality, labels (L,) and a JSON-able dict `record` of an id."""
         found = {name: [str(array.dtype), *array.shape] for name, array in arrays.items()}
         wanted = {name: ["uint8", self._spec["seasons"], *shape] for name, shape in self._spec["shapes"].items()}
         labels = [] if labels is None else [int(label) for label in labels]
@@ -140,12 +125,8 @@ class StoreWriter:
             index = {"ids": list(kept), "quarantined": quarantined, "summary": summary or {}}
             labels = np.array([record["labels"] for record in kept.values()], dtype=np.uint8)
             self._commit((b"labels", labels.tobytes()), (b"index", json.dumps(index).encode()))
-        self._release()
-
-    def _release(self) -> None:
-        if not self.finished:
-            self._env.sync(True)
-            self._env.close()
+        self._env.sync(True)
+        self._env.close()
         self._env = None
 
     def _add(self, *items: tuple[bytes, np.ndarray | bytes]) -> None:
@@ -195,6 +176,13 @@ class Store:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def check(self, preprocessing: dict[str, dict]) -> None:
+        """Refuse, with a DataError, a store that was not made with this preprocessing (`to_dict()` by modality)."""
+        for name, needed in preprocessing.items():
+            if (found := self.meta["preprocessing"].get(name)) != needed:
+                other = f"was converted with another preprocessing, {found}; needed is {needed}"
+                raise DataError(f"{self.path}: {name} {other}. Convert the data again.")
 
     def __reduce__(self) -> tuple:
         return Store, (self.path,)

@@ -32,9 +32,8 @@ FACTORS = {
 LAYOUTS = ("coregistered", "redrawn")
 LAND_COVER = ("bare field", "water", "built-up", "vegetated field")  # values of World.label_map
 BARE, WATER, BUILT, VEGETATED = range(4)
-GROUPS = {
-    k: [row for row, step in enumerate(OPTICAL_STEPS) if step == k] for k in (1, 2, 6)
-}  # rows of 10, 20, 60 m bands
+# Rows of the bands at 10, 20 and 60 m
+GROUPS = {k: [row for row, step in enumerate(OPTICAL_STEPS) if step == k] for k in (1, 2, 6)}
 
 # Reflectance x 10000 at the top of the atmosphere in OPTICAL.bands; plausible, of the order of the SSL4EO-S12 means
 SPECTRA = {
@@ -95,12 +94,6 @@ def _blur(tile: int, sigma: float) -> np.ndarray:
     kernel = np.exp(-0.5 * (np.minimum(distance, tile - distance) / sigma) ** 2)
     kernel /= np.sqrt((kernel**2).sum())
     return kernel[(distance[:, None] - distance[None]) % tile].astype(np.float32)
-
-
-@cache
-def _block_mean(tile: int, k: int) -> np.ndarray:
-    """Matrix (tile / k, tile) that averages k neighbours."""
-    return np.repeat(np.eye(tile // k, dtype=np.float32) / k, k, axis=1)
 
 
 def _smooth(rng, shape: tuple[int, ...], sigma: float) -> np.ndarray:
@@ -171,7 +164,7 @@ def _optical(rng, layout: Layout, f: dict[str, float], seasons: int) -> dict[int
     for k, rows in GROUPS.items():
         band = view[rows].swapaxes(0, 1)
         if k > 1:
-            mean = _block_mean(tile, k)
+            mean = np.repeat(np.eye(tile // k, dtype=np.float32) / k, k, axis=1)  # (tile / k, tile), of k neighbours
             band = mean @ band @ mean.T
         band = band * gain + offset + 30 * rng.standard_normal(band.shape, dtype=np.float32)
         native[k] = np.clip(np.rint(band), 1, 65535).astype(np.uint16)  # 0 means "no data" in Sentinel-2
@@ -196,12 +189,9 @@ class World:
     Location i depends on (seed, i) and on the settings `tile`, `seasons` and `layout` only, never on how many locations
     there are or in which order they are asked for.
 
-    Args:
-        locations: how many, >= 1.
-        tile: height and width in 10 m pixels, a multiple of 6 from 12 on.
-        seasons: views of each location, 1 to 4, in order of time.
-        layout: "coregistered" (one scene for both sensors and all seasons) or "redrawn" (a new scene for each of them).
-        seed: any integer >= 0.
+    `tile`: height and width in 10 m pixels, a multiple of 6 from 12 on; `seasons`: views of each location, 1 to 4, in
+    order of time; `layout`: "coregistered" (one scene for both sensors and all seasons) or "redrawn" (a new scene for
+    each of them); `seed`: any integer >= 0.
     """
 
     stream = 0  # random numbers apart from those of other worlds of the same seed
@@ -238,9 +228,8 @@ class World:
         """What files hold of location i: {"sar": float32 (S, 2, H, W), k: uint16 (S, bands of GROUPS[k], H/k, W/k)}."""
         rng, f = self._rng(i, 0), self._shares(i)
         drawn = self._layouts(rng, f)
-        optical, sar = (
-            Layout(*map(np.stack, zip(*part, strict=True))) for part in (drawn[: self.seasons], drawn[-self.seasons :])
-        )
+        parts = drawn[: self.seasons], drawn[-self.seasons :]
+        optical, sar = (Layout(*map(np.stack, zip(*part, strict=True))) for part in parts)
         return {"sar": _sar(rng, sar, f, self.seasons), **_optical(rng, optical, f, self.seasons)}
 
     def dates(self, i: int) -> dict[str, list[str]]:

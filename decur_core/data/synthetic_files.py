@@ -10,40 +10,38 @@ import rasterio
 from rasterio import Affine
 from rasterio.crs import CRS
 
+from decur_core.data.bigearthnet import BAND_FILES
 from decur_core.data.synthetic import GROUPS, BigEarthNetWorld, World
 from decur_core.preprocess import OPTICAL, SAR
 
+_TIME = "%Y%m%dT%H%M%S"
 _LONLAT, _UTM = CRS.from_epsg(4326), CRS.from_epsg(32633)
 _PIXEL = {_LONLAT: 9e-5, _UTM: 10.0}  # 10 m in the units of the reference system
 
 
-def _write(path: Path, band: np.ndarray, *, crs: CRS, west: float, north: float, step: int) -> None:
-    """One band (h, w) as a GeoTIFF without a no-data tag, as in both data sets."""
-    size = _PIXEL[crs] * step
-    with rasterio.open(
-        path,
-        "w",
-        driver="GTiff",
-        height=band.shape[0],
-        width=band.shape[1],
-        count=1,
-        dtype=band.dtype,
-        crs=crs,
-        transform=Affine(size, 0, west, 0, -size, north),
-    ) as file:
-        file.write(band, 1)
+def _write(folder: Path, bands: dict[str, tuple], *, crs: CRS, west: float, north: float) -> None:
+    """{name: (band (h, w), pixel size in units of 10 m)} as GeoTIFFs without a no-data tag, as in both data sets."""
+    folder.mkdir(parents=True)
+    for name, (band, step) in bands.items():
+        size = _PIXEL[crs] * step
+        profile = {"driver": "GTiff", "height": band.shape[0], "width": band.shape[1], "count": 1, "dtype": band.dtype}
+        place = {"crs": crs, "transform": Affine(size, 0, west, 0, -size, north)}
+        with rasterio.open(folder / f"{name}.tif", "w", **profile, **place) as file:
+            file.write(band, 1)
 
 
-def _bands(native: dict, season: int) -> Iterable[tuple[str, np.ndarray, int]]:
-    """(name, band, pixel size in units of 10 m) of the optical bands of a season."""
+def _bands(native: dict, season: int) -> tuple[dict[str, tuple], dict[str, tuple]]:
+    """SAR and optical bands of a season: {name: (band, pixel size in units of 10 m)}."""
+    sar = {name: (band, 1) for name, band in zip(SAR.bands, native["sar"][season], strict=True)}
+    optical = {}
     for step, rows in GROUPS.items():
-        for row, band in zip(rows, native[step][season], strict=True):
-            yield OPTICAL.bands[row], band, step
+        optical |= {OPTICAL.bands[row]: (band, step) for row, band in zip(rows, native[step][season], strict=True)}
+    return sar, optical
 
 
 def _scene(platform: str, time: str, code: int) -> str:
     """Name of a Sentinel-1 scene that starts at `time`: 25 s long, with invented orbit, take and checksum."""
-    stop = (datetime.strptime(time, "%Y%m%dT%H%M%S") + timedelta(seconds=25)).strftime("%Y%m%dT%H%M%S")
+    stop = (datetime.strptime(time, _TIME) + timedelta(seconds=25)).strftime(_TIME)
     return f"{platform}_IW_GRDH_1SDV_{time}_{stop}_{code % 60000:06d}_{code * 7 % 2**24:06X}_{code * 31 % 2**16:04X}"
 
 
@@ -58,17 +56,11 @@ def write_ssl4eo(root: Path | str, world: World, indices: Iterable[int]) -> None
         platforms = np.random.default_rng((world.seed, world.stream, i, 2)).choice(["S1A", "S1B"], world.seasons)
         place = {"crs": _LONLAT, "west": round(5 + 0.03 * (i % 1000), 6), "north": round(50 - 0.03 * (i // 1000), 6)}
         for season in range(world.seasons):
-            folder = (
-                Path(root) / "s1" / world.ids[i] / _scene(platforms[season], dates["sar"][season], 4 * i + season + 1)
-            )
-            folder.mkdir(parents=True)
-            for name, band in zip(SAR.bands, native["sar"][season], strict=True):
-                _write(folder / f"{name}.tif", band, step=1, **place)
-            time = dates["optical"][season]
-            folder = Path(root) / "s2c" / world.ids[i] / f"{time}_{time}_T33UUP"
-            folder.mkdir(parents=True)
-            for name, band, step in _bands(native, season):
-                _write(folder / f"{name}.tif", band, step=step, **place)
+            sar, optical = _bands(native, season)
+            start, time = dates["sar"][season], dates["optical"][season]
+            scene = _scene(platforms[season], start, 4 * i + season + 1)
+            _write(Path(root) / "s1" / world.ids[i] / scene, sar, **place)
+            _write(Path(root) / "s2c" / world.ids[i] / f"{time}_{time}_T33UUP", optical, **place)
 
 
 def write_bigearthnet(root: Path | str, world: BigEarthNetWorld, splits: dict[str, Iterable[int]]) -> None:
@@ -76,44 +68,39 @@ def write_bigearthnet(root: Path | str, world: BigEarthNetWorld, splits: dict[st
 
     `BigEarthNetMM(root, split)` reads back exactly what the world gives for these patches.
     """
-    root = Path(root)
-    root.mkdir(parents=True, exist_ok=True)
+    root, side = Path(root), 10 * world.tile
     for split, indices in splits.items():
         lines = []
         for i in indices:
             s2, s1 = world.ids[i], world.sar_name(i)
-            native, dates = world.native(i), world.dates(i)
+            dates = {name: times[0] for name, times in world.dates(i).items()}
             column, row = (int(part) for part in s2.split("_")[-2:])
-            west, north, side = 300000 + 10 * world.tile * column, 5400000 - 10 * world.tile * row, 10 * world.tile
+            west, north = 300000 + side * column, 5400000 - side * row
             place = {"crs": _UTM, "west": west, "north": north}
-
-            folder = root / "BigEarthNet-v1.0" / s2
-            folder.mkdir(parents=True)
-            for name, band, step in _bands(native, 0):
-                if name != "B10":
-                    number = name if name == "B8A" else f"B{int(name[1:]):02d}"
-                    _write(folder / f"{s2}_{number}.tif", band, step=step, **place)
-            time = datetime.strptime(dates["optical"][0], "%Y%m%dT%H%M%S")
             corners = {"ulx": west, "uly": north, "lrx": west + side}
             common = {"labels": world.corine(i), "projection": _UTM.to_wkt()}
+            acquired = {name: datetime.strptime(time, _TIME) for name, time in dates.items()}
+
+            sar, optical = _bands(world.native(i), 0)
+            files = zip(OPTICAL.bands, BAND_FILES, strict=True)
+            folder = root / "BigEarthNet-v1.0" / s2
+            _write(folder, {f"{s2}_{file}": optical[name] for name, file in files if file}, **place)
             metadata = common | {
                 "coordinates": corners | {"lry": north - side},
-                "tile_source": f"S2A_MSIL1C_{dates['optical'][0]}_N0205_R022_T33UUP_{dates['optical'][0]}.SAFE",
-                "acquisition_date": time.strftime("%Y-%m-%d %H:%M:%S"),
+                "tile_source": f"S2A_MSIL1C_{dates['optical']}_N0205_R022_T33UUP_{dates['optical']}.SAFE",
+                "acquisition_date": str(acquired["optical"]),
             }
             (folder / f"{s2}_labels_metadata.json").write_text(json.dumps(metadata))
 
             folder = root / "BigEarthNet-S1-v1.0" / s1
-            folder.mkdir(parents=True)
-            for name, band in zip(SAR.bands, native["sar"][0], strict=True):
-                _write(folder / f"{s1}_{name}.tif", band, step=1, **place)
-            time = datetime.strptime(dates["sar"][0], "%Y%m%dT%H%M%S")
+            _write(folder, {f"{s1}_{name}": band for name, band in sar.items()}, **place)
             metadata = common | {
                 "coordinates": corners | {"lly": north - side},
                 "corresponding_s2_patch": s2,
-                "scene_source": _scene("S1A", dates["sar"][0], i + 1),
-                "acquisition_time": time.isoformat(),
+                "scene_source": _scene("S1A", dates["sar"], i + 1),
+                "acquisition_time": acquired["sar"].isoformat(),
             }
             (folder / f"{s1}_labels_metadata.json").write_text(json.dumps(metadata))
             lines.append(f"{s2},{s1}\n")
+        root.mkdir(parents=True, exist_ok=True)
         (root / f"bigearthnet-{split}.csv").write_text("".join(lines))
