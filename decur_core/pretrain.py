@@ -1,5 +1,9 @@
-"""The pretraining loop: any method, exact resume, a line of history for every step."""
+"""The pretraining loop: any method, any number of processes, exact resume, a line of history for every step.
 
+``python -m decur_core.pretrain PROFILE`` is one process of a run over several nodes under ``torchrun``.
+"""
+
+import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -7,6 +11,7 @@ import json
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,9 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+import yaml
+from torch import Tensor, nn
 
-from . import config, losses, runs
+from . import config, distributed, losses, runs
 from .augment import augment
 from .config import Settings
 from .data.store import Store
@@ -41,13 +47,14 @@ def seeded(*parts) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-def _loss(settings: Settings, model: MultimodalModel, views: dict) -> dict[str, Tensor]:
-    """Named loss terms of one batch of views; ``total`` is what is minimised."""
-    z = {(m, v): model.embed(m + 1, x).float() for (m, v), x in views.items()}
+def _loss(settings: Settings, model: nn.Module, views: dict) -> dict[str, Tensor]:
+    """Named loss terms of one batch of views, over all processes; ``total`` is what is minimised."""
+    z = model(*(views.get((m, v)) for m in (0, 1) for v in "ab"))
+    z1_a, z1_b, z2_a, z2_b = (None if x is None else distributed.gather(x) for x in z)
+    options = {"lambd": settings.lambd, "squares": distributed.squares}
     if settings.method == "barlow_twins":
-        return {"total": losses.barlow_twins(z[0, "a"], z[1, "a"], lambd=settings.lambd)}
-    four = (z[0, "a"], z[0, "b"], z[1, "a"], z[1, "b"])
-    return losses.decur(*four, dim_common=settings.dim_common, lambd=settings.lambd)._asdict()
+        return {"total": losses.barlow_twins(z1_a, z2_a, **options)}
+    return losses.decur(z1_a, z1_b, z2_a, z2_b, dim_common=settings.dim_common, **options)._asdict()
 
 
 def _views(settings: Settings) -> tuple:
@@ -58,13 +65,15 @@ def _views(settings: Settings) -> tuple:
 class _Batches(torch.utils.data.Dataset):
     """Item i is batch i of the whole run: for each view, uint8 N x C x H x W straight from the store.
 
-    Which samples and seasons it holds follows from the seed, the epoch and the position alone.
+    Which samples and seasons it holds follows from seed, epoch and position alone; a process reads its own rows of it.
     """
 
     def __init__(self, settings: Settings, store: Store, steps: range):
         self.settings, self.store, self.steps = settings, store, steps
         self.per_epoch = len(store) // settings.batch_size
-        self._epoch = -1
+        rank, world = distributed.place()
+        self.size, self._epoch = settings.batch_size // world, -1
+        self.first = rank * self.size
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -76,12 +85,12 @@ class _Batches(torch.utils.data.Dataset):
             self._order = torch.randperm(n, generator=seeded(seed, "order", epoch)).tolist()
             seasons = torch.randint(self.store.seasons, (n, len(VIEWS)), generator=seeded(seed, "seasons", epoch))
             self._seasons, self._epoch = seasons.tolist(), epoch
-        size = self.settings.batch_size
-        chosen = self._order[position * size : (position + 1) * size]
+        first = position * self.settings.batch_size + self.first
+        chosen = self._order[first : first + self.size]
         names = [m.name for m in PAIRS[self.settings.pair]]
         batch = {}
         for k, (m, v) in enumerate(_views(self.settings)):
-            images = np.empty((size, *self.store.shapes[names[m]]), np.uint8)
+            images = np.empty((self.size, *self.store.shapes[names[m]]), np.uint8)
             for row, i in enumerate(chosen):
                 images[row] = self.store.read(i, names[m], self._seasons[i][k])
             batch[m, v] = torch.from_numpy(images)
@@ -95,6 +104,7 @@ def _loader(settings: Settings, store: Store, steps: range, device: torch.device
         num_workers=settings.workers,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if settings.workers else None,
+        worker_init_fn=distributed.tie,
     )
 
 
@@ -105,27 +115,28 @@ def device_of(settings: Settings) -> torch.device:
     return torch.device("cuda" if available and settings.device != "cpu" else "cpu")
 
 
-def _optimizer(settings: Settings, model: MultimodalModel) -> torch.optim.Optimizer:
+def _processes(settings: Settings) -> int:
+    """How many processes of this node a run takes: what is asked for, or one for every GPU that torch sees."""
+    gpus = torch.cuda.device_count() if device_of(settings).type == "cuda" else 0
+    if gpus and settings.processes > gpus:
+        raise config.ConfigError(f"processes = {settings.processes}, but torch sees {gpus} GPUs; 0 takes all of them")
+    return 1 if settings.method == "random" else settings.processes or gpus or 1
+
+
+def _optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
     groups = parameter_groups(model, lr=settings.learning_rate, lr_biases=settings.learning_rate_biases)
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    return LARS(
-        groups,
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        trust_coefficient=settings.trust_coefficient,
-    )
+    names = ("momentum", "weight_decay", "trust_coefficient")
+    return LARS(groups, lr=settings.learning_rate, **{name: getattr(settings, name) for name in names})
 
 
 @contextlib.contextmanager
 def _stop_signals():
     """A list that fills with SIGTERM, SIGUSR1 and SIGINT, which would otherwise end the run in the middle of a step."""
     received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    possible = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) if possible else ()
     before = {n: signal.signal(n, lambda number, frame: received.append(number)) for n in numbers}
     try:
         yield received
@@ -175,13 +186,7 @@ def _same_settings(found: dict, wanted: dict, folder: Path) -> None:
 
 
 def _check_store(settings: Settings, store: Store) -> None:
-    for modality in PAIRS[settings.pair]:
-        found = store.meta["preprocessing"].get(modality.name)
-        if found != modality.preprocessing.to_dict():
-            raise config.ConfigError(
-                f"{store.path}: {modality.name} was converted with another preprocessing ({found});"
-                f" pair {settings.pair!r} needs {modality.preprocessing.to_dict()}. Convert the data again."
-            )
+    store.check({m.name: m.preprocessing.to_dict() for m in PAIRS[settings.pair]})
     if len(store) < settings.batch_size:
         raise config.ConfigError(
             f"batch_size = {settings.batch_size}, but {store.path} holds {len(store)} pairs; allowed: 2 to {len(store)}"
@@ -194,19 +199,47 @@ def run(settings: Settings, store_path: Path | str) -> Path:
     ``store_path``: a finished store with the pair's two modalities. Returns the run's folder, which holds
     ``history.jsonl`` (a line per step with every loss term), the last two checkpoints and ``final.pt``. On a CPU, or
     one GPU in deterministic mode, an interrupted and resumed run ends with the same bits as an uninterrupted one.
+    Several processes (setting ``processes``) are started here and followed; inside ``distributed.joined`` the call is
+    one of them. Their number may change from one call to the next.
     Raises ``ConfigError`` (settings), ``Interrupted`` (after SIGTERM, SIGUSR1, SIGINT) and ``NonFinite`` (loss).
     """
     folder = runs.path(settings, "pretrain", runs.title(settings))
-    store = Store(store_path)
-    with runs.locked(folder):
-        config.check_world_size(settings, 1)
+    store, (rank, world), joined = Store(store_path), distributed.place(), torch.distributed.is_initialized()
+    with runs.locked(folder) if rank == 0 else contextlib.nullcontext():
+        world = world if joined else _processes(settings)
+        config.check_world_size(settings, world)
         _check_store(settings, store)
         identity = {**config.identity(settings), "data.pairs": len(store)}
-        if (folder / "final.pt").exists():
+        total = 0 if settings.method == "random" else settings.epochs * (len(store) // settings.batch_size)
+        if distributed.largest((folder / "final.pt").exists()):
             _same_settings(torch.load(folder / "final.pt", weights_only=True)["settings"], identity, folder)
-            return folder
-        _train(settings, store, folder, identity)
+        elif joined or world == 1:
+            _train(settings, store, folder, identity, total)
+        else:
+            _launch(world, settings, store, folder, identity, total)
     return folder
+
+
+def _launch(world: int, settings: Settings, store: Store, folder: Path, identity: dict, total: int) -> None:
+    """Train in ``world`` processes of this machine; meanwhile show their progress and pass signals on."""
+    with _stop_signals() as received, runs.progress(None, total=total, desc=folder.name) as bar:
+
+        def tick() -> int:
+            with contextlib.suppress(OSError, IndexError, json.JSONDecodeError), open(folder / "history.jsonl") as file:
+                file.seek(max(0, os.stat(file.fileno()).st_size - 2000))
+                line = json.loads(file.read().splitlines()[-1])
+                bar.set_postfix_str(f"loss {line['total']:.4g}, {line['pairs_per_second']:.0f} pairs/s", refresh=False)
+                bar.update(line["step"] - bar.n)
+            return received[0] if received else 0
+
+        try:
+            options = {"device": device_of(settings), "processes": world, "tick": tick}
+            distributed.launch(_train, settings, store, folder, identity, total, **options)
+        except Exception as error:
+            if not received or isinstance(error, Interrupted):
+                raise
+            raise Interrupted(f"{folder.name}: a signal came before the first step; the same call resumes") from error
+        tick()
 
 
 def run_members(settings: Settings, store_path: Path | str) -> dict[str, Path]:
@@ -221,24 +254,28 @@ def example_views(store: Store, modality: Modality, size: int, *, count: int = 8
     return augment(image.expand(count, *image.shape), policy, generator=seeded("example", modality.name)).numpy()
 
 
-def _train(settings: Settings, store: Store, folder: Path, identity: dict) -> None:
-    device = device_of(settings)
+def _train(settings: Settings, store: Store, folder: Path, identity: dict, total: int) -> None:
+    device, (rank, world) = device_of(settings), distributed.place()
     pair = PAIRS[settings.pair]
     policies = [dataclasses.replace(m.views, size=settings.crop_size) for m in pair]
     torch.manual_seed(settings.seed)
     model = MultimodalModel(settings.backbone, [m.channels for m in pair], settings.projector)
     model.to(device, memory_format=torch.channels_last).train()
     optimizer = _optimizer(settings, model)
-    total = 0 if settings.method == "random" else settings.epochs * (len(store) // settings.batch_size)
     state = _newest(folder, identity)
-    start = 0
+    start = state["step"] if state else 0
+    if distributed.largest(start) != start:
+        raise RuntimeError(f"{folder}: processes find different checkpoints; all nodes must see the same files there")
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-        print(f"{folder.name}: resumes after step {start} of {total}")
-    _keep_history(folder, start)
-    runs.write_json(folder / "run.json", {"settings": config.to_dict(settings), "provenance": runs.provenance()})
+    replica = distributed.replicate(model, device)
+    if rank == 0:
+        if state:
+            print(f"{folder.name}: resumes after step {start} of {total}")
+        _keep_history(folder, start)
+        about = {"settings": config.to_dict(settings), "processes": world, "provenance": runs.provenance()}
+        runs.write_json(folder / "run.json", about)
 
     def state_at(step: int) -> dict:
         preprocessing = {m.name: m.preprocessing.to_dict() for m in pair}
@@ -257,46 +294,45 @@ def _train(settings: Settings, store: Store, folder: Path, identity: dict) -> No
     # On CPUs bfloat16 is emulated and many times slower than float32.
     auto = "bfloat16" if device.type == "cuda" else "float32"
     low = (auto if settings.precision == "auto" else settings.precision) == "bfloat16"
-    with _stop_signals() as received, open(folder / "history.jsonl", "a") as history:
-        bar = runs.progress(
-            _loader(settings, store, range(start, total), device), initial=start, total=total, desc=folder.name
-        )
+    with _stop_signals() as received, open(os.devnull if rank else folder / "history.jsonl", "a") as history:
+        batches = _loader(settings, store, range(start, total), device)
+        options = {"initial": start, "total": total, "disable": rank > 0 or distributed.followed}
+        bar = runs.progress(batches, desc=folder.name, **options)
         began = time.perf_counter()
         for step, batch in enumerate(bar, start=start + 1):
-            views = {
-                (m, v): augment(
-                    images.to(device, non_blocking=True),
-                    policies[m],
-                    generator=seeded(settings.seed, "views", step, m, v),
-                ).contiguous(memory_format=torch.channels_last)
-                for (m, v), images in batch.items()
-            }
+            views = {}
+            for (m, v), images in batch.items():
+                options = {"generator": seeded(settings.seed, "views", step, m, v), "part": (rank, world)}
+                view = augment(images.to(device, non_blocking=True), policies[m], **options)
+                views[m, v] = view.contiguous(memory_format=torch.channels_last)
             share = cosine(step - 1, total)
             set_learning_rates(optimizer, share)
             with torch.autocast(device.type, torch.bfloat16, enabled=low):
-                terms = _loss(settings, model, views)
+                terms = _loss(settings, replica, views)
             optimizer.zero_grad(set_to_none=True)
             terms["total"].backward()
             optimizer.step()
 
             # The terms stay on the device until the next line of the log, so that no step waits for the one before.
             pending.append((step, share, torch.stack([t.detach() for t in terms.values()])))
-            due = step % settings.checkpoint_steps == 0 or step == total or bool(received)
+            asked = distributed.largest(received[0] if received else distributed.asked.value)
+            due = step % settings.checkpoint_steps == 0 or step == total or bool(asked)
             if due or step % settings.log_steps == 0:
                 rate = len(pending) * settings.batch_size / (time.perf_counter() - began)
                 last = _write_history(history, pending, list(terms), folder, settings, rate)
                 bar.set_postfix_str(f"loss {last:.4g}, {rate:.0f} pairs/s", refresh=False)
                 pending, began = [], time.perf_counter()
-            if due and step < total:
+            if due and step < total and rank == 0:
                 checkpoint(step)
-            if received and step < total:
-                name = signal.Signals(received[0]).name
-                raise Interrupted(
-                    f"{folder.name}: stopped by {name} after step {step} of {total}; the same call resumes"
-                )
-    _save(state_at(total), folder / "final.pt")
-    for file in _checkpoints(folder):
-        file.unlink()
+            if asked and step < total:
+                distributed.largest()  # a process that ends before the checkpoint is written ends them all
+                name = signal.Signals(asked).name
+                raise Interrupted(f"{folder.name}: {name} after step {step} of {total}; the same call resumes")
+    if rank == 0:
+        _save(state_at(total), folder / "final.pt")
+        for file in _checkpoints(folder):
+            file.unlink()
+    distributed.largest()
 
 
 def _write_history(file, pending, names, folder: Path, settings: Settings, rate: float) -> float:
@@ -324,3 +360,29 @@ def _keep_history(folder: Path, start: int) -> None:
     temporary = folder / f".history.jsonl.{os.getpid()}"
     temporary.write_text(text)
     os.replace(temporary, folder / "history.jsonl")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line; exits with a message for settings that cannot be used, and after a signal."""
+    from .data import prepare
+
+    parser = argparse.ArgumentParser(prog="python -m decur_core.pretrain", description="Pretrain, without a notebook.")
+    parser.add_argument("profile", help="a file in notebooks/profiles, without .yaml")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="e.g. epochs=5")
+    args = parser.parse_args(argv)
+    try:
+        overrides = {k: yaml.safe_load(v) for k, _, v in (item.partition("=") for item in args.set)}
+        settings = config.load(args.profile, overrides)
+        with distributed.joined(device_of(settings)) if "RANK" in os.environ else contextlib.nullcontext():
+            if distributed.place()[0] == 0:
+                prepare.pretraining_store(settings)  # the others find it finished
+            distributed.largest()
+            run_members(settings, prepare.pretraining_store(settings))
+    except (config.ConfigError, Interrupted) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    from decur_core import pretrain  # this copy of the module has another name in the processes it starts
+
+    pretrain.main()
