@@ -1,21 +1,56 @@
 """What the benchmarks share: paired timing, peak memory in a fresh process, tables, and records with provenance."""
 
+import argparse
 import gc
 import importlib
+import itertools
 import json
+import os
 import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from decur_core import config, runs
+from decur_core.data.store import Store, StoreWriter
+from decur_core.pairs import PAIRS
 
 RECORDS = config.ROOT / "benchmarks" / "records"
+PAIR = PAIRS["sar_optical"]
+PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}  # TFLOP/s in 16 bit, dense, of the SXM boards (data sheets)
+LOAD = os.getloadavg()[0]  # processes that wanted the machine in the minute before this benchmark
+
+
+def arguments(about: str, argv: Sequence[str] | None, **known: tuple) -> argparse.Namespace:
+    """Command line with ``--device`` and, for each (default on the CPU, default on a GPU, meaning), a ``--name``."""
+    device = argparse.ArgumentParser(add_help=False)
+    device.add_argument("--device", default="cpu", help="cpu or cuda; other defaults follow from it")
+    on_cpu = torch.device(device.parse_known_args(argv)[0].device).type == "cpu"
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=about, parents=[device], formatter_class=form)
+    for name, (cpu, cuda, meaning) in known.items():
+        default = cpu if on_cpu else cuda
+        several = isinstance(default, list)
+        options = {"type": type(default[0] if several else default), "nargs": "+" if several else None}
+        parser.add_argument(f"--{name}", default=default, help=f"{meaning} (default: {default})", **options)
+    return parser.parse_args(argv)
+
+
+def random_store(path: Path, *, count: int, side: int, seasons: int) -> Store:
+    """A store of random SAR and optical pixels, side x side."""
+    shapes = {m.name: (m.channels, side, side) for m in PAIR}
+    meta = {"preprocessing": {m.name: m.preprocessing.to_dict() for m in PAIR}}
+    ids, random = [f"{i:07d}" for i in range(count)], np.random.default_rng(0)
+    with StoreWriter(path, ids=ids, shapes=shapes, seasons=seasons, meta=meta) as writer:
+        for name in ids:
+            writer.put(name, {m: random.integers(0, 256, (seasons, *s), np.uint8) for m, s in shapes.items()})
+    return Store(path)
 
 
 def synchronize(device: str) -> None:
@@ -39,6 +74,43 @@ def seconds(calls: dict[str, Callable], *, repeats: int = 5, device: str = "cpu"
             if repeat:
                 times[name].append(time.perf_counter() - began)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def pace(calls: dict[str, Callable], *, repeats: int, warm: int, device: str, turns: int = 3) -> dict[str, float]:
+    """Seconds for a call, of ``repeats`` calls without a pause: the host never waits for the device between them.
+
+    Median of the turns. ``warm`` calls before each use up what workers prepared while another call had its turn.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _, (name, call) in itertools.product(range(turns), calls.items()):
+        for k in range(warm + repeats):
+            if k == warm:
+                synchronize(device)
+                began = time.perf_counter()
+            call()
+        synchronize(device)
+        times[name].append((time.perf_counter() - began) / repeats)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def rate(loader: Iterable, duration: float) -> float:
+    """Batches per second, from the first to one that comes at least ``duration`` seconds later."""
+    arrivals = []
+    for _ in loader:
+        arrivals.append(time.perf_counter())
+        if len(arrivals) > 2 and arrivals[-1] - arrivals[0] > duration:
+            break
+    return (len(arrivals) - 1) / (arrivals[-1] - arrivals[0])
+
+
+def peak_arithmetic(device: str) -> tuple[float, str]:
+    """TFLOP/s at most and where that is from: a known GPU's data sheet, else a large matrix product in float32."""
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "CPU"
+    for known, value in PEAKS.items():
+        if known in name:
+            return value, f"data sheet of {known}"
+    x = torch.randn(1024, 1024, device=device)
+    return 2 * len(x) ** 3 / 1e12 / seconds({"": lambda: x @ x}, device=device)[""], "matrix product in float32"
 
 
 def peak_memory(module: str, prepare: str, *, device: str = "cpu", **arguments) -> int:
@@ -89,8 +161,13 @@ def table(rows: Sequence[dict]) -> str:
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
 
 
-def save(name: str, *, settings: dict, rows: Sequence[dict]) -> Path:
-    """Write ``benchmarks/records/<name>.json``: settings, rows, and where they were measured. Returns the file."""
-    hardware = {**runs.provenance(), "threads": torch.get_num_threads()}
-    runs.write_json(RECORDS / f"{name}.json", {"settings": settings, "rows": list(rows), "provenance": hardware})
-    return RECORDS / f"{name}.json"
+def save(name: str, *, settings: dict, rows: Sequence[dict], device: str = "cpu") -> Path:
+    """Write settings, rows, and where and when they were measured. Returns the file.
+
+    It is ``benchmarks/records/<name>.json``, with the device's kind after the name if it is not the CPU.
+    """
+    kind = torch.device(device).type
+    hardware = {**runs.provenance(), "threads": torch.get_num_threads(), "load_before": round(LOAD, 2)}
+    file = RECORDS / f"{name if kind == 'cpu' else f'{name}-{kind}'}.json"
+    runs.write_json(file, {"settings": settings, "rows": list(rows), "provenance": hardware})
+    return file

@@ -2,7 +2,7 @@
 
 A page holds a comment line, ``<!-- decur: NAME -->``, and gets the table that ``TABLES`` makes for NAME. Records travel
 with the executed notebooks, as ``<decur_executed>/<profile>/records.json``; the first profile of ``decur_profiles``
-that has the kind of data asked for supplies a table.
+that has the kind of data asked for supplies a table. Those of benchmarks are in ``benchmarks/records``.
 """
 
 import json
@@ -13,6 +13,19 @@ from decur_core import config, results
 
 MARK = re.compile(r"^<!-- decur: (.+?) -->$", re.MULTILINE)
 NOT_RUN = "*Not run yet.*"
+TARGETS = (  # what, at least (at most with a minus sign), record, its row, its column
+    ("loss, forward and backward, K 8192, N 256, one CPU core: times faster", 35, "loss", -1, "times faster"),
+    ("its peak extra memory: share of the published way's", -0.2, "loss", -1, "share of memory"),
+    ("loader, one process, 264 px, 15 bands: times faster", 20, "loader", 1, "ours, times faster"),
+    ("augmentation, one CPU core, optical: times faster", 1, "augment", 0, "published/ours"),
+    ("augmentation, one CPU core, SAR: times faster", 1, "augment", 1, "published/ours"),
+    ("LARS step, one CPU core: times faster", 1, "lars", 0, "times faster"),
+    ("LARS step, GPU: times faster", 5, "lars-cuda", 0, "times faster"),
+    ("augmentation, H200: share of the step", -0.05, "step-cuda", 1, "views, share"),
+    ("whole step, H200: times faster", 4, "step-cuda", 1, "times faster"),
+    ("whole step, H200: pairs/s", 600, "step-cuda", 1, "pairs/s"),
+    ("251,079 pairs, 100 epochs, H200: hours", -12, "step-cuda", 1, "hours for 251,079 pairs x 100"),
+)
 
 
 def measured(app, kind: str) -> list[dict]:
@@ -44,7 +57,45 @@ def settings(app, _: str) -> str:
     return "| setting | default | meaning |\n|---|---|---|\n" + "\n".join(rows)
 
 
-TABLES = {"summary": summary, "table1": table1, "settings": settings}
+def _benchmark(app, name: str) -> dict | None:
+    file = Path(app.srcdir) / "benchmarks" / "records" / f"{name}.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def _number(value) -> str:
+    if not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
+
+
+def benchmark(app, name: str) -> str:
+    """One benchmark's rows, then its settings, and where and when they were measured."""
+    record = _benchmark(app, name)
+    if record is None:
+        return "*Not measured.*"
+    rows, about = record["rows"], record["provenance"]
+    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
+    lines += ["| " + " | ".join(map(_number, row.values())) + " |" for row in rows]
+    chosen = (f"{k} {v}" for k, v in record["settings"].items() if isinstance(v, int | float | str))
+    hardware, state = about["hardware"], " with changes" if about["modified"] else ""
+    machine = ", ".join(hardware["gpus"]) or f"{hardware['cores']} cores of {hardware['processor']}"
+    where = f"{machine}; torch {about['versions']['torch']}; commit {about['commit']}{state}; {about['date'][:10]}"
+    load = f"; load before it began {about['load_before']}" if "load_before" in about else ""
+    return "\n".join(lines) + f"\n\nSettings: {', '.join(chosen)}. Measured on {where}{load}."
+
+
+def targets(app, _: str) -> str:
+    """What is aimed at beside what the records hold; what no record holds is open."""
+    lines = ["| what | aim | measured | |", "|---|---|---|---|"]
+    for what, aim, name, row, column in TARGETS:
+        record, wanted = _benchmark(app, name), f"{'at least' if aim > 0 else 'at most'} {abs(aim)}"
+        found = record["rows"][row][column] if record else None
+        verdict = "open" if record is None else "reached" if (found >= aim if aim > 0 else found <= -aim) else "missed"
+        lines.append(f"| {what} | {wanted} | {'' if record is None else _number(found)} | {verdict} |")
+    return "\n".join(lines)
+
+
+TABLES = {"summary": summary, "table1": table1, "settings": settings, "benchmark": benchmark, "targets": targets}
 
 
 def read_source(app, docname: str, content: list[str]) -> None:
@@ -53,6 +104,8 @@ def read_source(app, docname: str, content: list[str]) -> None:
         for profile in app.config.decur_profiles:
             records = Path(app.srcdir) / app.config.decur_executed / profile / "records.json"
             app.env.dependencies[docname].add(str(records))
+        measurements = (Path(app.srcdir) / "benchmarks" / "records").glob("*.json")
+        app.env.dependencies[docname].update(map(str, measurements))
 
         def table(match: re.Match) -> str:
             name, _, argument = match[1].partition(" ")
