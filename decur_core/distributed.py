@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from . import losses
@@ -148,11 +147,10 @@ def tie(_=None) -> None:
 
 
 def launch(function: Callable, *arguments, processes: int, device: torch.device, tick: Callable = lambda: 0) -> None:
-    """Run ``function(*arguments)``, importable, in new processes of this machine that are ``joined``; wait for them.
+    """Run ``function(*arguments)``, importable, in new ``joined`` processes of this machine; none outlives this one.
 
     ``tick``, called a few times per second, returns the number of a signal to pass on (as ``asked``), or 0. What the
-    first process prints is printed here. Raises the first exception that one raises, RuntimeError where one dies
-    without. No process outlives this one, not even after SIGKILL.
+    first process prints is printed here; the first exception is raised here, RuntimeError where one died without.
     """
     for name in ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn"):
         getLogger(name).setLevel(CRITICAL)  # what they have to say comes as an exception
@@ -176,9 +174,8 @@ def launch(function: Callable, *arguments, processes: int, device: torch.device,
     silent = processes - len(errors)
     if errors and (silent == 0 or type(errors[0]) is not RuntimeError):  # that is what the others make of a dead one
         raise errors[0]
-    if isinstance(job.exception(), ChildFailedError):
-        raise RuntimeError(f"{silent} of {processes} processes died without a word (out of memory?)")
-    job.result()
+    if error := job.exception():
+        raise RuntimeError(f"{silent} of {processes} processes died without a word (out of memory?)") from error
 
 
 def _enter(function: Callable, arguments: tuple, device: torch.device, parent: int, threads: int, stop, said) -> None:

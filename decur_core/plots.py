@@ -160,25 +160,31 @@ def learning_rate(lines: Sequence[dict]) -> Figure:
 
 
 def scores(rows: Sequence[dict], *, reference: float | None = None) -> Figure:
-    """mAP micro per protocol and label fraction, a bar per method, whiskers for the deviation over seeds.
+    """mAP micro, a panel per kind of input, a bar per method, whiskers for the deviation over seeds.
 
     ``rows``: of ``results.summary``; ``reference``: mAP of guessing, drawn as a dotted line.
     """
-    groups = list(dict.fromkeys((r["inputs"], r["protocol"], r["fraction"]) for r in rows))
+    panels = list(dict.fromkeys(r["inputs"] for r in rows))
+    groups = list(dict.fromkeys((r["fraction"], r["protocol"]) for r in rows))
     methods = list(dict.fromkeys(r["method"] for r in rows))
-    figure, ((axis,),) = _figure(1, 1, height=3.4, width=max(5, 1.1 * len(groups) + 2))
+    figure, axes = _figure(len(panels), 1, height=2 * len(panels) + 0.8, width=7, sharex=True, sharey=True)
     width = 0.8 / max(1, len(methods))
-    for k, method in enumerate(methods):
-        found = {groups.index((r["inputs"], r["protocol"], r["fraction"])): r for r in rows if r["method"] == method}
-        at = [i + (k - (len(methods) - 1) / 2) * width for i in found]
-        spread, (label, color) = [r["deviation"] or 0 for r in found.values()], STYLES[method]
-        axis.bar(at, [r["mean"] for r in found.values()], width, yerr=spread, color=color, label=label, capsize=2)
-    if reference is not None:
-        axis.axhline(reference, color="black", ls=":", lw=1, label="guessing")
-    names = [f"{STYLES[i][0]}\n{p}\n{100 * f:g} % labels" for i, p, f in groups]
-    axis.set_xticks(range(len(groups)), names, fontsize=7)
-    axis.set_ylabel("mAP micro (%)")
-    axis.legend(ncols=4, **ABOVE)
+    for axis, inputs in zip(axes.flat, panels, strict=True):
+        for k, method in enumerate(methods):
+            found = {
+                groups.index((r["fraction"], r["protocol"])): r
+                for r in rows
+                if r["method"] == method and r["inputs"] == inputs
+            }
+            at = [i + (k - (len(methods) - 1) / 2) * width for i in found]
+            spread, (label, color) = [r["deviation"] or 0 for r in found.values()], STYLES[method]
+            axis.bar(at, [r["mean"] for r in found.values()], width, yerr=spread, color=color, label=label, capsize=2)
+        if reference is not None:
+            axis.axhline(reference, color="black", ls=":", lw=1, label="guessing")
+        axis.set_title(STYLES[inputs][0], fontsize=9, loc="right")
+        axis.set_ylabel("mAP micro (%)", fontsize=8)
+    axis.set_xticks(range(len(groups)), [f"{p}\n{100 * f:g} % labels" for f, p in groups], fontsize=8)
+    axes[0, 0].legend(ncols=4, **ABOVE)
     return figure
 
 

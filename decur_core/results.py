@@ -47,7 +47,7 @@ def per_class(records: Sequence[dict], *, protocol: str, inputs: str, fraction: 
 
 
 def _cell(mean: float, deviation: float | None, best: float | None = None) -> str:
-    text = f"{mean:.1f}" + (f" ± {deviation:.1f}" if deviation is not None else "")
+    text = f"{mean:.1f}" + (f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{deviation:.1f}" if deviation is not None else "")
     return f"**{text}**" if mean == best else text
 
 

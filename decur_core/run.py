@@ -188,8 +188,9 @@ def publish(notebook, target: Path, note: dict) -> None:
 
 def run_one(path: Path, state: State, *, parameters: dict, output: Path, executed: Path, cwd: Path) -> str | None:
     """Execute the notebook at ``path`` and publish it; returns None, or what went wrong."""
-    start = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
+    ledger = output / f"{path.stem}.seconds"  # an interrupted run's page says how long all its attempts took
+    start = time.monotonic() - (float(ledger.read_text()) if ledger.exists() else 0)
     options = {"engine_name": "decur", "kernel_name": "python3", "language": "python", "progress_bar": False}
     try:
         done = execute_notebook(path, output / path.name, parameters, cwd=cwd, state=state, **options)
@@ -197,6 +198,8 @@ def run_one(path: Path, state: State, *, parameters: dict, output: Path, execute
         return re.sub(r"\x1b\[[0-9;]*m", "", "\n".join([f"{error.ename}: {error.evalue}", *error.traceback]))
     except Exception as error:  # a dead kernel, an unreadable notebook: the run ends, the message says why
         return f"{type(error).__name__}: {error}"
+    finally:
+        runs.write_text(ledger, f"{time.monotonic() - start:.1f}")
     if state.received:
         return "a signal came"
     if not is_finished(done):

@@ -369,7 +369,9 @@ def nodes(settings, port: int) -> list[subprocess.Popen]:
     plain = {k: v for k, v in config.to_dict(settings).items() if k not in ("profile", "sweep")}
     chosen = [f"{name}={json.dumps(value)}" for name, value in plain.items()]
     command = [sys.executable, "-m", "torch.distributed.run", f"--rdzv-endpoint=localhost:{port}", *TORCHRUN.split()]
-    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    Path(settings.runs).mkdir(exist_ok=True)  # where torchrun leaves its log folders too
+    environment = {**os.environ, "TMPDIR": settings.runs}
+    options = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return [subprocess.Popen([*command, *chosen], **options) for _ in range(2)]
 
 

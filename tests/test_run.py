@@ -163,3 +163,13 @@ def test_usage_errors_come_before_any_compute(argv, message, capsys):
     with pytest.raises(SystemExit) as end:
         run.main(argv.split())
     assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_page_counts_the_seconds_of_every_attempt(tmp_path):
+    write(tmp_path / "10_late.ipynb", "import os, time\ntime.sleep(1)\nassert os.path.exists('ready')", END)
+    assert drive(tmp_path, "10_late.ipynb") == 1
+    first = float((tmp_path / "runs" / "10_late.seconds").read_text())
+    (tmp_path / "ready").touch()
+    assert drive(tmp_path, "10_late.ipynb") == 0
+    note = nbformat.read(tmp_path / "executed" / "10_late.ipynb", 4).metadata.decur
+    assert first > 1 and note.seconds > first + 1
