@@ -93,6 +93,7 @@ class Settings:
     trust_coefficient: float = setting(0.001, "LARS trust coefficient", low=0)
     seed: int = setting(0, "seed of weights, sample order, seasons and augmentations", low=0, high=2**63 - 1)
     precision: str = setting("auto", "of the network; auto: bfloat16 on GPUs", choices=("auto", "float32", "bfloat16"))
+    compile: str = setting("off", "torch.compile mode of the backbones", choices=("off", "default", "reduce-overhead"))
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda"), result=False)
     processes: int = setting(0, "that train, on this node; 0: one per visible GPU, 1 on a CPU", low=0, result=False)
     workers: int = setting(8, "loader processes", low=0, high=512, result=False)

@@ -90,11 +90,18 @@ class _Batches(torch.utils.data.Dataset):
         names = [m.name for m in PAIRS[self.settings.pair]]
         batch = {}
         for k, (m, v) in enumerate(_views(self.settings)):
-            images = np.empty((self.size, *self.store.shapes[names[m]]), np.uint8)
+            batch[m, v] = _empty((self.size, *self.store.shapes[names[m]]))
+            images = batch[m, v].numpy()
             for row, i in enumerate(chosen):
                 images[row] = self.store.read(i, names[m], self._seasons[i][k])
-            batch[m, v] = torch.from_numpy(images)
         return batch
+
+
+def _empty(shape: tuple[int, ...]) -> Tensor:
+    """Room for a uint8 batch; in a loader process where the main one will read it, which saves a copy."""
+    if torch.utils.data.get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(shape)), 0, shape)
 
 
 def _loader(settings: Settings, store: Store, steps: range, device: torch.device) -> Iterator[dict]:
@@ -261,6 +268,10 @@ def _train(settings: Settings, store: Store, folder: Path, identity: dict, total
     torch.manual_seed(settings.seed)
     model = MultimodalModel(settings.backbone, [m.channels for m in pair], settings.projector)
     model.to(device, memory_format=torch.channels_last).train()
+    if settings.compile != "off":
+        # The backbones alone: what follows them synchronises between processes, where a graph would break.
+        for backbone in (model.backbone_1, model.backbone_2):
+            backbone.compile(mode=settings.compile)
     optimizer = _optimizer(settings, model)
     state = _newest(folder, identity)
     start = state["step"] if state else 0

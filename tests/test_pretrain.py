@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -220,3 +221,15 @@ def test_a_store_of_another_preprocessing_is_refused(tiny, pair_store, monkeypat
     monkeypatch.setitem(pretrain.PAIRS, "sar_optical", (other, optical))
     with pytest.raises(ValueError, match="sar was converted with another preprocessing"):
         pretrain.run(tiny(), pair_store)
+
+
+@pytest.mark.soak
+def test_compiled_backbones_train_the_same_run_within_rounding(tiny, pair_store):
+    if shutil.which("c++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on CPUs")
+    plain = runs.read_history(pretrain.run(tiny(name="plain"), pair_store))
+    folder = pretrain.run(tiny(name="compiled", compile="default"), pair_store)
+    compiled = runs.read_history(folder)
+    assert [line["step"] for line in compiled] == [line["step"] for line in plain]
+    assert compiled[0]["total"] == pytest.approx(plain[0]["total"], rel=1e-4)
+    assert set(final(folder)["model"]) == set(pretrain.MultimodalModel("small", [2, 13], [16, 16, 8]).state_dict())
