@@ -1,11 +1,11 @@
-"""Pairs per second that one loader process delivers, and the bytes it reads for a pair, page cache warm.
+"""Pairs per second that one loader worker delivers, and the bytes it reads for a pair, page cache warm.
 
     python -m benchmarks.loader
 
 Published: LMDB values hold all seasons of a location, pickled. A worker unpickles them and picks seasons ("bytes
 only"), and also makes the views, one sample and one operation after another, with OpenCV ("with views", as published).
 Ours: a worker copies one season for each view into a uint8 batch; the device makes the views (`benchmarks.augment`).
-Both run in torch's DataLoader with one worker. Needs the extra `bench`.
+A worker is a process of torch's DataLoader in the published way, a thread in ours. Needs the extra `bench`.
 """
 
 import dataclasses
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rates = {name: [] for name in read}
         for _, name in itertools.product(range(options.turns), read):
             if name == "ours":
-                batches = pretrain._loader(settings, store, range(10**9), torch.device("cpu"))
+                batches = pretrain._batches(settings, store, range(10**9), torch.device("cpu"))
             else:
                 dataset = Published(Path(folder, "published"), views[name])
                 order = RandomSampler(range(len(store)), replacement=True, num_samples=10**9)

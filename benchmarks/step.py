@@ -93,9 +93,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     known |= {"k": (2048, 8192, "embedding dimensions, and width of the projectors' other layers")}
     known |= {"workers": (0, max(1, (os.cpu_count() or 1) - 1), "processes that make the published views")}
     known |= {"threads": (1, 1, "CPU threads"), "repeats": (2, 10, "steps in a turn; each way has three")}
+    known |= {"peak": (0.0, common.peak_arithmetic(), "TFLOP/s the device reaches at most, 0 if not known")}
     o = common.arguments(__doc__, argv, **known)
-    peak, origin = common.peak_arithmetic(o.device)
-    sizes = {name: value for name, value in vars(o).items() if name != "repeats"}
+    sizes = {name: value for name, value in vars(o).items() if name not in ("repeats", "peak")}
     made = {way: build(way=way, **sizes)[2] for way in lars.WAYS}
     calls = {(way, part): call for way, parts in made.items() for part, call in parts.items()}
     times = common.pace(calls, repeats=o.repeats, warm=3 if o.workers else 1, device=o.device)
@@ -105,13 +105,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         row = {"step": way, "pairs/s": o.batch / step, "times faster": times["published", "step"] / step}
         row |= {"ms": 1e3 * step} | {f"{part} ms": 1e3 * value for part, value in alone.items()}
         row |= {"views, share": alone["views"] / step, "bound by": max(alone, key=alone.get)}
-        row |= {"TFLOP/s": operations / step / 1e12, "share of peak": operations / step / 1e12 / peak}
+        reached = operations / step / 1e12
+        row |= {"TFLOP/s": reached, "share of peak": reached / o.peak if o.peak else "unknown"}
         row["peak MiB"] = common.peak_memory("benchmarks.step", "prepare", way=way, **{**sizes, "workers": 0}) / 2**20
         if o.device != "cpu":
             row["hours for 251,079 pairs x 100"] = 251_079 * 100 * step / o.batch / 3600
         rows.append(row)
     print(common.table(rows))
-    settings = vars(o) | {"peak from": origin, "TFLOP per step": operations / 1e12, "opencv": loader.cv2.__version__}
+    settings = vars(o) | {"TFLOP per step": operations / 1e12, "opencv": loader.cv2.__version__}
     print(common.save("step", settings=settings, rows=rows, device=o.device))
 
 

@@ -96,7 +96,7 @@ class Settings:
     compile: str = setting("off", "torch.compile mode of the backbones", choices=("off", "default", "reduce-overhead"))
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda"), result=False)
     processes: int = setting(0, "that train, on this node; 0: one per visible GPU, 1 on a CPU", low=0, result=False)
-    workers: int = setting(8, "loader processes", low=0, high=512, result=False)
+    workers: int = setting(8, "threads that read ahead, in each process", low=0, high=512, result=False)
     checkpoint_steps: int = setting(500, "steps between checkpoints", low=1, result=False)
     log_steps: int = setting(20, "steps between lines of the log and checks for non-finite losses", low=1, result=False)
     runs: str = setting("runs", "folder of results", result=False)

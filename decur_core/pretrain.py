@@ -6,6 +6,7 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -14,7 +15,9 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -62,57 +65,52 @@ def _views(settings: Settings) -> tuple:
     return VIEWS[:2] if settings.method == "barlow_twins" else VIEWS
 
 
-class _Batches(torch.utils.data.Dataset):
-    """Item i is batch i of the whole run: for each view, uint8 N x C x H x W straight from the store.
+def _batches(settings: Settings, store: Store, steps: range, device: torch.device) -> Iterator[dict]:
+    """The batches of ``steps`` in order: for each view, uint8 n x C x H x W straight from the store.
 
-    Which samples and seasons it holds follows from seed, epoch and position alone; a process reads its own rows of it.
+    Which samples and seasons they hold follows from seed, epoch and position alone; a process reads its own rows.
+    ``workers`` threads copy a few batches ahead. Copying lets go of the interpreter, so they get by without processes,
+    which would have to hand every batch over through fresh shared memory.
     """
+    rank, world = distributed.place()
+    size, per_epoch = settings.batch_size // world, len(store) // settings.batch_size
+    names = [m.name for m in PAIRS[settings.pair]]
 
-    def __init__(self, settings: Settings, store: Store, steps: range):
-        self.settings, self.store, self.steps = settings, store, steps
-        self.per_epoch = len(store) // settings.batch_size
-        rank, world = distributed.place()
-        self.size, self._epoch = settings.batch_size // world, -1
-        self.first = rank * self.size
+    @functools.lru_cache(2)
+    def drawn(epoch: int) -> tuple[list, list]:
+        order = torch.randperm(len(store), generator=seeded(settings.seed, "order", epoch))
+        shape = (len(store), len(VIEWS))
+        seasons = torch.randint(store.seasons, shape, generator=seeded(settings.seed, "seasons", epoch))
+        return order.tolist(), seasons.tolist()
 
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __getitem__(self, item: int) -> dict:
-        epoch, position = divmod(self.steps[item], self.per_epoch)
-        if epoch != self._epoch:
-            n, seed = len(self.store), self.settings.seed
-            self._order = torch.randperm(n, generator=seeded(seed, "order", epoch)).tolist()
-            seasons = torch.randint(self.store.seasons, (n, len(VIEWS)), generator=seeded(seed, "seasons", epoch))
-            self._seasons, self._epoch = seasons.tolist(), epoch
-        first = position * self.settings.batch_size + self.first
-        chosen = self._order[first : first + self.size]
-        names = [m.name for m in PAIRS[self.settings.pair]]
+    def read(step: int) -> dict:
+        epoch, position = divmod(step, per_epoch)
+        order, seasons = drawn(epoch)
+        first = position * settings.batch_size + rank * size
         batch = {}
-        for k, (m, v) in enumerate(_views(self.settings)):
-            batch[m, v] = _empty((self.size, *self.store.shapes[names[m]]))
+        for k, (m, v) in enumerate(_views(settings)):
+            shape = (size, *store.shapes[names[m]])
+            batch[m, v] = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
             images = batch[m, v].numpy()
-            for row, i in enumerate(chosen):
-                images[row] = self.store.read(i, names[m], self._seasons[i][k])
+            for row, i in enumerate(order[first : first + size]):
+                images[row] = store.read(i, names[m], seasons[i][k])
         return batch
 
-
-def _empty(shape: tuple[int, ...]) -> Tensor:
-    """Room for a uint8 batch; in a loader process where the main one will read it, which saves a copy."""
-    if torch.utils.data.get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(shape)), 0, shape)
-
-
-def _loader(settings: Settings, store: Store, steps: range, device: torch.device) -> Iterator[dict]:
-    return torch.utils.data.DataLoader(
-        _Batches(settings, store, steps),
-        batch_size=None,  # an item is a batch already
-        num_workers=settings.workers,
-        pin_memory=device.type == "cuda",
-        prefetch_factor=4 if settings.workers else None,
-        worker_init_fn=distributed.tie,
-    )
+    if not settings.workers:
+        yield from map(read, steps)
+        return
+    with ThreadPoolExecutor(settings.workers) as pool:
+        ahead: deque = deque()
+        try:
+            for step in steps:
+                ahead.append(pool.submit(read, step))
+                if len(ahead) > 2 * settings.workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for batch in ahead:
+                batch.cancel()
 
 
 def device_of(settings: Settings) -> torch.device:
@@ -306,7 +304,7 @@ def _train(settings: Settings, store: Store, folder: Path, identity: dict, total
     auto = "bfloat16" if device.type == "cuda" else "float32"
     low = (auto if settings.precision == "auto" else settings.precision) == "bfloat16"
     with _stop_signals() as received, open(os.devnull if rank else folder / "history.jsonl", "a") as history:
-        batches = _loader(settings, store, range(start, total), device)
+        batches = _batches(settings, store, range(start, total), device)
         options = {"initial": start, "total": total, "disable": rank > 0 or distributed.followed}
         bar = runs.progress(batches, desc=folder.name, **options)
         began = time.perf_counter()

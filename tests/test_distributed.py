@@ -246,7 +246,7 @@ SCRIPT = """
 
 @pytest.fixture(scope="module")
 def killed(place):
-    """Folder of runs with one that was killed in two processes; a loader process hangs on each."""
+    """Folder of runs with one that was killed in two processes."""
     settings = settings_in(place / "killed", processes=2, workers=1)
     (place / "script.py").write_text(textwrap.dedent(SCRIPT))
     plain = {k: v for k, v in config.to_dict(settings).items() if k not in ("profile", "sweep")}
@@ -258,7 +258,7 @@ def killed(place):
     below = children(parent.pid)
     parent.kill()
     assert parent.wait() == -signal.SIGKILL, parent.stderr.read()
-    assert len(below) >= 4
+    assert len(below) >= 2
     wait_for(lambda: not any(map(alive, below)), seconds=10)
     return place / "killed"
 

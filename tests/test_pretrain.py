@@ -47,7 +47,7 @@ def test_a_finished_run_is_loaded_not_repeated(tiny, pair_store):
     assert not list(folder.glob("checkpoint-*"))
 
 
-def test_loader_processes_do_not_change_the_result(tiny, pair_store):
+def test_loader_threads_do_not_change_the_result(tiny, pair_store):
     one = final(pretrain.run(tiny(name="one"), pair_store))
     two = final(pretrain.run(tiny(name="two", workers=2), pair_store))
     assert same_weights(one, two)
