@@ -1,10 +1,10 @@
-"""From physical values to the 8-bit images that encoders are trained on (paper, section 4).
+"""From physical values to the 8-bit images that encoders are trained on (paper, section 4 and appendix B).
 
 A `Preprocessing` travels with the weights: stores and checkpoints carry its dictionary, so that no one has to guess
 which bands, unit and scaling a set of weights expects.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 
 import numpy as np
 import torch
@@ -20,21 +20,24 @@ class Preprocessing:
     bands: tuple[str, ...]  # in the order of the channel axis
     unit: str  # of the physical input, in words
     valid_range: tuple[float, float]  # in `unit`; values outside it mean another unit
-    scheme: str  # "reflectance_8bit" or "outliers_mean_std_8bit", see `encode`
+    scheme: str  # one of SCHEMES, see `encode`
     scale: float | None = None  # reflectance_8bit: the value that becomes 255
-    outliers: float | None = None  # outliers_mean_std_8bit: share of pixels cut per image and band, half at each end
+    outliers: float | None = None  # outliers_*: share of pixels cut per image and band, half at each end
     mean: tuple[float, ...] | None = None  # outliers_mean_std_8bit: per band over the data set, in `unit`
     std: tuple[float, ...] | None = None
+    copies: int = 1  # of the bands, one after the other, that a network gets (the paper triples the elevation)
 
     def __post_init__(self) -> None:
-        if self.scheme == "reflectance_8bit":
-            fits = self.scale is not None and self.scale > 0
-        else:
-            fits = self.scheme == "outliers_mean_std_8bit" and self.outliers is not None and 0 <= self.outliers < 1
-            fits = fits and len(self.mean or ()) == len(self.std or ()) == len(self.bands)
-        if not fits:
-            known = "reflectance_8bit, with scale > 0, or outliers_mean_std_8bit, with outliers in [0, 1) and one mean"
-            raise ValueError(f"{self}: scheme must be {known} and one std per band")
+        needs = {
+            "bytes": True,
+            "reflectance_8bit": (self.scale or 0) > 0,
+            "outliers_range_8bit": 0 <= (self.outliers or 0) < 1,
+            "outliers_mean_std_8bit": 0 <= (-1 if self.outliers is None else self.outliers) < 1
+            and len(self.mean or ()) == len(self.std or ()) == len(self.bands),
+        }
+        if not needs.get(self.scheme) or self.copies < 1:
+            known = "reflectance_8bit, with scale > 0, outliers_*_8bit, with outliers in [0, 1) (and, for mean_std, one"
+            raise ValueError(f"{self}: scheme must be bytes, {known} mean and std per band); copies at least 1")
 
     def check(self, images: np.ndarray) -> None:
         """Refuse (…, C, H, W) arrays that cannot be `unit` in these bands.
@@ -45,41 +48,55 @@ class Preprocessing:
         expected = f"{self.modality}: expected {self.unit} of {len(self.bands)} bands ({' '.join(self.bands)})"
         if images.ndim < 3 or images.shape[-3] != len(self.bands):
             raise DataError(f"{expected}, shape (…, {len(self.bands)}, H, W); found shape {images.shape}")
-        if images.dtype == np.uint8 or images.dtype.kind not in "fui":
+        if images.dtype.kind not in "fui" or (images.dtype == np.uint8) != (self.scheme == "bytes"):
             raise DataError(f"{expected}; found {images.dtype} values")
+        if self.scheme == "bytes":
+            return
         low, high = images.min(axis=(-3, -2, -1)), images.max(axis=(-3, -2, -1))  # not-a-number spreads to both
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             raise DataError(f"{expected}; found non-finite pixels (fill them or leave the image out)")
         found, textured = f"found {low.min():g} to {high.max():g}", high > low
         if low.min() < self.valid_range[0] or high.max() > self.valid_range[1]:
             raise DataError(f"{expected}, within {self.valid_range[0]:g} to {self.valid_range[1]:g}; {found}")
-        if self.valid_range[0] < 0 and (textured & (low >= 0)).any():
+        if self.scheme == "outliers_mean_std_8bit" and (textured & (low >= 0)).any():
             raise DataError(f"{expected}; {found}: without a negative value this is amplitude or power, not decibels")
+        present = images.any(axis=(-2, -1))  # 0 means "no data"; only B10 is absent on purpose (level 2A)
+        absent = (~present & present.any(axis=-1, keepdims=True)).reshape(-1, len(self.bands)).any(axis=0)
+        if names := [band for band, gone in zip(self.bands, absent, strict=True) if gone and band != "B10"]:
+            raise DataError(f"{expected}; {', '.join(names)} all zero beside other bands that are not: no data in it")
         if self.scheme == "reflectance_8bit":
             if (textured & (high <= 1.5)).any():
                 raise DataError(f"{expected}; {found}: looks like reflectance in 0 to 1, multiply by {self.scale:g}")
             # Dark water can stay below 255 at the ground (L2A, B10 empty), never at the top of the atmosphere.
-            if (textured & (high <= 255) & images.any(axis=(-2, -1)).all(axis=-1)).any():
+            if (textured & (high <= 255) & present.all(axis=-1)).any():
                 raise DataError(f"{expected}; {found}: looks like images already scaled to 8 bits")
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Map physical values (…, C, H, W), one image per leading index, to uint8 of the same shape, after `check`.
 
         reflectance_8bit: x / scale * 255, clipped to 0..255. outliers_mean_std_8bit: per image and band, values beyond
-        the outlier quantiles are set to them, then (x - (mean - 2 std)) / (4 std) * 255, clipped. Fractions are cut
-        off, as in the published converters, so that the bytes are those that the released weights saw.
+        the outlier quantiles are set to them, then (x - (mean - 2 std)) / (4 std) * 255, clipped. outliers_range_8bit:
+        per image and band, the range between the outlier quantiles becomes 0 to 255; a band of one value becomes 0.
+        bytes: as they are. Fractions are cut off, as in the published converters, so that the bytes are those that the
+        released weights saw.
         """
         self.check(images)
+        if self.scheme == "bytes":
+            return images
         if self.scheme == "reflectance_8bit":
             values = np.multiply(images, np.float32(255), dtype=np.float32)  # exact for whole numbers below 65793,
             values /= np.float32(self.scale)  # so a value on a step of the 8-bit scale stays on it
         else:
             tails = (self.outliers / 2, 1 - self.outliers / 2)
             low, high = np.quantile(images, tails, axis=(-2, -1), keepdims=True).astype(np.float32)
-            mean, std = (np.array(v, dtype=np.float32)[:, None, None] for v in (self.mean, self.std))
             values = np.clip(images, low, high, dtype=np.float32)
-            values -= mean - 2 * std
-            values *= 255 / (4 * std)
+            if self.scheme == "outliers_range_8bit":
+                values -= low
+                values *= np.divide(255, high - low, out=np.zeros_like(low), where=high > low)
+            else:
+                mean, std = (np.array(v, dtype=np.float32)[:, None, None] for v in (self.mean, self.std))
+                values -= mean - 2 * std
+                values *= 255 / (4 * std)
         return np.clip(values, 0, 255, out=values).astype(np.uint8)
 
     def to_float(self, encoded: torch.Tensor) -> torch.Tensor:
@@ -94,10 +111,11 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: dict) -> "Preprocessing":
-        """Inverse of `to_dict`; a ValueError names fields that are unknown or missing."""
+        """Inverse of `to_dict`; a ValueError names fields that are unknown or missing (those with defaults may be)."""
         names = {field.name for field in fields(cls)}
-        if unknown := set(values) ^ names:
-            raise ValueError(f"preprocessing: fields unknown or missing: {sorted(unknown)}; expected {sorted(names)}")
+        wrong = set(values) - names | {f.name for f in fields(cls) if f.default is MISSING} - set(values)
+        if wrong:
+            raise ValueError(f"preprocessing: fields unknown or missing: {sorted(wrong)}; expected {sorted(names)}")
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
@@ -120,4 +138,24 @@ OPTICAL = Preprocessing(
     valid_range=(0.0, 65536.0),  # of 16-bit files; interpolation can round 65535 up
     scheme="reflectance_8bit",
     scale=10000.0,
+)
+RGB = Preprocessing(
+    modality="rgb", bands=("red", "green", "blue"), unit="8-bit colour", valid_range=(0.0, 255.0), scheme="bytes"
+)
+# Lowest and highest places on land, with room for basins below the sea and for errors of the geoid.
+DEM = Preprocessing(
+    modality="dem",
+    bands=("elevation",),
+    unit="elevation in metres",
+    valid_range=(-1000.0, 9000.0),
+    scheme="outliers_range_8bit",
+    outliers=0.02,
+    copies=3,
+)
+HHA = Preprocessing(
+    modality="hha",
+    bands=("disparity", "height", "angle"),
+    unit="8-bit codes of decur_core.data.hha",
+    valid_range=(0.0, 255.0),
+    scheme="bytes",
 )

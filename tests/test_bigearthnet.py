@@ -1,19 +1,32 @@
 import json
+import pickle
 import re
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import rasterio
+from rasterio import Affine
 
-from decur_core.data.bigearthnet import CLASS_OF, CLASSES_19, BigEarthNetMM, labels_19, read_list
+from decur_core.data.bigearthnet import (
+    BAND_FILES,
+    CLASS_OF,
+    CLASSES_19,
+    BigEarthNetMM,
+    BigEarthNetV2,
+    labels_19,
+    read_list,
+)
 from decur_core.data.raster import DataError
 from decur_core.preprocess import OPTICAL, SAR
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 REAL, SPLITS = SHARED / "bigearthnet_real", SHARED / "bigearthnet_splits"
 FIXTURE = SHARED / "torchgeo_fixtures" / "bigearthnet_v1"
+FIXTURE_V2 = SHARED / "torchgeo_fixtures" / "bigearthnet_v2"
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} with the sample data is missing")
 PATCHES = [
     "S2A_MSIL2A_20170613T101031_87_48",
@@ -29,6 +42,43 @@ def tree(tmp_path):
     shutil.copytree(REAL / "BigEarthNet-S2-Example", tmp_path / "BigEarthNet-v1.0")
     shutil.copytree(REAL / "BigEarthNet-S1-Example", tmp_path / "BigEarthNet-S1-v1.0")
     return tmp_path
+
+
+@pytest.fixture
+def tree_v2(tmp_path):
+    """The real patches of the first release in the tree of the second one: scene folders, a table, no JSON."""
+    v1, rows = BigEarthNetMM(REAL), []
+    for i, (s2, s1) in enumerate(v1._partners.items()):
+        names = {"S2": s2.replace("MSIL2A", "MSIL2A_N9999_R022_T33UUP"), "S1": s1.rsplit("_", 2)[0] + f"_7_{i}"}
+        for sensor, old, fields in (("S2", s2, 2), ("S1", s1, 3)):
+            folder = tmp_path / f"BigEarthNet-{sensor}" / names[sensor].rsplit("_", fields)[0] / names[sensor]
+            folder.mkdir(parents=True)
+            for path in (REAL / f"BigEarthNet-{sensor}-Example" / old).glob("*.tif"):
+                shutil.copy(path, folder / path.name.replace(old, names[sensor]))
+        labels = [name for name, there in zip(CLASSES_19, v1.labels[i], strict=True) if there]
+        split = ("train", "train", "validation", "test")[i]
+        rows.append({"patch_id": names["S2"], "s1_name": names["S1"], "split": split, "labels": labels, "country": "x"})
+    write_table(tmp_path, rows)
+    return tmp_path
+
+
+def write_table(root, rows):
+    pa.parquet.write_table(pa.Table.from_pylist(rows), root / "metadata.parquet")
+
+
+def table(root):
+    return pa.parquet.read_table(root / "metadata.parquet").to_pylist()
+
+
+def edit(path, values=None, **changes):
+    """Rewrite a one-band file with other pixels or another profile."""
+    with rasterio.open(path) as source:
+        profile, old = source.profile, source.read()
+    values = old if values is None else values
+    values = values if values.ndim == 3 else values[None]
+    size = {"count": values.shape[0], "height": values.shape[1], "width": values.shape[2], "dtype": values.dtype}
+    with rasterio.open(path, "w", **(profile | size | changes)) as target:
+        target.write(values)
 
 
 def edit_json(patch, **changes):
@@ -108,7 +158,8 @@ def test_official_lists_select_the_real_patches():
         BigEarthNetMM(REAL, missing="ignore")
 
 
-def test_fixture_is_walked_with_its_lists_and_its_broken_sizes_refused():
+def test_fixture_is_walked_with_its_lists_and_its_pixels_refused():
+    """Three of its four VV files are single integers, and all lie on a lon-lat grid of 1 degree."""
     found = {split: BigEarthNetMM(FIXTURE, split) for split in ("train", "val", "test")}
     assert {split: [i[-5:] for i in data.ids] for split, data in found.items()} == {
         "train": ["61_39", "61_40"],
@@ -117,9 +168,12 @@ def test_fixture_is_walked_with_its_lists_and_its_broken_sizes_refused():
     }
     assert len(BigEarthNetMM(FIXTURE)) == 4
     assert np.flatnonzero(found["test"].labels[0]).tolist() == [2, 9]
-    for data in found.values():
-        with pytest.raises(DataError, match="_B01.tif: 2 x 2 pixels, expected 0.333333"):
-            data[0]
+    for split, i, words in (
+        ("train", 0, "VV.tif: expected floating-point"),
+        ("train", 1, "expected a UTM grid of 10 m"),
+    ):
+        with pytest.raises(DataError, match=words):
+            found[split][i]
 
 
 def test_irregular_file_names_of_a_sar_patch_are_found(tree):
@@ -169,6 +223,234 @@ def test_labels_decide_and_are_checked(tree):
     with pytest.raises(DataError, match=f"{re.escape(str(path))}: expected JSON with the key 'labels'"):
         data = BigEarthNetMM(tree)
         data[data.ids.index(PATCHES[2])]
+
+
+def shifted(path):
+    with rasterio.open(path) as source:
+        a, b, c, d, e, f = source.transform[:6]
+    edit(path, transform=Affine(a, b, c + 10, d, e, f))
+    return "must lie at the same place"
+
+
+def damaged_json(path):
+    path.write_bytes(b"\xff\xfe{")
+    return "expected JSON with the key 'labels'"
+
+
+def json_without_list(path):
+    path.write_text('{"labels": null}')
+    return "expected JSON with the key 'labels'"
+
+
+def raw_backscatter(path):
+    with rasterio.open(SHARED / "sentinel1_grd_raw" / "iw-vv.tiff") as source:
+        edit(path, source.read(1)[400:520, 400:520])
+    return "expected floating-point numbers, found uint16"
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:1000])
+    return "cannot be read"
+
+
+# What happens to a file of the first patch, and the words of the error
+DAMAGE = {
+    "cut": ("S2", "B03.tif", cut),
+    "cut SAR": ("S1", "VV.tif", cut),
+    "damaged": (
+        "S2",
+        "B03.tif",
+        lambda path: shutil.copy(SHARED / "rasterio_tests" / "corrupt.tif", path) and "found 3",
+    ),
+    "absent": ("S2", "B12.tif", lambda path: path.unlink() or "missing"),
+    "absent SAR": ("S1", "VH.tif", lambda path: path.unlink() or "0 files fit"),
+    "two bands": ("S2", "B8A.tif", lambda path: edit(path, np.ones((2, 60, 60), np.uint16)) or "expected 1 band"),
+    "other size": ("S2", "B11.tif", lambda path: edit(path, np.ones((40, 40), np.uint16)) or "expected 60 x 60"),
+    "other SAR size": ("S1", "VV.tif", lambda path: edit(path, np.ones((119, 120), np.float32)) or "119 x 120 pixels"),
+    "float": ("S2", "B02.tif", lambda path: edit(path, np.ones((120, 120), np.float32)) or "expected integers"),
+    "digital numbers": ("S1", "VV.tif", raw_backscatter),
+    "shifted": ("S2", "B02.tif", shifted),
+    "shifted SAR": ("S1", "VH.tif", shifted),
+    "other zone": ("S1", "VV.tif", lambda path: edit(path, crs="EPSG:32634") or "in EPSG:32634, but .* EPSG:32633"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("version", ["tree", "tree_v2"])
+def test_damage_is_an_error_that_names_the_file(version, damage, request):
+    root, (sensor, suffix, apply) = request.getfixturevalue(version), DAMAGE[damage]
+    data = BigEarthNetMM(root) if version == "tree" else BigEarthNetV2(root)
+    before = [item["sar"].sum() for item in data]
+    folder = {"tree": {"S2": "BigEarthNet-v1.0", "S1": "BigEarthNet-S1-v1.0"}}.get(version, {}).get(sensor)
+    s2 = data.ids[0]
+    (path,) = root.glob(
+        f"{folder or f'BigEarthNet-{sensor}/*'}/{s2 if sensor == 'S2' else data._partners[s2]}/*{suffix}"
+    )
+    words = apply(path)
+    with pytest.raises(DataError, match=words) as error:
+        data[0]
+    assert str(path.parent) in str(error.value)
+    assert [data[i]["sar"].sum() for i in range(1, 4)] == before[1:]
+
+
+def test_patches_on_a_lon_lat_grid_are_refused(tree):
+    for path in tree.glob(f"*/*{PATCHES[0][-6:]}/*.tif"):
+        edit(path, crs="EPSG:4326", transform=Affine(1e-4, 0, 13, 0, -1e-4, 48))
+    with pytest.raises(DataError, match="_B02.tif: pixels of 0.0001 in EPSG:4326, expected a UTM grid of 10 m"):
+        BigEarthNetMM(tree)[0]
+
+
+def test_pixels_that_cannot_be_backscatter_are_refused_by_the_preprocessing(tree):
+    data = BigEarthNetMM(tree)
+    path = tree / "BigEarthNet-S1-v1.0" / data._partners[PATCHES[0]] / f"{data._partners[PATCHES[0]]}_VH.tif"
+    values = data[0]["sar"][1]
+    values[0, 0] = np.nan
+    edit(path, values)
+    with pytest.raises(DataError, match="non-finite"):
+        SAR.encode(BigEarthNetMM(tree)[0]["sar"])
+    values[0, 0] = -9999  # as other products mark missing pixels
+    edit(path, values, nodata=-9999)
+    with pytest.raises(DataError, match="found -9999"):
+        SAR.encode(BigEarthNetMM(tree)[0]["sar"])
+
+
+def test_swapped_folders_are_refused(tree, tree_v2):
+    """Both fixtures share a folder: v1 and v2 side by side."""
+    for one, other in (("BigEarthNet-v1.0", "BigEarthNet-S1-v1.0"), ("BigEarthNet-S2", "BigEarthNet-S1")):
+        (tree / one).rename(tree / "x")
+        (tree / other).rename(tree / one)
+        (tree / "x").rename(tree / other)
+    for make in (BigEarthNetMM, BigEarthNetV2):
+        with pytest.raises(DataError, match="4 of 4 patches are not there, first S"):
+            make(tree)
+
+
+@pytest.mark.parametrize("damage", [damaged_json, json_without_list])
+@pytest.mark.parametrize("folder", ["BigEarthNet-v1.0", "BigEarthNet-S1-v1.0"])
+def test_unreadable_json_is_named(tree, damage, folder):
+    s1 = BigEarthNetMM(tree)._partners
+    (tree / "bigearthnet-val.csv").write_text("".join(f"{s2},{s1[s2]}\n" for s2 in PATCHES))
+    (path,) = (tree / folder / (PATCHES[1] if folder == "BigEarthNet-v1.0" else s1[PATCHES[1]])).glob("*.json")
+    words = damage(path)
+    data = BigEarthNetMM(tree, "val")
+    with pytest.raises(DataError, match=f"{re.escape(str(path))}: {words}"):
+        data[1]
+    assert data.ids == PATCHES and data[0]["id"] == PATCHES[0]
+
+
+def test_unreadable_lists_and_repeated_patches_are_refused(tree):
+    (tree / "bigearthnet-val.csv").write_text(f"{PATCHES[0]}\n{PATCHES[1]}\n{PATCHES[0]}\n")
+    with pytest.raises(DataError, match="bigearthnet-val.csv: 1 of 3 lines name a patch for a second time"):
+        BigEarthNetMM(tree, "val")
+    for name, content in (("cut.csv.bz2", (SPLITS / "val.csv.bz2").read_bytes()[:999]), ("x.csv", b"\xff\xfe"),
+                          ("text.csv.bz2", b"S2A")):  # fmt: skip
+        (tree / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"{name}: cannot be read; expected a list"):
+            BigEarthNetMM(tree, tree / name)
+
+
+def test_statistics_are_the_published_ones():
+    text = " ".join((SHARED / "LAYOUTS.md").read_text().split())
+    text = text[text.index("* Band statistics [BEN]") :]
+    s2, s1 = text[: text.index("S1 mean")], text[text.index("S1 mean") : text.index("43 classes")]
+    for found, key, bands in ((s1, "sar", ("VV", "VH")), (s2, "optical", BAND_FILES)):
+        mean, std = (re.findall(r"-?\d+\.\d+", part) for part in found.split("std"))
+        at = [k for k, band in enumerate(bands) if band]
+        for numbers, values in zip((mean, std), BigEarthNetMM.statistics[key], strict=True):
+            assert [values[k] for k in at] == [float(number) for number in numbers] and len(values) == len(bands)
+    assert BigEarthNetMM.statistics["optical"][0][10] == BigEarthNetMM.statistics["optical"][1][10] == 0
+
+
+def test_second_release_gives_the_pixels_of_its_files(tree_v2):
+    data, v1 = BigEarthNetV2(tree_v2), BigEarthNetMM(REAL)
+    assert [i[-5:] for i in data.ids] == [i[-5:] for i in v1.ids] and (data.labels == v1.labels).all()
+    for item, old in zip(data, v1, strict=True):
+        assert item["optical"].shape == (13, 120, 120) and item["sar"].shape == (2, 120, 120)
+        assert all((item[key] == old[key]).all() for key in ("sar", "optical", "labels"))
+        assert all(item[key].dtype == old[key].dtype for key in ("sar", "optical", "labels"))
+    assert [len(BigEarthNetV2(tree_v2, split)) for split in ("train", "val", "validation", "test")] == [2, 1, 1, 1]
+    assert BigEarthNetV2(tree_v2, "val").ids == data.ids[2:3]
+    assert data.left_out == {"absent": 0, "no 19-class label": 0}
+    again = pickle.loads(pickle.dumps(data))
+    assert (again[3]["sar"] == data[3]["sar"]).all()
+
+
+def test_fixture_of_the_second_release_is_walked_and_its_integer_backscatter_refused(tmp_path):
+    found = {split: BigEarthNetV2(FIXTURE_V2, split) for split in ("train", "val", "test")}
+    assert {split: [i[-5:] for i in data.ids] for split, data in found.items()} == {
+        "train": ["26_57", "45_38"],
+        "val": ["45_23"],
+        "test": ["89_34"],
+    }
+    assert BigEarthNetV2(FIXTURE_V2)._partners[found["train"].ids[0]].endswith("_61_39")  # by the table, not by number
+    assert [np.flatnonzero(row).tolist() for row in BigEarthNetV2(FIXTURE_V2).labels] == [
+        [0, 1, 5], [8, 10, 13], [2, 4, 17], [9, 11],
+    ]  # fmt: skip
+    with pytest.raises(DataError, match="_VV.tif: expected floating-point numbers, found int16"):
+        found["train"][0]
+    for path in FIXTURE_V2.rglob("*.tif"):  # as float32 they are read, and so are bands that all have 120 x 120 pixels
+        copy = tmp_path / path.relative_to(FIXTURE_V2)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+        if path.parts[-4] == "BigEarthNet-S1":
+            with rasterio.open(path) as source:
+                edit(copy, source.read().astype(np.float32))
+    shutil.copyfile(FIXTURE_V2 / "metadata.parquet", tmp_path / "metadata.parquet")
+    for item in BigEarthNetV2(tmp_path):
+        folder = next((FIXTURE_V2 / "BigEarthNet-S2").glob(f"*/{item['id']}"))
+        for row, band in enumerate(BAND_FILES):
+            if band:
+                with rasterio.open(folder / f"{item['id']}_{band}.tif") as source:
+                    assert (item["optical"][row] == source.read(1)).all()
+        assert item["sar"].min() == -25 and item["sar"].max() == -1 and not item["optical"][10].any()
+
+
+def test_partners_of_the_second_release_come_from_its_table(tree_v2):
+    rows = table(tree_v2)
+    write_table(tree_v2, [rows[0] | {"s1_name": rows[1]["s1_name"]}, *rows[1:]])
+    with pytest.raises(DataError, match="must lie at the same place"):  # another patch than it belongs to
+        BigEarthNetV2(tree_v2)[0]
+    write_table(tree_v2, [rows[0] | {"s1_name": None}, *rows[1:]])
+    with pytest.raises(DataError, match=f"1 of 4 patches are not there, first {rows[0]['patch_id']} .no S1 patch"):
+        BigEarthNetV2(tree_v2)
+    data = BigEarthNetV2(tree_v2, missing="skip")
+    assert data.ids == [row["patch_id"] for row in rows[1:]] and data.left_out["absent"] == 1
+    with pytest.raises(DataError, match="no patch is left of 1 in split test"):
+        shutil.rmtree(next((tree_v2 / "BigEarthNet-S2").glob(f"*/{rows[3]['patch_id']}")))
+        BigEarthNetV2(tree_v2, "test", missing="skip")
+    with pytest.raises(ValueError, match="missing is 'ignore'"):
+        BigEarthNetV2(tree_v2, missing="ignore")
+
+
+def test_table_of_the_second_release_is_checked(tree_v2):
+    rows = table(tree_v2)
+    write_table(tree_v2, [rows[0] | {"labels": []}, *rows[1:]])
+    data = BigEarthNetV2(tree_v2)
+    assert len(data) == 3 and data.left_out["no 19-class label"] == 1 and (data[0]["labels"] == data.labels[0]).all()
+    wrong = {
+        "unknown": ([rows[0] | {"labels": ["Pastures", "Pasture"]}], r"has the labels \['Pastures', 'Pasture'\]"),
+        "43 names": ([rows[0] | {"labels": ["Vineyards"]}], "expected some of the 19 names"),
+        "null": ([*rows[1:], rows[0] | {"labels": None}], "has the labels None"),
+        "twice": ([*rows, rows[0]], "metadata.parquet: 1 of 5 rows name a patch for a second time"),
+        "column": ([{key: row[key] for key in row if key != "s1_name"} for row in rows], "metadata.parquet: cannot"),
+    }
+    for content, words in wrong.values():
+        write_table(tree_v2, content)
+        with pytest.raises(DataError, match=words):
+            BigEarthNetV2(tree_v2)
+    write_table(tree_v2, rows)
+    with pytest.raises(DataError, match="no patch is left of 0 in split val2"):
+        BigEarthNetV2(tree_v2, "val2")
+    path = tree_v2 / "metadata.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataError, match="metadata.parquet: cannot be read; expected a Parquet file with patch_id, s1"):
+        BigEarthNetV2(tree_v2)
+    path.unlink()
+    with pytest.raises(DataError, match="metadata.parquet: missing"):
+        BigEarthNetV2(tree_v2)
+    shutil.rmtree(tree_v2 / "BigEarthNet-S1")
+    with pytest.raises(DataError, match="BigEarthNet-S1: missing"):
+        BigEarthNetV2(tree_v2)
 
 
 def test_missing_folders_lists_and_files_are_named(tree, tmp_path):

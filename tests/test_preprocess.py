@@ -8,7 +8,7 @@ import rasterio
 import torch
 
 from decur_core.data.raster import DataError
-from decur_core.preprocess import OPTICAL, SAR, Preprocessing
+from decur_core.preprocess import DEM, HHA, OPTICAL, RGB, SAR, Preprocessing
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_samples = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} with the sample data is missing")
@@ -151,3 +151,54 @@ def test_real_uncalibrated_sar_is_refused():
     dark = (raw / 60).astype(np.float32)  # amplitudes within the range of decibels
     with pytest.raises(DataError, match="not decibels"):
         SAR.encode(dark)
+
+
+@pytest.mark.parametrize(("setting", "band"), [(OPTICAL, "B1"), (OPTICAL, "B11"), (SAR, "VH")])
+def test_a_band_of_zeros_beside_full_ones_is_refused_by_name(setting, band):
+    random = np.random.default_rng(0)
+    images = random.uniform(-20, -5, (2, 2, 8, 8)) if setting is SAR else random.uniform(300, 3000, (2, 13, 8, 8))
+    setting.encode(images)
+    images[1, setting.bands.index(band)] = 0
+    with pytest.raises(DataError, match=f"{band} all zero beside other bands"):
+        setting.encode(images)
+    images[:] = 0
+    setting.encode(images)  # a whole image without data stays what it is
+
+
+def test_a_patch_of_level_2a_has_no_b10():
+    images = np.random.default_rng(0).uniform(300, 3000, (13, 8, 8))
+    images[OPTICAL.bands.index("B10")] = 0
+    assert not OPTICAL.encode(images)[10].any()
+
+
+def test_elevation_is_spread_over_its_percentiles_and_flat_ground_is_zero():
+    random = np.random.default_rng(0)
+    images = np.stack([random.normal(300, 5, (1, 40, 40)), np.full((1, 40, 40), 71.5)]).astype(np.float32)
+    images[0, 0, 0, :3] = 900
+    found = DEM.encode(images)
+    low, high = np.percentile(images[0], [1, 99])
+    expected = ((images[0].clip(low, high) - low) / (high - low) * 255).astype(int)
+    assert np.abs(found[0].astype(int) - expected).max() <= 1 and found[0].max() == 255 and found[0].min() == 0
+    assert not found[1].any()
+    np.testing.assert_array_equal(DEM.encode(3 * images[:1] + 500), DEM.encode(images[:1]), err_msg="scale and offset")
+    with pytest.raises(DataError, match="-1000 to 9000"):
+        DEM.encode(images * 20)
+    with pytest.raises(DataError, match="non-finite"):
+        DEM.encode(np.where(images > 800, np.nan, images))
+
+
+def test_colours_and_codes_are_bytes_already():
+    images = np.random.default_rng(0).integers(0, 256, (3, 9, 9), dtype=np.uint8)
+    for setting in (RGB, HHA):
+        assert setting.encode(images) is images
+        with pytest.raises(DataError, match="found float32 values"):
+            setting.encode(images.astype(np.float32))
+    with pytest.raises(DataError, match="found uint8 values"):
+        DEM.encode(images[:1])
+
+
+def test_a_dictionary_from_before_a_field_existed_still_says_the_same():
+    older = {k: v for k, v in SAR.to_dict().items() if k != "copies"}
+    assert Preprocessing.from_dict(older) == SAR
+    with pytest.raises(ValueError, match="bands"):
+        Preprocessing.from_dict({k: v for k, v in older.items() if k != "bands"})

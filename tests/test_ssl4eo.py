@@ -1,4 +1,5 @@
 import itertools
+import re
 import shutil
 from datetime import datetime
 from pathlib import Path
@@ -6,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+from rasterio import Affine
 
-from decur_core.data.raster import DataError, read, read_bands, resize
-from decur_core.data.ssl4eo import SSL4EOS12, read_ids
+from decur_core.data.raster import OPTICAL_STEPS, DataError, read, read_bands, resize
+from decur_core.data.ssl4eo import SSL4EOS12
+from decur_core.preprocess import OPTICAL, SAR
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 FIXTURE = SHARED / "torchgeo_fixtures" / "ssl4eo_s12"
@@ -161,6 +164,34 @@ def floats_as_optical(root):
     return path, "expected integers, found float32"
 
 
+def other_bands(root):
+    path = scene(root, "s2c", 0) / "B12.tif"
+    rewrite(path, np.ones((2, 18, 18), np.uint16))
+    return path, "expected 1 band(s), found 2"
+
+
+def other_place(root):
+    path = scene(root, "s1", 0) / "VH.tif"
+    with rasterio.open(path, "r+") as target:
+        pixel, _, west, _, height, north = target.transform[:6]
+        target.transform = Affine(pixel, 0, west + 0.3 * 36 * pixel, 0, height, north)
+    return path, "must lie at the same place"
+
+
+def other_crs(root):
+    path = scene(root, "s1", 0) / "VV.tif"
+    with rasterio.open(path, "r+") as target:
+        target.crs = "EPSG:32615"
+    return path, "EPSG:32615, but"
+
+
+def swapped_folders(root):
+    (root / "s1").rename(root / "x")
+    (root / "s2c").rename(root / "s1")
+    (root / "x").rename(root / "s2c")
+    return root / "s1" / "0000000", "no date in the name; expected ^.{16}_"
+
+
 def no_season(root):
     shutil.rmtree(scene(root, "s1", 1))
     return root / "s1" / "0000000", "3 season directories, expected 4"
@@ -180,7 +211,7 @@ def no_modality(root):
     "damage",
     [
         no_band, cut_band, empty_band, corrupt_band, wrong_size_20m, wrong_size_sar, wrong_size_season, integers_as_sar,
-        floats_as_optical, no_season, odd_name, no_modality,
+        floats_as_optical, other_bands, other_place, other_crs, swapped_folders, no_season, odd_name, no_modality,
     ],
 )  # fmt: skip
 def test_damage_is_an_error_that_names_the_file(tree, damage):
@@ -190,6 +221,29 @@ def test_damage_is_an_error_that_names_the_file(tree, damage):
     with pytest.raises(DataError) as error:
         data[0]
     assert str(path) in str(error.value) and words in str(error.value), str(error.value)
+
+
+def test_pixels_that_cannot_be_backscatter_are_refused_by_the_preprocessing(tree):
+    path = scene(tree, "s1", 2) / "VV.tif"
+    with rasterio.open(path) as file:
+        values = file.read(1)
+    with rasterio.open(SHARED / "sentinel1_grd_raw" / "iw-vv.tiff") as file:
+        raw = file.read(1)[400:436, 400:436].astype(np.float32)  # digital numbers, made to look like the real thing
+    values[0, 0] = np.nan
+    for wrong, words in ((values, "non-finite pixels"), (raw, "within -100 to 50; found")):
+        rewrite(path, wrong)
+        with pytest.raises(DataError, match=words):
+            SAR.encode(SSL4EOS12(tree)[0]["sar"])
+
+
+def test_corners_may_differ_as_far_as_the_writer_of_the_data_set_moved_them(tree):
+    """By half a pixel of every band: the fixture has that, and its 60 m bands lie 25 m off."""
+    bounds = {}
+    for band in ("B1", "B2"):
+        with rasterio.open(scene(tree, "s2c", 0) / f"{band}.tif") as file:
+            bounds[band], pixel = file.bounds, file.transform.a
+    assert (bounds["B2"].left - bounds["B1"].left) / pixel == pytest.approx(2.5, abs=0.01)
+    assert SSL4EOS12(tree)[0]["optical"].any()
 
 
 def test_a_file_cut_anywhere_is_refused_or_whole(tree):
@@ -215,24 +269,61 @@ def test_corrupt_real_tiff_is_refused_and_its_intact_twin_read():
 
 def test_missing_bands_leave_a_row_of_zeros(tree):
     paths = [scene(tree, "s2c", 0) / "B1.tif", None, scene(tree, "s2c", 0) / "B2.tif"]
-    bands = read_bands(paths, steps=(6, 6, 1), kind="ui")
+    bands = read_bands(paths, steps=(6, 6, 1), kinds=["ui"] * 3)
     assert bands.shape == (3, 36, 36) and (bands[1] == 0).all() and bands[0].any() and bands[2].any()
 
 
 def test_published_id_lists():
-    void = read_ids(SHARED / "ssl4eo_s12_lists" / "void_ids.csv")
-    subset = read_ids(SHARED / "ssl4eo_s12_lists" / "50k_ids_random.csv")
+    void, subset = (
+        [f"{int(line):07d}" for line in (SHARED / "ssl4eo_s12_lists" / f"{name}.csv").read_text().split()]
+        for name in ("void_ids", "50k_ids_random")
+    )
     assert len(void) == 97 and void[0] == "0124990" and void[-1] == "0179723"
     assert len(subset) == 50_000 and subset[0] == "0000002" and not set(void) & set(subset)
     with pytest.raises(DataError, match="97 of 98 ids are missing, first 0124990 .not in s1, not in s2c"):
         SSL4EOS12(FIXTURE, ids=["0000001", *void])
     assert SSL4EOS12(FIXTURE, ids=["0000001"])[0]["id"] == "0000001"
+    with pytest.raises(DataError, match="1 ids are given more than once, first 0000001"):
+        SSL4EOS12(FIXTURE, ids=["0000001", "0000000", "0000001"])
 
 
-def test_list_of_ids_with_other_text_is_refused(tmp_path):
-    (tmp_path / "ids.csv").write_text("1\nid\n")
-    with pytest.raises(DataError, match="ids.csv.*'id'"):
-        read_ids(tmp_path / "ids.csv")
+def test_statistics_are_the_published_ones():
+    text = (SHARED / "LAYOUTS.md").read_text()
+    (sar,) = re.findall(r"S1 mean ([-\d. ]+), std ([\d. ]+) \(its LMDB", text)
+    optical = [re.search(rf"S2C {name} ([\d. ]+)\n", text)[1] for name in ("mean", "std")]
+    published = {"sar": sar, "optical": optical}
+    for modality, bands in (("sar", 2), ("optical", 13)):
+        for values, found in zip(SSL4EOS12.statistics[modality], published[modality], strict=True):
+            assert values == tuple(float(value) for value in found.split()) and len(values) == bands
+
+
+def test_a_real_patch_of_the_published_size_comes_through(tmp_path):
+    """Level 1C pixels of 264 x 264 with the means that were measured on them, and real backscatter beside them."""
+    with rasterio.open(next((SHARED / "sentinel2_l1c_264").glob("*.tif"))) as file:
+        optical = file.read()
+    with rasterio.open(next((SHARED / "sen12mscr_pair").glob("*_s1_*.tif"))) as file:
+        sar = np.pad(file.read(), ((0, 0), (4, 4), (4, 4)), mode="reflect")
+    bands = [("s1", *band) for band in zip(("VV", "VH"), sar, (1, 1), strict=True)]
+    bands += [("s2c", *band) for band in zip(BANDS, optical, OPTICAL_STEPS, strict=True)]
+    for (season, sar_scene), (folder, band, values, step) in itertools.product(enumerate(S1), bands):
+        side = 264 // step
+        values = values.reshape(side, step, side, step).mean(axis=(1, 3)) + season
+        values = values.astype(np.float32) if folder == "s1" else np.rint(values).astype(np.uint16)
+        path = (
+            tmp_path / folder / "0000000" / (sar_scene if folder == "s1" else f"{sar_scene[17:32]}_x") / f"{band}.tif"
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        place = {"crs": "EPSG:4326", "transform": Affine(9e-5 * step, 0, 5, 0, -9e-5 * step, 50)}
+        profile = {"driver": "GTiff", "count": 1, "height": side, "width": side, "dtype": values.dtype}
+        with rasterio.open(path, "w", **place, **profile) as file:
+            file.write(values, 1)
+    item = SSL4EOS12(tmp_path)[0]
+    measured = [1080, 834, 762, 537, 984, 2500, 3139, 3205, 3520, 1518, 14, 1638, 750]
+    for season in range(4):
+        means = item["optical"][season].mean(axis=(1, 2), dtype=float) - season
+        assert means == pytest.approx(measured, abs=1.5)
+        assert item["sar"][season] == pytest.approx(sar + season, abs=1e-5)
+    assert OPTICAL.encode(item["optical"]).shape == (4, 13, 264, 264) and SAR.encode(item["sar"]).any()
 
 
 def test_gaps_and_single_modalities_are_left_out(tree):

@@ -1,10 +1,14 @@
-"""BigEarthNet-MM (v1): 590,326 co-located Sentinel-1 and Sentinel-2 patches with several land-cover labels each.
+"""BigEarthNet: co-located Sentinel-1 and Sentinel-2 patches of 1.2 km with several land-cover labels each.
 
-Tree (Sumbul et al. 2019, 2021): `BigEarthNet-v1.0/<S2 patch>/<S2 patch>_{B01..B12,B8A}.tif` (uint16, reflectance x
-10000, level 2A: no B10; 120, 60 and 20 pixels), `BigEarthNet-S1-v1.0/<S1 patch>/*_{VV,VH}.tif` (float32, dB, 120
-pixels), in every patch a `*_labels_metadata.json`, and beside them `bigearthnet-{train,val,test}.csv` with
-`<S2 patch>,<S1 patch>` per line (older lists: the S2 patch only). Names hold times such as 20170924T93020, so they are
-never cut at fixed positions.
+BigEarthNet-MM (v1; Sumbul et al. 2019, 2021), 590,326 patches: `BigEarthNet-v1.0/<S2 patch>/<S2 patch>_{B01..B12,B8A}.
+tif` (uint16, reflectance x 10000, level 2A: no B10; 120, 60 and 20 pixels), `BigEarthNet-S1-v1.0/<S1 patch>/*_{VV,VH}.
+tif` (float32, dB, 120 pixels), in every patch a `*_labels_metadata.json`, and beside them
+`bigearthnet-{train,val,test}.csv` with `<S2 patch>,<S1 patch>` per line (older lists: the S2 patch only).
+
+BigEarthNet v2 (reBEN; Clasen et al. 2024), 549,488 patches: the same files in `BigEarthNet-S2/<scene>/<S2 patch>` and
+`BigEarthNet-S1/<scene>/<S1 patch>`, with new labels and splits of all patches in `metadata.parquet` instead of JSON.
+
+Names hold times such as 20170924T93020, so they are never cut at fixed positions.
 """
 
 import bz2
@@ -14,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from decur_core.data.raster import OPTICAL_STEPS, DataError, read_bands
+from decur_core.data.raster import DataError, read_pair
 from decur_core.preprocess import OPTICAL, SAR
 
 # The 19 classes of BigEarthNet-MM in index order, each with its CORINE level-3 names, the labels in the files.
@@ -53,6 +57,12 @@ CLASS_OF |= dict.fromkeys(_DROPPED.split("; "))
 _ROOTS = {"S2": ("BigEarthNet-v1.0", "BigEarthNet-S2-Example"), "S1": ("BigEarthNet-S1-v1.0", "BigEarthNet-S1-Example")}
 # Bands as files call them, in the order of OPTICAL, with nothing for B10, which level 2A does not have.
 BAND_FILES = [None if b == "B10" else b if b == "B8A" else f"B{int(b[1:]):02d}" for b in OPTICAL.bands]
+# Mean and standard deviation over v1, as published with bigearthnet_common; 0 for B10, which is a row of zeros.
+_SAR_STATISTICS = (-12.619993741972035, -19.29044597721542), (5.115911777546365, 5.464428464912864)
+_OPTICAL_MEAN = (340.76769064, 429.9430203, 614.21682446, 590.23569706, 950.68368468, 1792.46290469, 2075.46795189,
+                 2218.94553375, 2266.46036911, 2246.0605464, 0.0, 1594.42694882, 1009.32729131)  # fmt: skip
+_OPTICAL_STD = (554.81258967, 572.41639287, 582.87945694, 675.88746967, 729.89827633, 1096.01480586, 1273.45393088,
+                1365.45589904, 1356.13789355, 1302.3292881, 0.0, 1079.19066363, 818.86747235)  # fmt: skip
 
 
 def labels_19(names: Sequence[str], *, source: Path | str) -> np.ndarray:
@@ -68,15 +78,46 @@ def labels_19(names: Sequence[str], *, source: Path | str) -> np.ndarray:
 
 def read_list(path: Path | str) -> dict[str, str | None]:
     """S2 patch -> S1 patch (None where the list has one column) of a .csv or .csv.bz2 without header, in its order."""
-    if not Path(path).is_file():
-        raise DataError(f"{path}: missing; expected a list of S2 patches (.csv or .csv.bz2, one per line)")
-    content = Path(path).read_bytes()
-    text = (bz2.decompress(content) if Path(path).suffix == ".bz2" else content).decode()
-    rows = [line.split(",") for line in text.split()]
+    try:
+        with (bz2.open if Path(path).suffix == ".bz2" else open)(path, "rt") as file:
+            rows = [line.split(",") for line in file.read().split()]
+    except (OSError, EOFError, UnicodeError) as error:
+        state = "cannot be read" if Path(path).exists() else "missing"
+        raise DataError(f"{path}: {state}; expected a list of S2 patches (.csv or .csv.bz2): {error}") from error
     if wrong := [row for row in rows if len(row) > 2 or not row[0].startswith("S2")]:
         found = ",".join(wrong[0])
         raise DataError(f"{path}: expected '<S2 patch>' or '<S2 patch>,<S1 patch>' per line, found {found!r}")
-    return {row[0]: row[1] if len(row) == 2 else None for row in rows}
+    partners = {row[0]: row[1] if len(row) == 2 else None for row in rows}
+    if len(partners) < len(rows):
+        raise DataError(f"{path}: {len(rows) - len(partners)} of {len(rows)} lines name a patch for a second time")
+    return partners
+
+
+def _present(partners: dict, here: dict, root: Path, missing: str) -> dict[str, str]:
+    """S2 patch -> S1 patch of the pairs that are on disk; with missing="error" all must be."""
+    present = {s2: s1 for s2, s1 in partners.items() if s2 in here["S2"] and s1 in here["S1"]}
+    if missing not in ("error", "skip"):
+        raise ValueError(f"missing is {missing!r}; allowed are 'error' and 'skip'")
+    if missing == "error" and (absent := [s2 for s2 in partners if s2 not in present]):
+        state = f"not there, first {absent[0]} (no {'S1' if absent[0] in here['S2'] else 'S2'} patch)"
+        way = "complete the folders, or use what is there with missing='skip'"
+        raise DataError(f"{root}: {len(absent)} of {len(partners)} patches are {state}; {way}")
+    return present
+
+
+def _only(folder: Path | str, pattern: str) -> Path:
+    """The one file of a folder that fits a pattern (some patches have files with irregular names)."""
+    hits = list(Path(folder).glob(pattern))
+    if len(hits) != 1:
+        raise DataError(f"{folder}: {len(hits)} files fit {pattern}, expected 1")
+    return hits[0]
+
+
+def _item(s2: str, optical: Path | str, sar: Path | str, labels: np.ndarray) -> dict:
+    """The item of S2 patch `s2` from its folder and that of its partner, whose files must lie on one UTM grid."""
+    files = [band and f"{optical}/{s2}_{band}.tif" for band in BAND_FILES]
+    images = read_pair(files, [_only(sar, f"*_{band}.tif") for band in SAR.bands], pixel=10.0)
+    return {"id": s2, "sar": images[1], "optical": images[0], "labels": labels.copy()}
 
 
 class BigEarthNetMM:
@@ -90,22 +131,23 @@ class BigEarthNetMM:
     Items: {"id": S2 patch, "sar": float32 (2, H, W) in dB, "optical": float32 (13, H, W) in reflectance x 10000 with a
     zero row for B10, "labels": bool (19,)}. `.labels` is bool (n, 19); `.left_out` counts what was left out and why;
     patches without any of the 19 classes always are. S1 partners come from the list, else from the S1 patches' JSON.
+    `.statistics`: the published mean and standard deviation, modality -> (mean per band, std per band), 0 for B10.
 
-    A DataError names the file or folder that is missing, damaged or of another form.
+    A DataError names the file or folder that is missing, damaged, of another form or at another place.
     """
+
+    statistics = {"sar": _SAR_STATISTICS, "optical": (_OPTICAL_MEAN, _OPTICAL_STD)}
 
     def __init__(
         self, root: Path | str, split: str | Path | None = None, *, exclude: Sequence[Path | str] = (), missing="error"
     ):
-        if missing not in ("error", "skip"):
-            raise ValueError(f"missing is {missing!r}; allowed are 'error' and 'skip'")
         self.root = Path(root)
         self.folders, here = {}, {}
         for sensor, names in _ROOTS.items():
             folder = next((self.root / name for name in names if (self.root / name).is_dir()), None)
             if folder is None:
                 raise DataError(f"{self.root}: no folder {' or '.join(names)} ({sensor} patches)")
-            self.folders[sensor], here[sensor] = folder, {p.name for p in folder.iterdir() if p.is_dir()}
+            self.folders[sensor], here[sensor] = folder, {patch.name for patch in folder.glob("*/")}
         if split is None:
             partners = dict.fromkeys(sorted(here["S2"]))
         else:
@@ -113,20 +155,10 @@ class BigEarthNetMM:
         listed = len(partners)
         unwanted = set().union(*(read_list(path) for path in exclude))
         partners = {s2: s1 for s2, s1 in partners.items() if s2 not in unwanted}
-        left_out = {"excluded": listed - len(partners)}
-
         if None in partners.values():  # ask the JSON of every S1 patch
             asked = {self._metadata("S1", s1)[0].get("corresponding_s2_patch"): s1 for s1 in sorted(here["S1"])}
             partners = {s2: s1 or asked.get(s2) for s2, s1 in partners.items()}
-        present = {s2: s1 for s2, s1 in partners.items() if s2 in here["S2"] and s1 in here["S1"]}
-        left_out["absent"] = len(partners) - len(present)
-        if left_out["absent"] and missing == "error":
-            first = next(s2 for s2 in partners if s2 not in present)
-            state = f"first {first} (no {'S1' if first in here['S2'] else 'S2'} patch)"
-            raise DataError(
-                f"{self.root}: {left_out['absent']} of {len(partners)} patches are not there, {state}; complete the "
-                "folders, or use what is there with missing='skip'"
-            )
+        present = _present(partners, here, self.root, missing)
         labels, self._broken = {}, {}  # one bad file of half a million is reported when its patch is asked for
         for s2 in present:
             try:
@@ -134,7 +166,8 @@ class BigEarthNetMM:
             except DataError as error:
                 labels[s2], self._broken[s2] = np.zeros(len(CLASSES_19), dtype=bool), str(error)
         self.ids = [s2 for s2 in present if labels[s2].any() or s2 in self._broken]
-        self.left_out = left_out | {"no 19-class label": len(present) - len(self.ids)}
+        self.left_out = {"excluded": listed - len(partners), "absent": len(partners) - len(present)}
+        self.left_out["no 19-class label"] = len(present) - len(self.ids)
         if not self.ids:
             raise DataError(f"{self.root}: no patch is left of {listed} in split {split}: {self.left_out}")
         self._partners = {s2: present[s2] for s2 in self.ids}
@@ -147,31 +180,73 @@ class BigEarthNetMM:
         s2 = self.ids[i]
         if s2 in self._broken:
             raise DataError(self._broken[s2])
+        optical, sar = self.folders["S2"] / s2, self.folders["S1"] / self._partners[s2]
         metadata, labels = self._metadata("S1", self._partners[s2])
         if (partner := metadata.get("corresponding_s2_patch")) != s2 or (labels != self.labels[i]).any():
-            raise DataError(
-                f"{self.folders['S1'] / self._partners[s2]}: its JSON says S2 patch {partner} and labels "
-                f"{metadata['labels']}; expected S2 patch {s2} and the labels of that patch's JSON"
-            )
-        files = [b and f"{self.folders['S2'] / s2 / s2}_{b}.tif" for b in BAND_FILES]
-        optical = read_bands(files, steps=OPTICAL_STEPS, kind="ui")
-        files = [self._only("S1", self._partners[s2], f"*_{band}.tif") for band in SAR.bands]
-        sar = read_bands(files, steps=(1, 1), kind="f", size=optical.shape[1:])
-        return {"id": s2, "sar": sar, "optical": optical, "labels": labels}
-
-    def _only(self, sensor: str, patch: str, pattern: str) -> Path:
-        """The one file of a patch that fits a pattern (some patches have files with irregular names)."""
-        hits = list((self.folders[sensor] / patch).glob(pattern))
-        if len(hits) != 1:
-            raise DataError(f"{self.folders[sensor] / patch}: {len(hits)} files fit {pattern}, expected 1")
-        return hits[0]
+            found = f"its JSON says S2 patch {partner} and labels {metadata['labels']}"
+            raise DataError(f"{sar}: {found}; expected S2 patch {s2} and the labels of that patch's JSON")
+        return _item(s2, optical, sar, labels)
 
     def _metadata(self, sensor: str, patch: str) -> tuple[dict, np.ndarray]:
         """JSON of a patch and its labels, bool (19,)."""
-        path = self._only(sensor, patch, "*_labels_metadata.json")
+        path = _only(self.folders[sensor] / patch, "*_labels_metadata.json")
         try:
             metadata = json.loads(path.read_text())
-            names = metadata["labels"]
+            names = list(metadata["labels"])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: expected JSON with the key 'labels': {error!r}") from error
         return metadata, labels_19(names, source=path)
+
+
+class BigEarthNetV2:
+    """SAR-optical patches of the second release, with 19 labels.
+
+    `root` holds `BigEarthNet-S2`, `BigEarthNet-S1` and `metadata.parquet`, whose column `s1_name` alone pairs the
+    patches: their numbers differ. `split`: "train", "val" (also "validation"), "test" or None for all. `missing`, the
+    items, `.labels`, `.left_out` and errors are as with `BigEarthNetMM`.
+    """
+
+    def __init__(self, root: Path | str, split: str | None = None, *, missing: str = "error"):
+        self.root, here = Path(root), {}
+        for sensor in ("S2", "S1"):
+            if not (folder := self.root / f"BigEarthNet-{sensor}").is_dir():
+                raise DataError(f"{folder}: missing; version 2 has it beside metadata.parquet")
+            here[sensor] = {patch.name for patch in folder.glob("*/*/")}
+        wanted, path = {"val": "validation"}.get(split, split), self.root / "metadata.parquet"
+        rows = [row for row in _read_parquet(path) if wanted in (None, row[2])]
+        partners = {s2: s1 for s2, s1, _, _ in rows}
+        if len(partners) < len(rows):
+            raise DataError(f"{path}: {len(rows) - len(partners)} of {len(rows)} rows name a patch for a second time")
+        self._partners = _present(partners, here, self.root, missing)
+        labels = {row[0]: [name in row[3] for name in CLASSES_19] for row in rows}
+        self.ids = [s2 for s2 in self._partners if any(labels[s2])]
+        self.labels = np.array([labels[s2] for s2 in self.ids])
+        self.left_out = {"absent": len(rows) - len(self._partners)}
+        self.left_out["no 19-class label"] = len(self._partners) - len(self.ids)
+        if not self.ids:
+            raise DataError(f"{path}: no patch is left of {len(rows)} in split {split}: {self.left_out}")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> dict:
+        s2, s1 = self.ids[i], self._partners[self.ids[i]]
+        optical = self.root / "BigEarthNet-S2" / s2.rsplit("_", 2)[0] / s2
+        return _item(s2, optical, self.root / "BigEarthNet-S1" / s1.rsplit("_", 3)[0] / s1, self.labels[i])
+
+
+def _read_parquet(path: Path) -> list[tuple[str, str, str, list[str]]]:
+    """Rows (S2 patch, S1 patch, split, names of labels) of a metadata.parquet."""
+    import pyarrow.parquet  # 0.3 s that only this release needs
+
+    columns, known = ["patch_id", "s1_name", "split", "labels"], set(CLASSES_19)
+    try:
+        table = pyarrow.parquet.read_table(path, columns=columns)
+        rows = list(zip(*(table[column].to_pylist() for column in columns), strict=True))
+    except (OSError, ValueError, KeyError) as error:
+        state = "cannot be read" if path.exists() else "missing"
+        raise DataError(f"{path}: {state}; expected a Parquet file with {', '.join(columns)}: {error!r}") from error
+    for s2, *_, names in rows:
+        if names is None or not known.issuperset(names):
+            raise DataError(f"{path}: {s2} has the labels {names}, expected some of the 19 names of BigEarthNet")
+    return rows

@@ -1,20 +1,28 @@
-"""GeoTIFF bands as float32 arrays, with errors that name the file."""
+"""GeoTIFF (and JPEG 2000) bands as arrays on one grid, with errors that name the file."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import rasterio
 import torch
 import torch.nn.functional as F
+from rasterio.crs import CRS
 
 # Pixel size of the 13 Sentinel-2 bands B1..B8, B8A, B9..B12 in units of 10 m.
 OPTICAL_STEPS = (6, 1, 1, 1, 2, 2, 2, 1, 2, 6, 6, 2, 2)
-_KINDS = {"f": "floating-point numbers", "ui": "integers"}
+_KINDS = {"f": "floating-point numbers", "ui": "integers", "fui": "real numbers"}
 
 
 class DataError(ValueError):
     """A file of a data set is missing, damaged or not of the published form."""
+
+
+class _Raster(NamedTuple):
+    values: np.ndarray  # (count, H, W)
+    crs: CRS | None
+    bounds: tuple[float, float, float, float]  # west, south, east, north in the units of `crs`
 
 
 def resize(band: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -32,49 +40,102 @@ def resize(band: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return out.numpy().reshape(*values.shape[:-2], *size)
 
 
-def read(path: Path | str, *, count: int, kind: str) -> np.ndarray:
-    """Read a whole GeoTIFF: (count, H, W) in the file's dtype.
+def read(path: Path | str, *, count: int, kind: str, driver: str = "GTiff") -> np.ndarray:
+    """Read a whole file: (count, H, W) in the file's dtype.
 
-    `count` bands must be there; `kind` is "f" for a floating-point file, "ui" for integers: another type means another
-    product. A DataError names a file that is missing, damaged, truncated or of another form.
+    `count` bands must be there; `kind` is "f" for a floating-point file, "ui" for integers, "fui" for either: another
+    type means another product; `driver`: GDAL's name of the format. In a file of kind "fui" pixels that it marks as
+    having no data become NaN, so the result is float32. A DataError names a file that is missing, damaged, truncated or
+    of another form.
     """
+    return _read(path, count=count, kind=kind, driver=driver).values
+
+
+def _read(path: Path | str, *, count: int, kind: str, driver: str = "GTiff") -> _Raster:
     try:
-        with rasterio.open(path, driver="GTiff") as source:
+        with rasterio.open(path, driver=driver) as source:
             if source.count != count:
                 raise DataError(f"{path}: expected {count} band(s), found {source.count}")
             if np.dtype(source.dtypes[0]).kind not in kind:
                 raise DataError(f"{path}: expected {_KINDS[kind]}, found {source.dtypes[0]}")
-            return source.read()
+            values = source.read(masked=kind == "fui")
+            if kind == "fui":
+                values = values.astype(np.float32).filled(np.nan)
+            return _Raster(values, source.crs, tuple(source.bounds))
     except (rasterio.errors.RasterioError, OSError) as error:
         state = "cannot be read (damaged or truncated?)" if Path(path).exists() else "missing"
-        raise DataError(f"{path}: {state}; expected a GeoTIFF of {count} band(s): {error}") from error
+        raise DataError(f"{path}: {state}; expected {count} band(s) as {driver}: {error}") from error
 
 
 def read_bands(
-    paths: Sequence[Path | str | None], *, steps: Sequence[int], kind: str, size: tuple[int, int] | None = None
+    paths: Sequence[Path | str | None],
+    *,
+    steps: Sequence[int],
+    kinds: Sequence[str],
+    size: tuple[int, int] | None = None,
+    pixel: float | None = None,
 ) -> np.ndarray:
     """Read one-band files of one place and bring them to the finest grid: float32 (len(paths), H, W).
 
     `paths`: one per band, None for a row of zeros; `steps`: pixel size of each band in units of the finest one (1, 2
-    and 6 for Sentinel-2), at least one is 1; `kind`: as in `read`; `size`: (H, W) of the finest grid, None takes that
-    of the first band with step 1. A DataError as in `read`, and for a file of another size than `size` / step.
+    and 6 for Sentinel-2), at least one is 1; `kinds`: one per band as in `read`; `size`: (H, W) of the finest grid,
+    None takes that of the first band with step 1; `pixel`: side of its pixels in metres if all files lie on one
+    projected grid, to half a pixel (a coarse band may then have come resampled to the finest grid), None if each has
+    corners of its own, and the files only have to lie within a quarter of a side of each other.
+
+    A DataError as in `read`, for a file of another size than `size` / step, and for one at another place.
     """
     with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):  # there are no side files worth a listing
-        bands = [None if path is None else read(path, count=1, kind=kind)[0] for path in paths]
-    size = size or next(band.shape for band, step in zip(bands, steps, strict=True) if step == 1 and band is not None)
-    out = np.zeros((len(bands), *size), dtype=np.float32)
+        files = [path and _read(path, count=1, kind=kind) for path, kind in zip(paths, kinds, strict=True)]
+    first = next(row for row, file in enumerate(files) if file and steps[row] == 1)
+    size = tuple(size or files[first].values.shape[1:])
+    out = np.zeros((len(paths), *size), dtype=np.float32)
     coarse = {}  # bands of one step are resized in one call
-    for row, (path, band, step) in enumerate(zip(paths, bands, steps, strict=True)):
-        if band is None:
+    for row, (path, file, step) in enumerate(zip(paths, files, steps, strict=True)):
+        if file is None:
             continue
-        if (band.shape[0] * step, band.shape[1] * step) != tuple(size):
-            wanted = f"{size[0] / step:g} x {size[1] / step:g} (1/{step} of the {size[0]} x {size[1]} of 10 m bands)"
-            raise DataError(f"{path}: {band.shape[0]} x {band.shape[1]} pixels, expected {wanted}")
-        if step == 1:
-            out[row] = band
+        height, width = file.values.shape[1:]
+        if (height, width) == size and (step == 1 or pixel):
+            out[row] = file.values[0]
+        elif (height * step, width * step) == size:
+            coarse.setdefault(step, []).append((row, file.values[0]))
         else:
-            coarse.setdefault(step, []).append((row, band))
+            wanted = f"{size[0] / step:g} x {size[1] / step:g} (1/{step} of the {size[0]} x {size[1]} of 10 m bands)"
+            raise DataError(f"{path}: {height} x {width} pixels, expected {wanted}")
+    _check_places({path: file for path, file in zip(paths, files, strict=True) if file}, paths[first], pixel)
     for group in coarse.values():
         rows, stack = zip(*group, strict=True)
         out[list(rows)] = resize(np.stack(stack), size)
     return out
+
+
+def _check_places(files: dict[Path | str, _Raster], first: Path | str, pixel: float | None) -> None:
+    """Refuse files that do not show the place of the first one, or not on the projected grid that `pixel` asks for."""
+    crs, (west, south, east, north) = files[first].crs, files[first].bounds
+    side = (east - west) / files[first].values.shape[2]
+    if pixel and not (crs and crs.is_projected and abs(side - pixel) < 0.01 * pixel):
+        raise DataError(f"{first}: pixels of {side:g} in {crs}, expected a UTM grid of {pixel:g} m")
+    apart = 0.5 * pixel if pixel else 0.25 * min(east - west, north - south)
+    for path, file in files.items():
+        shift = max(abs(a - b) for a, b in zip(file.bounds, files[first].bounds, strict=True))
+        if file.crs != crs or shift > apart:
+            raise DataError(
+                f"{path}: shows {file.bounds} in {file.crs}, but {first} of the same sample "
+                f"{files[first].bounds} in {crs}; they must lie at the same place"
+            )
+
+
+def read_pair(
+    optical: Sequence[Path | str | None],
+    sar: Sequence[Path | str],
+    *,
+    size: tuple[int, int] | None = None,
+    pixel: float | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read the 13 optical (integers) and the SAR files (floating point) of one place: float32 (13, H, W), (C, H, W).
+
+    `optical` in the order B1..B8, B8A, B9..B12, None for a zero row; `size`, `pixel` and errors as in `read_bands`.
+    """
+    steps, kinds = (*OPTICAL_STEPS, *[1] * len(sar)), ["ui"] * len(optical) + ["f"] * len(sar)
+    bands = read_bands([*optical, *sar], steps=steps, kinds=kinds, size=size, pixel=pixel)
+    return bands[: len(optical)], bands[len(optical) :]

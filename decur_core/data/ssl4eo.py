@@ -3,28 +3,29 @@
 Tree, one band per file: `s1/<id>/<S1 scene>/{VV,VH}.tif` (float32, dB) and `s2c/<id>/<S2 scene>/B*.tif` (uint16,
 reflectance x 10000, level 1C); 264 x 264 pixels at 10 m, 132 at 20 m, 44 at 60 m. Ids have 7 digits, 97 of them do not
 exist. Pixels outside a scene are 0 in the files, in the SAR bands as well (0 dB); nothing marks them, so they stay 0.
+Every file has corners of its own: the data set was written with those of coarse bands half a pixel off.
 """
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from decur_core.data.raster import OPTICAL_STEPS, DataError, read_bands
+from decur_core.data.raster import DataError, read_pair
 from decur_core.preprocess import OPTICAL, SAR
 
 # Scene names: S1A_IW_GRDH_1SDV_20200329T001515_... and 20200323T162931_20200323T163750_T15QXA
 _SCENE_DATES = {"s1": re.compile(r"^.{16}_(\d{8}T\d{6})_"), "s2c": re.compile(r"^(\d{8}T\d{6})_")}
 
 
-def read_ids(path: Path | str) -> list[str]:
-    """Ids of a list with one number per line (`void_ids.csv`, `50k_ids_random.csv`), with the 7 digits of the tree."""
-    lines = Path(path).read_text().split()
-    if wrong := [line for line in lines if not line.isdigit()]:
-        raise DataError(f"{path}: expected one location number per line, found {wrong[0]!r}")
-    return [line.zfill(7) for line in lines]
+# Mean and standard deviation of the 13 bands over the data set, as its authors publish them with their converter (L1C).
+_OPTICAL_MEAN = (1605.57504906, 1390.78157673, 1314.8729939, 1363.52445545, 1549.44374991, 2091.74883118, 2371.7172463,
+                 2299.90463006, 2560.29504086, 830.06605044, 22.10351321, 2177.07172323, 1524.06546312)  # fmt: skip
+_OPTICAL_STD = (786.78685367, 850.34818441, 875.06484736, 1138.84957046, 1122.17775652, 1161.59187054, 1274.39184232,
+                1248.42891965, 1345.52684884, 577.31607053, 51.15431158, 1336.09932639, 1136.53823676)  # fmt: skip
 
 
 class SSL4EOS12:
@@ -38,8 +39,12 @@ class SSL4EOS12:
     k-th SAR image is paired with the k-th optical one: of all one-to-one pairings the one with the smallest sum of time
     differences. (Names do not sort by date: S1A comes before S1B.)
 
-    A DataError names the file or folder that is missing, damaged or of another form.
+    `.statistics`: the published mean and standard deviation, modality -> (mean per band, std per band).
+
+    A DataError names the file or folder that is missing, damaged, of another form or at another place.
     """
+
+    statistics = {"sar": (SAR.mean, SAR.std), "optical": (_OPTICAL_MEAN, _OPTICAL_STD)}
 
     def __init__(self, root: Path | str, *, ids: Sequence[str] | None = None, seasons: int = 4):
         self.root, self.seasons, found = Path(root), seasons, {}
@@ -54,6 +59,8 @@ class SSL4EOS12:
         if ids is None and (single := sorted(found["s1"] ^ found["s2c"])):
             warnings.warn(f"{self.root}: {len(single)} ids are left out, only s1 or s2c has {single[0]}", stacklevel=2)
         self.ids = sorted(both) if ids is None else list(ids)
+        if repeated := [i for i, count in Counter(self.ids).items() if count > 1]:
+            raise DataError(f"{self.root}: {len(repeated)} ids are given more than once, first {repeated[0]}")
         if not self.ids:
             raise DataError(f"{self.root}: no location is present in both s1 and s2c")
 
@@ -63,16 +70,16 @@ class SSL4EOS12:
     def __getitem__(self, i: int) -> dict:
         sar_dates, sar_scenes = self._scenes("s1", self.ids[i])
         optical_dates, optical_scenes = self._scenes("s2c", self.ids[i])
-        optical, size = [], None
-        for scene in optical_scenes:
-            paths = [f"{scene}/{band}.tif" for band in OPTICAL.bands]
-            optical.append(read_bands(paths, steps=OPTICAL_STEPS, kind="ui", size=size))
-            size = optical[0].shape[1:]
-        paths = [f"{scene}/{band}.tif" for scene in sar_scenes for band in SAR.bands]
-        sar = read_bands(paths, steps=[1] * len(paths), kind="f", size=size)
+        optical, sar, size = [], [], None
+        for optical_scene, sar_scene in zip(optical_scenes, sar_scenes, strict=True):
+            paths = [f"{optical_scene}/{band}.tif" for band in OPTICAL.bands]
+            images = read_pair(paths, [f"{sar_scene}/{band}.tif" for band in SAR.bands], size=size)
+            size = images[0].shape[1:]
+            optical.append(images[0])
+            sar.append(images[1])
         return {
             "id": self.ids[i],
-            "sar": sar.reshape(self.seasons, len(SAR.bands), *size),
+            "sar": np.stack(sar),
             "optical": np.stack(optical),
             "dates": {"sar": sar_dates, "optical": optical_dates},
         }
