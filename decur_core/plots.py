@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from .data.bigearthnet import CLASSES_19
@@ -13,14 +14,22 @@ from .data.bigearthnet import CLASSES_19
 STYLES = {
     "sar": ("SAR", "#0072B2"),
     "optical": ("optical", "#D55E00"),
-    "both": ("SAR + optical", "#444444"),
+    "rgb": ("RGB", "#D55E00"),
+    "dem": ("elevation", "#0072B2"),
+    "hha": ("depth (HHA)", "#0072B2"),
+    "both": ("both", "#444444"),
     "common": ("common", "#009E73"),
     "unique": ("unique", "#CC79A7"),
     "total": ("total", "#000000"),
-    "intra1": ("intra-modal SAR", "#0072B2"),
-    "intra2": ("intra-modal optical", "#D55E00"),
+    "intra1": ("intra-modal, first modality", "#0072B2"),
+    "intra2": ("intra-modal, second modality", "#D55E00"),
     "decur": ("DeCUR", "#332288"),
     "barlow_twins": ("Barlow Twins (cross-modal)", "#E69F00"),
+    "barlow_twins_single": ("Barlow Twins (one modality)", "#DDCC77"),
+    "vicreg": ("VICReg", "#117733"),
+    "clip": ("CLIP", "#88CCEE"),
+    "simclr": ("SimCLR (cross-modal)", "#CC6677"),
+    "supervised": ("from scratch", "#555555"),
     "random": ("random initialisation", "#999999"),
 }
 ABOVE = {"fontsize": 7, "loc": "lower left", "bbox_to_anchor": (0, 1), "frameon": False}  # of a legend
@@ -34,10 +43,28 @@ def _figure(rows: int, columns: int, *, width: float = 9, height: float, **optio
     return figure, axes
 
 
+def _grid(count: int, columns: int, *, width: float, height: float) -> tuple[Figure, list[plt.Axes]]:
+    """``count`` panels of ``width`` x ``height`` inches in rows of at most ``columns``."""
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    figure, axes = _figure(rows, columns, height=height * rows, width=max(4.5, width * columns + 0.4))
+    for axis in axes.flat[count:]:
+        axis.set_axis_off()
+    return figure, list(axes.flat[:count])
+
+
 def stretch(image: np.ndarray, low: float = 2, high: float = 98) -> np.ndarray:
     """An image (C, H, W) as H x W x C in [0, 1], cut at two percentiles of all its pixels; for looking at."""
     bottom, top = np.percentile(image, (low, high))
     return np.clip((image - bottom) / max(top - bottom, 1e-6), 0, 1).transpose(1, 2, 0)
+
+
+def picture(image: np.ndarray) -> np.ndarray:
+    """An image of any modality (C x H x W, 0 to 1) as H x W x 3 to look at: true colour, or band 1 in grey."""
+    if len(image) == 3:
+        return image.transpose(1, 2, 0)
+    shown = stretch(image[list(RGB)] if len(image) > 3 else image[:1], 1, 99)
+    return shown if shown.shape[2] == 3 else shown.repeat(3, 2)
 
 
 def _show(axis, image: np.ndarray, title: str = "", **options) -> None:
@@ -62,11 +89,39 @@ def pairs(samples: Sequence[dict], *, season: int = 0) -> Figure:
     figure, axes = _figure(3, len(samples), height=5.2, width=max(4.5, 1.5 * len(samples)))
     for column, sample in zip(axes.T, samples, strict=True):
         _show(column[0], stretch(sample["optical"][season][list(RGB)]), str(sample["id"]).split("/")[-1])
-        for row, name in enumerate(("VV", "VH")):
+        for row in range(2):
             _show(column[1 + row], stretch(sample["sar"][season][row : row + 1]), cmap="gray")
-            if column is axes.T[0]:
-                column[1 + row].set_ylabel(f"{name} (dB)", fontsize=8)
-    axes[0, 0].set_ylabel("B4 B3 B2", fontsize=8)
+    for axis, name in zip(axes[:, 0], ("B4 B3 B2", "VV (dB)", "VH (dB)"), strict=True):
+        axis.set_ylabel(name, fontsize=8)
+    return figure
+
+
+def scenes(samples: Sequence[dict], kinds: Sequence[str], *, classes: Sequence[str] = ()) -> Figure:
+    """One column per sample, one row per kind of image: ``rgb`` and ``hha`` as colours, ``dem``, ``depth`` and ``raw
+    depth`` on a scale of metres of their own, ``mask`` in one colour per class with a legend of those that occur.
+
+    ``samples``: items of an RGB-DEM or RGB-depth reader; ``classes``: names of the mask's values, unlabelled first.
+    """
+    figure, axes = _figure(len(kinds), len(samples), height=1.6 * len(kinds) + 0.4, width=max(4.5, 1.6 * len(samples)))
+    colours = np.vstack([(0, 0, 0), plt.get_cmap("tab20").colors, plt.get_cmap("tab20b").colors])
+    seen: set[int] = set()
+    for column, sample in zip(axes.T, samples, strict=True):
+        for axis, kind in zip(column, kinds, strict=True):
+            image = sample[kind]
+            if kind in ("rgb", "hha"):
+                _show(axis, image.transpose(1, 2, 0), str(sample["id"]).split("/")[-1] if axis is column[0] else "")
+            elif kind == "mask":
+                _show(axis, colours[image])
+                seen |= set(np.unique(image).tolist())
+            else:
+                metres = np.where(image[0] == 0, np.nan, image[0]) if "depth" in kind else image[0]
+                _show(axis, metres, f"{np.nanmin(metres):.1f} to {np.nanmax(metres):.1f} m", cmap="cividis")
+    for axis, kind in zip(axes[:, 0], kinds, strict=True):
+        axis.set_ylabel(kind, fontsize=8)
+    patches = [Patch(color=colours[k], label=classes[k]) for k in sorted(seen)] if classes else []
+    if patches:
+        options = {"loc": "outside lower center", "fontsize": 7, "frameon": False}
+        figure.legend(handles=patches, ncols=min(6, len(patches)), **options)
     return figure
 
 
@@ -106,37 +161,35 @@ def histograms(values: dict[str, np.ndarray], *, unit: str, bins: int = 64) -> F
 
 
 def views(rows: dict[str, np.ndarray]) -> Figure:
-    """Augmented views: one row per entry, images N x C x H x W in [0, 1]; 13 channels are shown as true colour."""
+    """Augmented views: one row per entry, images N x C x H x W in [0, 1]; 3 and 13 channels are shown as colours."""
     n = max(len(v) for v in rows.values())
     figure, axes = _figure(len(rows), n, height=1.25 * len(rows), width=1.2 * n + 0.6)
     for line, (name, images) in zip(axes, rows.items(), strict=True):
         for axis, image in zip(line, images, strict=True):
-            colour = len(image) > 3
-            picture = stretch(image[list(RGB)] if colour else image[:1], 1, 99)
-            _show(axis, picture, cmap=None if colour else "gray")
+            _show(axis, picture(image))
         line[0].set_ylabel(name, fontsize=8)
     return figure
 
 
 def correlation(matrices: dict[str, np.ndarray], *, dim_common: int | None = None) -> Figure:
     """Cross-correlation matrices (K x K, values -1 to 1) side by side; lines mark where the unique dimensions begin."""
-    figure, axes = _figure(1, len(matrices), height=3.4, width=min(3.2 * len(matrices) + 0.8, 12))
-    for axis, (name, c) in zip(axes.flat, matrices.items(), strict=True):
+    figure, axes = _grid(len(matrices), 4, width=2.7, height=3)
+    for axis, (name, c) in zip(axes, matrices.items(), strict=True):
         shown = axis.imshow(c, vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("dimension j", fontsize=8)
         if dim_common is not None:
             for line in (axis.axhline, axis.axvline):
                 line(dim_common - 0.5, color="black", lw=0.8, ls="--")
-    axes[0, 0].set_ylabel("dimension i", fontsize=8)
-    figure.colorbar(shown, ax=axes.ravel().tolist(), label="C$_{ij}$", shrink=0.8)
+    axes[0].set_ylabel("dimension i", fontsize=8)
+    figure.colorbar(shown, ax=axes, label="C$_{ij}$", shrink=0.8)
     return figure
 
 
 def history(runs: dict[str, Sequence[dict]], *, smooth: int = 1) -> Figure:
     """Every loss term over the steps, one panel per run; ``smooth``: steps averaged for the thick line."""
-    figure, axes = _figure(1, len(runs), height=3.2, width=max(5, 4.2 * len(runs)))
-    for axis, (title, lines) in zip(axes.flat, runs.items(), strict=True):
+    figure, axes = _grid(len(runs), 3, width=3.6, height=2.8)
+    for axis, (title, lines) in zip(axes, runs.items(), strict=True):
         steps = [line["step"] for line in lines]
         for name in ("total", "common", "unique", "intra1", "intra2"):
             if lines and name in lines[0]:
@@ -145,7 +198,8 @@ def history(runs: dict[str, Sequence[dict]], *, smooth: int = 1) -> Figure:
                 width = min(smooth, len(values))
                 mean = np.convolve(values, np.ones(width) / width, mode="valid")
                 axis.plot(steps[width - 1 :], mean, color=color, lw=1.5, label=label)
-        axis.set(title=title, xlabel="step", ylabel="loss (sum over dimensions)", yscale="log")
+        axis.set(xlabel="step", ylabel="loss", yscale="log")
+        axis.set_title(title, fontsize=9)
         axis.legend(fontsize=7)
     return figure
 
@@ -159,10 +213,10 @@ def learning_rate(lines: Sequence[dict]) -> Figure:
     return figure
 
 
-def scores(rows: Sequence[dict], *, reference: float | None = None) -> Figure:
-    """mAP micro, a panel per kind of input, a bar per method, whiskers for the deviation over seeds.
+def scores(rows: Sequence[dict], *, reference: float | None = None, unit: str = "mAP micro (%)") -> Figure:
+    """Mean scores, a panel per kind of input, a bar per method, whiskers for the deviation over seeds.
 
-    ``rows``: of ``results.summary``; ``reference``: mAP of guessing, drawn as a dotted line.
+    ``rows``: of ``results.summary``; ``reference``: score of guessing, drawn as a dotted line.
     """
     panels = list(dict.fromkeys(r["inputs"] for r in rows))
     groups = list(dict.fromkeys((r["fraction"], r["protocol"]) for r in rows))
@@ -182,28 +236,146 @@ def scores(rows: Sequence[dict], *, reference: float | None = None) -> Figure:
         if reference is not None:
             axis.axhline(reference, color="black", ls=":", lw=1, label="guessing")
         axis.set_title(STYLES[inputs][0], fontsize=9, loc="right")
-        axis.set_ylabel("mAP micro (%)", fontsize=8)
+        axis.set_ylabel(unit, fontsize=8)
     axis.set_xticks(range(len(groups)), [f"{p}\n{100 * f:g} % labels" for f, p in groups], fontsize=8)
     axes[0, 0].legend(ncols=4, **ABOVE)
     return figure
 
 
-def per_class(rows: dict[str, Sequence[float | None]]) -> Figure:
-    """Average precision of each of the 19 classes that occurs, a bar per method."""
-    kept = [i for i in range(len(CLASSES_19)) if any(v[i] is not None for v in rows.values())]
-    figure, axis = _classes([CLASSES_19[i] for i in kept], height=0.42 * len(kept) + 1)
+def per_class(
+    rows: dict[str, Sequence[float | None]],
+    *,
+    classes: Sequence[str] = CLASSES_19,
+    unit: str = "average precision (%)",
+) -> Figure:
+    """Score of each class that occurs, a bar per method; the 19 classes of BigEarthNet unless others are given."""
+    kept = [i for i in range(len(classes)) if any(v[i] is not None for v in rows.values())]
+    figure, axis = _classes([classes[i] for i in kept], height=0.42 * len(kept) + 1)
     height = 0.8 / len(rows)
     for k, (method, values) in enumerate(rows.items()):
         at, (label, color) = np.arange(len(kept)) + (k + 0.5) * height - 0.4, STYLES[method]
         axis.barh(at, [values[i] or 0 for i in kept], height, color=color, label=label)
-    axis.set_xlabel("average precision (%)")
+    axis.set_xlabel(unit)
     axis.legend(ncols=3, **ABOVE)
     return figure
 
 
 def prevalence(labels: np.ndarray) -> Figure:
     """Share of patches that carry each of the 19 classes; ``labels``: N x 19 of 0 and 1."""
-    figure, axis = _classes(CLASSES_19, height=4.2)
-    axis.barh(range(len(CLASSES_19)), 100 * labels.mean(0), color=STYLES["both"][1])
-    axis.set_xlabel("share of patches (%)")
+    return shares(dict(zip(CLASSES_19, labels.mean(0), strict=True)), of="patches")
+
+
+def shares(classes: dict[str, float], *, of: str) -> Figure:
+    """How much of something each class has: a bar per class; values 0 to 1."""
+    figure, axis = _classes(list(classes), height=0.2 * len(classes) + 0.8)
+    axis.barh(range(len(classes)), [100 * share for share in classes.values()], color=STYLES["both"][1])
+    axis.set_xlabel(f"share of {of} (%)")
+    return figure
+
+
+def bars(groups: Sequence[str], series: dict[str, Sequence[float]], *, unit: str, log: bool = False) -> Figure:
+    """Measurements side by side: a bar per series in every group, its value above it where there are few."""
+    figure, ((axis,),) = _figure(1, 1, height=2.8, width=7)
+    width = 0.8 / len(series)
+    greys = {"published": "#999999", "tuned": "#DDAA33"}
+    for k, (name, values) in enumerate(series.items()):
+        label, colour = STYLES.get(name, (name, greys.get(name.split(",")[0], STYLES["decur"][1])))
+        at = np.arange(len(groups)) + (k - (len(series) - 1) / 2) * width
+        drawn = axis.bar(at, values, width, color=colour, label=label)
+        if len(groups) * len(series) <= 16:
+            texts = [f"{v:,.0f}" if abs(v) >= 100 else f"{v:.3g}" for v in values]
+            axis.bar_label(drawn, labels=texts, fontsize=7, padding=1)
+    axis.set_xticks(range(len(groups)), groups, fontsize=8)
+    axis.set(ylabel=unit, yscale="log" if log else "linear")
+    axis.margins(y=0.12)
+    if len(series) > 1:
+        axis.legend(ncols=3, **ABOVE)
+    return figure
+
+
+def alignment(losses: dict[str, np.ndarray]) -> Figure:
+    """Histograms of (1 - C_ii)^2 over the embedding dimensions, a line per run (Fig. 4a); values above 1 count as 1."""
+    figure, ((axis,),) = _figure(1, 1, height=3, width=6)
+    for k, (name, values) in enumerate(losses.items()):
+        options = {"histtype": "step", "lw": 1.5, "color": plt.get_cmap("tab10")(k), "label": name}
+        axis.hist(np.clip(values, 0, 1), bins=np.linspace(0, 1, 41), **options)
+    axis.set(xlabel="alignment loss of a dimension, $(1 - C_{ii})^2$", ylabel="dimensions", yscale="symlog")
+    axis.legend(fontsize=7)
+    return figure
+
+
+def dimensions(points: dict[str, np.ndarray], *, dim_common: dict[str, int]) -> Figure:
+    """Maps of embedding dimensions, one panel per run (Fig. 1, 9): 2K x 2 points, those of the first modality first.
+
+    Crosses and squares: common dimensions of the two modalities; dots: unique ones.
+    """
+    figure, axes = _grid(len(points), 3, width=3.4, height=3.4)
+    for axis, (name, place) in zip(axes, points.items(), strict=True):
+        k = len(place) // 2
+        for half, colour, mark, who in ((0, "#D62728", "x", "first"), (k, "#1F77B4", "s", "second")):
+            common, unique = place[half : half + dim_common[name]], place[half + dim_common[name] : half + k]
+            face = {"facecolors": "none"} if mark == "s" else {}
+            edge = {"edgecolors": colour} if mark == "s" else {"color": colour}
+            axis.scatter(*common.T, s=16, marker=mark, lw=0.8, label=f"{who}, common", **face, **edge)
+            axis.scatter(*unique.T, s=10, color=colour, label=f"{who}, unique")
+        axis.set_title(name, fontsize=9)
+        axis.set(xticks=[], yticks=[])
+    axes[0].legend(fontsize=6, framealpha=0.6)
+    return figure
+
+
+def saliency(rows: Sequence[dict[str, np.ndarray]], columns: Sequence[str]) -> Figure:
+    """Images with saliency maps over them, a row per pair (Fig. 4b, 10).
+
+    ``rows``: name -> C x H x W image, or (image, H x W map); ``columns``: which of the names, in order.
+    """
+    figure, axes = _figure(len(rows), len(columns), height=1.5 * len(rows) + 0.3, width=1.5 * len(columns))
+    for line, row in zip(axes, rows, strict=True):
+        for axis, name in zip(line, columns, strict=True):
+            image, heat = row[name] if isinstance(row[name], tuple) else (row[name], None)
+            _show(axis, picture(image), name if row is rows[0] else "")
+            if heat is not None:
+                axis.imshow(heat, cmap="inferno", alpha=0.55, interpolation="bilinear")
+    return figure
+
+
+def overlaps(values: dict[str, np.ndarray]) -> Figure:
+    """Histograms of saliency overlap over the pairs of a data set, common and unique (Fig. 5a); scores of 0 to 1."""
+    figure, ((axis,),) = _figure(1, 1, height=2.8, width=5)
+    for name, scores in values.items():
+        label, colour = STYLES[name]
+        axis.hist(
+            scores, bins=np.linspace(0, 1, 31), color=colour, alpha=0.5, label=f"{label}, mean {scores.mean():.2f}"
+        )
+    axis.set(xlabel="overlap of the modalities' saliency (log, scaled to 0 to 1)", ylabel="pairs")
+    axis.legend(fontsize=7)
+    return figure
+
+
+def matrix(tables: dict[str, dict[str, dict[str, float]]], *, unit: str) -> Figure:
+    """Heat maps of row -> column -> value of 0 to 1, with the values written in, one panel per entry."""
+    columns = list(next(iter(next(iter(tables.values())).values())))
+    rows = len(next(iter(tables.values())))
+    figure, axes = _figure(len(tables), 1, height=(0.32 * rows + 1.1) * len(tables), width=0.75 * len(columns) + 2.5)
+    for axis, (title, table) in zip(axes.flat, tables.items(), strict=True):
+        values = np.array([[row[c] for c in columns] for row in table.values()])
+        shown = axis.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        for (i, j), value in np.ndenumerate(values):
+            axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color="w" if value < 0.6 else "k")
+        axis.set_xticks(range(len(columns)), columns, rotation=20, fontsize=7)
+        axis.set_yticks(range(rows), list(table), fontsize=7)
+        axis.set_title(title, fontsize=9)
+    figure.colorbar(shown, ax=axes.ravel().tolist(), label=unit, shrink=0.7)
+    return figure
+
+
+def curves(series: dict[str, dict[float, Sequence[float]]], *, xlabel: str, ylabel: str) -> Figure:
+    """Means over seeds against a setting, with the spread of the seeds as whiskers: series -> x -> values of seeds."""
+    figure, ((axis,),) = _figure(1, 1, height=3, width=6)
+    for k, (name, points) in enumerate(series.items()):
+        at = sorted(points)
+        mean, spread = ([f(points[x]) for x in at] for f in (np.mean, np.std))
+        axis.errorbar(at, mean, spread, marker="o", ms=4, capsize=2, color=plt.get_cmap("tab10")(k), label=name)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.legend(fontsize=7)
     return figure

@@ -1,8 +1,8 @@
-"""Records of evaluations as rows, and tables with the paper's numbers beside ours."""
+"""Records of evaluations as rows, and the paper's tables with its numbers beside ours."""
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .runs import METHODS
@@ -10,35 +10,51 @@ from .runs import METHODS
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
 COLUMNS = {f"{100 * f:g} % {p}": (f, p) for f in (0.01, 1.0) for p in ("linear", "finetune")}
 KEYS = ("method", "protocol", "inputs", "fraction")  # what tells one measurement from another, seeds aside
-INPUTS = {"sar+optical": "both", "sar": "sar"}
+SCORES = {"mAP (%)": ("micro", "macro"), "mIoU (%)": ("miou", "accuracy")}  # metric: its two numbers in a record
+NAMES = {"both": "both", "sar": "SAR", "optical": "optical", "rgb": "RGB", "dem": "elevation", "hha": "depth"}
+ONLY = {"random": "linear", "supervised": "finetune"}  # rows without pretraining have one protocol
+DATA = {"published": "the published data sets", "world": "the miniature world (not real data)"}
+DATA["samples"] = "a handful of real sample tiles"
+
+
+def choose(records: Iterable[dict], **wanted) -> list[dict]:
+    """Records with these values, e.g. ``dataset="GeoNRW", variant=""``."""
+    return [r for r in records if all(r.get(k, "") == v for k, v in wanted.items())]
+
+
+def numbers(record: dict) -> tuple[float, float]:
+    """The two numbers of a record in percent: mAP micro and macro, or mIoU and overall accuracy."""
+    first, second = SCORES[record.get("metric", "mAP (%)")]
+    return record[first], record[second]
+
+
+def _spread(values: Sequence[float]) -> dict:
+    return {"mean": statistics.fmean(values), "deviation": statistics.stdev(values) if len(values) > 1 else None}
 
 
 def summary(records: Sequence[dict]) -> list[dict]:
-    """One row per method, protocol, inputs and label fraction: mean mAP micro and macro in percent over the seeds.
+    """One row per method, protocol, inputs and label fraction: ``mean`` and ``second`` (see ``numbers``) over seeds.
 
-    ``deviation`` is the sample standard deviation over seeds, None with a single seed.
+    ``deviation`` and ``second_deviation`` are sample standard deviations over seeds, None with a single seed.
     """
     groups: dict[tuple, list[dict]] = {}
     for record in records:
         groups.setdefault(tuple(record[k] for k in KEYS), []).append(record)
     rows = []
     for key, found in groups.items():
-        row = {**dict(zip(KEYS, key, strict=True)), "seeds": len(found)}
-        for kind, mean, deviation in (("micro", "mean", "deviation"), ("macro", "macro", "macro_deviation")):
-            values = [r[kind] for r in found]
-            row[mean] = statistics.fmean(values)
-            row[deviation] = statistics.stdev(values) if len(values) > 1 else None
-        rows.append(row)
+        first, second = (_spread(values) for values in zip(*map(numbers, found), strict=True))
+        row = {**dict(zip(KEYS, key, strict=True)), "seeds": len(found), **first}
+        rows.append(row | {"second": second["mean"], "second_deviation": second["deviation"]})
     order = list(METHODS)
     rows.sort(key=lambda r: (order.index(r["method"]), r["inputs"], -r["fraction"], r["protocol"] != "linear"))
     return rows
 
 
 def per_class(records: Sequence[dict], *, protocol: str, inputs: str, fraction: float) -> dict[str, list]:
-    """Average precision of every class, averaged over seeds, by method; None where a class never occurs."""
+    """Score of every class, averaged over seeds, by method; None where a class never occurs."""
     found: dict[str, list] = {}
     for r in records:
-        if (r["protocol"], r["inputs"], r["fraction"]) == (protocol, inputs, fraction):
+        if (r["inputs"], r["fraction"]) == (inputs, fraction) and r["protocol"] == ONLY.get(r["method"], protocol):
             found.setdefault(r["method"], []).append(r["per_class"])
     return {
         method: [None if None in values else statistics.fmean(values) for values in zip(*rows, strict=True)]
@@ -46,62 +62,167 @@ def per_class(records: Sequence[dict], *, protocol: str, inputs: str, fraction: 
     }
 
 
-def _cell(mean: float, deviation: float | None, best: float | None = None) -> str:
+def _cell(mean: float | None, deviation: float | None = None, best: float | None = None) -> str:
+    if mean is None:
+        return ""
     text = f"{mean:.1f}" + (f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{deviation:.1f}" if deviation is not None else "")
     return f"**{text}**" if mean == best else text
 
 
-def markdown(rows: Sequence[dict]) -> str:
-    """Rows of ``summary`` as a Markdown table, a column per method: mAP micro / macro in percent.
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
-    Mean ± standard deviation over seeds where there is more than one; the best micro of a line in bold.
+
+def markdown(rows: Sequence[dict]) -> str:
+    """Rows of ``summary`` as a Markdown table, a column per method, both numbers in a cell, in percent.
+
+    Mean ± standard deviation over seeds where there is more than one; the best first number of a line in bold.
     """
-    names = {"both": "SAR + optical", "sar": "SAR", "optical": "optical"}
     methods = [m for m in METHODS if any(r["method"] == m for r in rows)]
     tasks = sorted(
         {(r["inputs"], r["fraction"], r["protocol"]) for r in rows},
-        key=lambda t: (list(names).index(t[0]), -t[1], t[2] != "linear"),
+        key=lambda t: (list(NAMES).index(t[0]), -t[1], t[2] != "linear"),
     )
-    lines = ["| Inputs | Labels | Protocol | " + " | ".join(METHODS[m] for m in methods) + " |"]
-    lines.append("|---" * (3 + len(methods)) + "|")
+    lines = []
     for task in tasks:
         found = {r["method"]: r for r in rows if (r["inputs"], r["fraction"], r["protocol"]) == task}
-        best = max(r["mean"] for r in found.values())
-        cells = [names[task[0]], f"{100 * task[1]:g} %", task[2]]
+        best, cells = max(r["mean"] for r in found.values()), [NAMES[task[0]], f"{100 * task[1]:g} %", task[2]]
         for r in map(found.get, methods):
-            macro = _cell(r["macro"], r["macro_deviation"]) if r else ""
-            cells.append(f"{_cell(r['mean'], r['deviation'], best)} / {macro}" if r else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            second = _cell(r["second"], r["second_deviation"]) if r else ""
+            cells.append(f"{_cell(r['mean'], r['deviation'], best)} / {second}" if r else "")
+        lines.append(cells)
+    return _markdown(["Inputs", "Labels", "Protocol", *(METHODS[m] for m in methods)], lines)
 
 
-def table1(records: Sequence[dict], inputs: str = "sar+optical") -> str:
-    """The paper's Table 1 for one kind of input: the paper's mAP (real data) beside ours, best of a column in bold.
+def _beside(rows: dict[str, list], ours: dict[str, list], columns: Sequence[str], names: dict[str, str]) -> str:
+    """The paper's numbers (row -> a value or None per column) and ours (row -> ``_spread`` or None), best in bold."""
+    lines = []
+    for row, values in rows.items():
+        cells = [names.get(row, row)]
+        for k, value in enumerate(values):
+            best = max((v[k] for v in rows.values() if v[k] is not None), default=None)
+            top = max((v[k]["mean"] for v in ours.values() if v[k]), default=None)
+            found = ours[row][k] or {"mean": None, "deviation": None}
+            cells += [_cell(value, None, best), _cell(found["mean"], found["deviation"], top)]
+        lines.append(cells)
+    return _markdown(["", *(text for c in columns for text in (f"{c}, paper", "ours"))], lines)
 
-    ``inputs``: ``sar+optical`` or ``sar``. Our cells are empty where nothing ran. Which data ours come from is for the
-    caption to say: see ``source``.
+
+def table(number: int, records: Sequence[dict], part: str) -> str:
+    """A table of the paper as Markdown, its numbers (from real data) beside the means over seeds of our records.
+
+    ``number, part``: 1 with ``sar+optical`` or ``sar``; 2 with ``rgb+dem`` or ``rgb``; 3 with ``sunrgbd`` or ``nyuv2``;
+    4 with ``sar+optical`` or ``rgb+dem``. Our cells are empty where nothing ran. A row without pretraining has one
+    score for each share of labels, as in the paper. Which data ours come from is for the caption: see ``source``.
     """
-    ours = [r for r in summary(records) if r["inputs"] == INPUTS[inputs]]
-    paper = PAPER["table1_bigearthnet_map_micro"][inputs]
-    rows: dict[str, list[str]] = {m: [] for m in METHODS if m in paper}
-    for k, column in enumerate(COLUMNS.values()):
-        found = {r["method"]: r for r in ours if (r["fraction"], r["protocol"]) == column}
-        best = max((r["mean"] for r in found.values()), default=None)
-        for method, cells in rows.items():
-            r = found.get(method)
-            cells.append(_cell(paper[method][k], None, max(row[k] for row in paper.values())))
-            cells.append(_cell(r["mean"], r["deviation"], best) if r else "")
-    lines = ["| | " + " | ".join(f"{c}, paper | ours" for c in COLUMNS) + " |", "|---" * (1 + 2 * len(COLUMNS)) + "|"]
-    return "\n".join(lines + [f"| {METHODS[m]} | " + " | ".join(cells) + " |" for m, cells in rows.items()])
+    return {1: _linear_and_finetune, 2: _linear_and_finetune, 3: _table3, 4: _table4}[number](number, records, part)
+
+
+def _linear_and_finetune(number: int, records: Sequence[dict], part: str) -> str:
+    dataset, key = {1: ("BigEarthNet-MM", "table1_bigearthnet_map_micro"), 2: ("GeoNRW", "table2_geonrw_miou")}[number]
+    inputs = "both" if "+" in part else part
+    found = [r for r in records if r["dataset"] == dataset and r["inputs"] == inputs and not r.get("variant")]
+    rows, ours = {m: v for m, v in PAPER[key][part].items() if m in METHODS}, {}
+    for method in rows:
+        tasks = [(fraction, ONLY.get(method, protocol)) for fraction, protocol in COLUMNS.values()]
+        scores = [[numbers(r)[0] for r in choose(found, method=method, fraction=f, protocol=p)] for f, p in tasks]
+        ours[method] = [_spread(values) if values else None for values in scores]
+    return _beside(rows, ours, list(COLUMNS), METHODS)
+
+
+# Rows of Table 3: the paper's name, our network, method and inputs; None: systems that the paper quotes.
+TABLE3 = {
+    "fcn/rgb/random": ("FCN, RGB", ("FCN", "supervised", "rgb")),
+    "fcn/rgb/clip": ("FCN, RGB (CLIP)", ("FCN", "clip", "rgb")),
+    "fcn/rgb/decur": ("FCN, RGB (DeCUR)", ("FCN", "decur", "rgb")),
+    "sa_gate": ("SA-Gate (quoted)", None),
+    "sgnet": ("SGNet (quoted)", None),
+    "shapeconv": ("ShapeConv (quoted)", None),
+    "omnivore": ("OMNIVORE (quoted)", None),
+    "cmx_b2": ("CMX-B2", ("CMX", "supervised", "both")),
+    "cmx_b2/decur": ("CMX-B2 (DeCUR)", ("CMX", "decur", "both")),
+    "cmx_b5": ("CMX-B5", ("CMX", "supervised", "both")),
+    "cmx_b5/decur": ("CMX-B5 (DeCUR)", ("CMX", "decur", "both")),
+}
+
+
+def _table3(number: int, records: Sequence[dict], part: str) -> str:
+    dataset, rows, ours = {"sunrgbd": "SUN RGB-D", "nyuv2": "NYU Depth v2"}[part], PAPER["table3_rgbd"][part], {}
+    for row in rows:
+        network, method, inputs = TABLE3[row][1] or ("", "", "")
+        wanted = {"dataset": dataset, "network": network, "method": method, "inputs": inputs, "fraction": 1.0}
+        found = choose(records, protocol="finetune", **wanted)
+        scores = zip(*map(numbers, found), strict=True) if found else (None, None)
+        ours[row] = [_spread(values) if values else None for values in scores]
+    return _beside(rows, ours, ("mIoU", "accuracy"), {k: name for k, (name, _) in TABLE3.items()})
+
+
+TABLE4 = {  # row: its name, and the settings intra and decoupling
+    "decur": ("DeCUR", True, True),
+    "without_intra_and_decoupling": ("without intra and decoupling", False, False),
+    "without_intra": ("without intra", False, True),
+    "without_decoupling": ("without decoupling", True, False),
+}
+
+
+def _table4(number: int, records: Sequence[dict], part: str) -> str:
+    column = ("sar+optical", "rgb+dem").index(part)
+    found = choose(records, pair=("sar_optical", "rgb_dem")[column], method="decur", protocol="finetune", inputs="both")
+    least, ours, paper = min((r["fraction"] for r in found), default=0), {}, PAPER["table4_loss_ablation"]
+    for row, (_, *switches) in TABLE4.items():
+        about = [
+            (r, r["settings"]["pretraining"]) for r in found if r["fraction"] == least and r["variant"][:5] == "terms"
+        ]
+        scores = [numbers(r)[0] for r, s in about if [s.get("intra", True), s.get("decoupling", True)] == switches]
+        ours[row] = [_spread(scores) if scores else None]
+    rows, names = {row: [paper[row][column]] for row in TABLE4}, {row: name for row, (name, *_) in TABLE4.items()}
+    return _beside(rows, ours, (paper["columns"][column],), names)
+
+
+def _points(records: Sequence[dict], name, x) -> dict[str, dict[float, list[float]]]:
+    """Series -> x -> first scores of the seeds, with ``name`` and ``x`` functions of (record, pretraining settings)."""
+    series: dict[str, dict[float, list[float]]] = {}
+    for r in records:
+        about = r["settings"]["pretraining"]
+        series.setdefault(name(r, about), {}).setdefault(x(r, about), []).append(numbers(r)[0])
+    return series
+
+
+def by_share(records: Sequence[dict]) -> dict[str, dict[float, list[float]]]:
+    """Scores over the share of common dimensions in percent, a series per size of the embedding (Fig. 3a, 6)."""
+    return _points(
+        records,
+        lambda r, about: f"{about['projector'][-1]} dimensions",
+        lambda r, about: 100 * about["dim_common"] / about["projector"][-1],
+    )
+
+
+def by_projector(records: Sequence[dict]) -> dict[str, dict[float, list[float]]]:
+    """Scores over the width of the projector, 0 without one, a series per data set and protocol (Fig. 3b, 7)."""
+    return _points(
+        records,
+        lambda r, about: f"{r['dataset']}, {r['protocol']}",
+        lambda r, about: (about["projector"] or [0])[-1],
+    )
+
+
+def share_table(found: dict[str, Sequence[dict]]) -> str:
+    """The points of ``by_share`` for several lists of records as a Markdown table."""
+    rows = []
+    for title, records in found.items():
+        for name, points in by_share(records).items():
+            scores = {x: _spread(points[x]) for x in sorted(points)}
+            best = max(v["mean"] for v in scores.values())
+            rows += [[title, name, f"{x:g} %", _cell(v["mean"], v["deviation"], best)] for x, v in scores.items()]
+    return _markdown(["Pair", "Embedding", "Common", "Score (%)"], rows)
 
 
 def source(records: Sequence[dict]) -> str:
     """One sentence on what produced the records: data, profile, seeds, commit, hardware, date."""
     if not records:
         return "Ours: nothing has run yet."
-    kinds = {"world": "the miniature world (not real data)", "ssl4eo": "SSL4EO-S12 and BigEarthNet-MM"}
-    kinds["samples"] = "a handful of real sample tiles"
-    data = " and ".join(kinds[k] for k in sorted({r["world"] for r in records}))
+    data = " and ".join(DATA[k] for k in sorted({r["world"] for r in records}))
     origins = [r["provenance"] for r in records]
     profiles, commits = (sorted(found) for found in ({r["profile"] for r in records}, {o["commit"] for o in origins}))
     hardware = {o["hardware"]["processor"]: o["hardware"] for o in origins}

@@ -1,29 +1,139 @@
-"""Embeddings of whole images, and how many directions they use."""
+"""Attributions and statistics against hand-made formulas, naive loops and interrupted calls."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from decur_core import explain, losses, pretrain
+from decur_core import explain, pretrain, runs
 from decur_core.data.store import Store
+from decur_core.model import MultimodalModel
 
 
-def test_effective_rank_counts_directions():
-    make = torch.Generator().manual_seed(0)
-    signals = torch.linalg.qr(torch.randn(400, 9, generator=make) - 0.0)[0]
-    signals = signals - signals.mean(0)
-    assert explain.effective_rank(signals[:, :1].repeat(1, 8)) == pytest.approx(1, abs=1e-3)
-    assert explain.effective_rank(torch.randn(20000, 8, generator=make)) == pytest.approx(8, rel=1e-2)
-    two = torch.cat([signals[:, :1].repeat(1, 4), signals[:, 1:2].repeat(1, 4)], dim=1)
-    assert explain.effective_rank(two) == pytest.approx(2, rel=2e-2)
+@pytest.fixture(scope="module")
+def target():
+    torch.manual_seed(0)
+    model = MultimodalModel("small", (2, 13), (16, 8)).eval()
+    z = model.embed(2, torch.rand(64, 13, 24, 24)).detach()
+    return explain.CommonUnique(model, 2, 6, z.mean(0), z.std(0))
 
 
-def test_embeddings_do_not_depend_on_the_batch_size_and_follow_the_store(tiny, pair_store):
-    folder = pretrain.run(tiny(epochs=1), pair_store)
-    store = Store(pair_store)
-    one = explain.embeddings(folder, store, samples=30, batch_size=7)
-    two = explain.embeddings(folder, store, samples=30, batch_size=64)
+def test_embeddings_do_not_depend_on_the_batch(tiny, pair_store):
+    folder, store = pretrain.run(tiny(), pair_store), Store(pair_store)
+    one, two = (explain.embeddings(folder, store, samples=7, batch_size=b) for b in (7, 3))
     for a, b in zip(one, two, strict=True):
-        assert a.shape == (30, 8)
+        assert a.shape == (7, 8)
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    assert losses.cross_correlation(*one).shape == (8, 8)
-    assert explain.embed_members({"run": folder}, pair_store, samples=4)["run"][0].shape == (4, 8)
+
+
+def test_effective_rank_counts_independent_directions():
+    z = torch.randn(4000, 6, generator=torch.Generator().manual_seed(0))
+    assert explain.effective_rank(z) == pytest.approx(6, abs=0.05)
+    assert explain.effective_rank(torch.cat([z[:, :2]] * 3, 1)) == pytest.approx(2, abs=0.01)
+
+
+def test_alignment_is_one_minus_the_correlation_squared():
+    z1, z2 = torch.randn(2, 50, 5, dtype=torch.float64)
+    z2[:, 0], z2[:, 1] = 3 * z1[:, 0] + 1, -z1[:, 1]
+    expected = [(1 - np.corrcoef(z1[:, k], z2[:, k])[0, 1]) ** 2 for k in range(5)]
+    torch.testing.assert_close(explain.alignment(z1, z2), torch.tensor(expected, dtype=torch.float64))
+    assert explain.alignment(z1, z2)[:2].tolist() == pytest.approx([0, 4], abs=1e-9)
+
+
+def test_tsne_lays_aligned_dimensions_on_top_of_each_other_and_unique_ones_apart():
+    torch.manual_seed(0)
+    common, own1, own2 = torch.randn(3, 200, 12)
+    z1, z2 = torch.cat([common, own1], 1), torch.cat([common + 0.01 * torch.randn(200, 12), own2], 1)
+    place = explain.tsne(z1, z2)
+    assert place.shape == (48, 2)
+    distance = np.linalg.norm(place[:24] - place[24:], axis=1)
+    assert distance[:12].max() < distance[12:].min()
+    np.testing.assert_array_equal(place, explain.tsne(z1, z2))
+
+
+def test_gradcam_is_the_gradient_weighted_map_of_the_last_convolution(target):
+    images, kept, largest = torch.rand(3, 13, 24, 24), {}, []
+    layer = target.last_convolution()
+    assert layer is target.model.backbone_2[6]
+    handle = layer.register_forward_hook(lambda module, args, out: kept.update(map=out))
+    for part in (0, 1):
+        found = explain.gradcam(target, images, part)
+        out = target(images)[:, part].sum()
+        (gradient,) = torch.autograd.grad(out, kept["map"])
+        weighted = (gradient.mean((2, 3), keepdim=True) * kept["map"]).sum(1, keepdim=True).clamp_min(0)
+        expected = F.interpolate(weighted, size=(24, 24), mode="bilinear", align_corners=False)[:, 0]
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-7)
+        assert found.shape == (3, 24, 24) and found.min() >= 0
+        largest.append(found.max())
+    assert max(largest) > 0
+    handle.remove()
+
+
+def test_gradcam_looks_where_the_only_thing_is(target):
+    images = torch.zeros(1, 13, 24, 24)
+    images[:, :, 2:10, 14:22] = torch.rand(13, 8, 8)
+    maps = [explain.gradcam(target, images, part)[0] for part in (0, 1)]
+    inside = max(float(m[:13, 11:].mean() / m.mean().clamp_min(1e-12)) for m in maps)
+    assert inside > 1.2
+
+
+def test_integrated_gradients_sum_to_the_change_of_the_output(target):
+    images = torch.rand(4, 13, 24, 24)
+    for part in (0, 1):
+        coarse, fine = (explain.integrated_gradients(target, images, part, steps=n) for n in (8, 128))
+        change = (target(images) - target(torch.zeros_like(images)))[:, part].detach()
+        torch.testing.assert_close(fine[0].sum((1, 2, 3)), change, rtol=0.02, atol=0.01)
+        torch.testing.assert_close(fine[0].sum((1, 2, 3)) - fine[1], change, rtol=1e-3, atol=1e-4)
+        assert fine[0].shape == images.shape and fine[1].abs().max() <= coarse[1].abs().max() + 1e-3
+
+
+def test_one_image_is_explained_the_same_alone_and_among_others(target):
+    images = torch.rand(5, 13, 24, 24)
+    for how in (explain.gradcam, lambda *a: explain.integrated_gradients(*a)[0]):
+        torch.testing.assert_close(how(target, images, 1)[2:3], how(target, images[2:3], 1), rtol=1e-3, atol=1e-6)
+
+
+def test_overlap_of_equal_maps_is_larger_than_that_of_disjoint_ones():
+    left = torch.zeros(1, 4, 4)
+    left[:, :, :2] = 3.0
+    assert explain.overlap(left, left).item() == pytest.approx(np.log(0.5))
+    assert explain.overlap(left, left.flip(2)).item() == pytest.approx(np.log(1e-12), rel=1e-4)
+    assert explain.overlap(torch.ones(1, 4, 4), left).isfinite().all()
+
+
+def test_statistics_equal_a_naive_loop_and_survive_an_interruption(tiny, pair_store, monkeypatch):
+    settings = tiny()
+    folder = pretrain.run(settings, pair_store)
+    found = explain.statistics(settings, folder, pair_store, samples=10, batch_size=4, steps=4)
+    (file,) = runs.path(settings, "explain").glob("*.jsonl")
+    whole = file.read_text()
+
+    two, trained = explain.targets(folder, Store(pair_store))
+    raw, bands = {"common": [], "unique": []}, []
+    for i in range(10):
+        images = [x for _, x in explain._batches(trained, Store(pair_store), [i], 1, "cpu")][0]
+        for k, part in enumerate(raw):
+            one, other = (explain._unit(explain.gradcam(t, x, k))[0] for t, x in zip(two, images, strict=True))
+            raw[part].append(np.log(max(float((one * other).mean()), 1e-12)))
+        bands.append(explain.integrated_gradients(two[1], images[1], 0, steps=4)[0][0].mean((1, 2)).numpy())
+    low, high = min(raw["common"] + raw["unique"]), max(raw["common"] + raw["unique"])
+    for part, values in raw.items():
+        np.testing.assert_allclose(found[f"overlap {part}"], (np.array(values) - low) / (high - low), atol=2e-3)
+    mean = np.mean(bands, 0)
+    np.testing.assert_allclose(found["bands optical common"], mean / np.abs(mean).sum(), atol=1e-3)
+    assert found["bands sar unique"].shape == (2,) and np.isfinite(found["completeness"])
+
+    lines = whole.splitlines(keepends=True)
+    file.write_text("".join(lines[:2]) + lines[2][: len(lines[2]) // 2])  # killed in the middle of a line
+    computed = []
+    cam = explain.gradcam
+    monkeypatch.setattr(explain, "gradcam", lambda t, x, k: computed.append(len(x)) or cam(t, x, k))
+    again = explain.statistics(settings, folder, pair_store, samples=10, batch_size=4, steps=4)
+    assert computed == [4] * 4 + [2] * 4 and file.read_text() == whole
+    assert all(np.array_equal(found[name], again[name]) for name in found)
+    explain.statistics(settings, folder, pair_store, samples=10, batch_size=4, steps=4)
+    assert len(computed) == 8, "a finished one is read"
+    explain.statistics(settings, folder, pair_store, samples=6, batch_size=4, steps=4)
+    assert json.loads(file.read_text().splitlines()[0])["samples"] == 6

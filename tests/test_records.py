@@ -23,7 +23,16 @@ def record(name="", micro=50.0, world="world"):
         "world": world,
         "provenance": {"commit": "c", "date": "2026-01-01", "hardware": hardware},
     }
-    return {"name": name, "micro": micro, "macro": 40.0, "per_class": [], "label_ids": ["x"] * 1000, **kinds, **source}
+    return {
+        "name": name,
+        "micro": micro,
+        "macro": 40.0,
+        "per_class": [],
+        "dataset": "BigEarthNet-MM",
+        "label_ids": ["x"] * 1000,
+        **kinds,
+        **source,
+    }
 
 
 @pytest.fixture
@@ -49,17 +58,19 @@ def test_renamed_trials_and_label_lists_stay_out_of_the_book(tmp_path):
 def test_the_preferred_profile_with_that_kind_of_data_supplies_a_table(app, tmp_path):
     publish(tmp_path, "mini", record(micro=11.0))
     publish(tmp_path, "report", record(micro=22.0))
-    publish(tmp_path, "a100", record(micro=33.0, world="ssl4eo"))
-    content = ["before\n\n<!-- decur: summary world -->\n\nafter <!-- decur: not at line start -->"]
+    publish(tmp_path, "a100", record(micro=33.0, world="published"))
+    content = ["before\n\n<!-- decur: summary world BigEarthNet-MM -->\n\nafter <!-- decur: not at line start -->"]
     records.read_source(app, "book/results", content)
     assert "**22.0** / 40.0" in content[0] and "miniature world (not real data)" in content[0]
     assert "11.0" not in content[0] and "33.0" not in content[0] and content[0].endswith("not at line start -->")
-    assert "33.0" in records.table1(app, "sar+optical") and "22.0" not in records.table1(app, "sar+optical")
+    assert "33.0" in records.table(app, "1 sar+optical published") and "22.0" not in records.table(
+        app, "1 sar+optical published"
+    )
     assert len(app.env.dependencies["book/results"]) == 3
 
 
 def test_without_records_a_page_says_so(app):
-    content = ["<!-- decur: summary world -->"]
+    content = ["<!-- decur: summary world BigEarthNet-MM -->"]
     records.read_source(app, "book/results", content)
     assert content == [records.NOT_RUN]
 

@@ -18,6 +18,9 @@ def record(method, seed, micro, *, fraction=0.01, protocol="linear", inputs="bot
         "micro": micro,
         "macro": micro - 10,
         "per_class": [micro, None],
+        "dataset": "BigEarthNet-MM",
+        "metric": "mAP (%)",
+        "variant": "",
         "fraction": fraction,
         "protocol": protocol,
         "inputs": inputs,
@@ -33,7 +36,7 @@ RECORDS = [record("decur", s, m) for s, m in enumerate((60.0, 63.0, 66.0))] + [r
 def test_summary_has_mean_and_sample_deviation():
     rows = {r["method"]: r for r in results.summary(RECORDS)}
     assert rows["decur"]["mean"] == pytest.approx(63) and rows["decur"]["deviation"] == pytest.approx(3)
-    assert rows["decur"]["macro"] == pytest.approx(53) and rows["decur"]["seeds"] == 3
+    assert rows["decur"]["second"] == pytest.approx(53) and rows["decur"]["seeds"] == 3
     assert rows["random"]["deviation"] is None
 
 
@@ -41,7 +44,7 @@ def test_markdown_says_seeds_and_spread():
     text = results.markdown(results.summary(RECORDS)).replace("\N{NO-BREAK SPACE}", " ")
     head, _, *lines = text.splitlines()
     assert head == "| Inputs | Labels | Protocol | Random initialisation | DeCUR |"
-    assert lines == ["| SAR + optical | 1 % | linear | 40.0 / 30.0 | **63.0 ± 3.0** / 53.0 ± 3.0 |"]
+    assert lines == ["| both | 1 % | linear | 40.0 / 30.0 | **63.0 ± 3.0** / 53.0 ± 3.0 |"]
 
 
 def test_per_class_keeps_absent_classes_absent():
@@ -49,13 +52,48 @@ def test_per_class_keeps_absent_classes_absent():
     assert found == {"decur": [63.0, None], "random": [40.0, None]}
 
 
-def test_table1_puts_ours_beside_the_paper_and_leaves_gaps():
-    lines = results.table1(RECORDS).replace("\N{NO-BREAK SPACE}", " ").splitlines()
-    decur = next(line for line in lines if line.startswith("| DeCUR"))
-    assert decur.split("|")[2:6] == [" **79.4** ", " **63.0 ± 3.0** ", " **81.7** ", "  "]
-    vicreg = next(line for line in lines if line.startswith("| VICReg"))
-    assert [c.strip() for c in vicreg.split("|")[3:-1:2]] == ["", "", "", ""]
-    assert not any(cell.strip() for line in results.table1([]).splitlines()[2:] for cell in line.split("|")[3:-1:2])
+def rows_of(text):
+    lines = text.replace("\N{NO-BREAK SPACE}", " ").splitlines()[2:]
+    return {cells[0]: cells[1:] for cells in ([c.strip() for c in line.split("|")[1:-1]] for line in lines)}
+
+
+def test_table_1_puts_ours_beside_the_paper_and_leaves_gaps():
+    rows = rows_of(results.table(1, RECORDS, "sar+optical"))
+    assert rows["DeCUR"][:4] == ["**79.4**", "**63.0 ± 3.0**", "**81.7**", ""]
+    assert rows["VICReg"][1::2] == [""] * 4
+    assert rows["Random initialisation"][:4] == ["58.7", "40.0", "58.7", "**40.0**"], "one score, as in the paper"
+    assert not any(cell for row in rows_of(results.table(1, [], "sar")).values() for cell in row[1::2])
+    elsewhere = [r | {"variant": "common-dim_common8"} for r in RECORDS] + [r | {"dataset": "GeoNRW"} for r in RECORDS]
+    assert not any(cell for row in rows_of(results.table(1, elsewhere, "sar+optical")).values() for cell in row[1::2])
+
+
+def segmented(method, seed, miou, **more):
+    base = record(method, seed, 0.0, fraction=1.0, protocol="finetune")
+    return base | {"metric": "mIoU (%)", "miou": miou, "accuracy": miou + 30, "network": "FCN"} | more
+
+
+def test_table_2_and_3_hold_miou_and_accuracy_of_the_right_network_and_inputs():
+    found = [segmented("decur", s, 40.0 + s, dataset="GeoNRW", inputs="rgb") for s in (0, 2)]
+    assert rows_of(results.table(2, found, "rgb"))["DeCUR"][7] == "**41.0 ± 1.4**"
+    assert rows_of(results.table(2, found, "rgb+dem"))["DeCUR"][7] == ""
+    found = [segmented("supervised", 0, 30.0, dataset="NYU Depth v2", inputs="rgb")]
+    found += [segmented("decur", 0, 50.0, dataset="NYU Depth v2", network="CMX")]
+    rows = rows_of(results.table(3, found, "nyuv2"))
+    assert rows["FCN, RGB"] == ["29.2", "30.0", "60.0", "60.0"]
+    assert rows["CMX-B5 (DeCUR)"] == ["**57.3**", "**50.0**", "**80.3**", "**80.0**"]
+    assert rows["OMNIVORE (quoted)"] == ["54.0", "", "", ""] and "CMX-B2" not in rows
+    assert list(rows_of(results.table(3, [], "sunrgbd")))[-1] == "CMX-B2 (DeCUR)"
+
+
+def test_table_4_sorts_runs_by_the_terms_they_had():
+    found = []
+    for k, (intra, decoupling) in enumerate([(True, True), (False, False), (False, True), (True, False)]):
+        about = {"pretraining": {"intra": intra, "decoupling": decoupling}}
+        found.append(record("decur", 0, 50.0 + k, protocol="finetune") | {"variant": "terms-x", "settings": about})
+        found[-1]["pair"] = "sar_optical"
+    rows = rows_of(results.table(4, found, "sar+optical"))
+    assert [row[1] for row in rows.values()] == ["50.0", "51.0", "52.0", "**53.0**"]
+    assert [row[0] for row in rows.values()] == ["**81.7**", "80.3", "80.1", "81.1"]
 
 
 def test_source_names_data_profile_commit_and_hardware():
@@ -68,5 +106,7 @@ def test_the_papers_numbers_are_the_papers():
     reference = SHARED / "paper" / "reference.json"
     if not reference.exists():
         pytest.skip(f"{reference} is not here")
-    name = "table1_bigearthnet_map_micro"
-    assert results.PAPER[name] == json.loads(reference.read_text())[name]
+    names = [k for k in results.PAPER if k.startswith("table")]
+    assert len(names) == 4
+    for name in names:
+        assert results.PAPER[name] == json.loads(reference.read_text())[name]

@@ -9,7 +9,7 @@ import json
 import re
 from pathlib import Path
 
-from decur_core import config, results
+from decur_core import config, plots, results
 
 MARK = re.compile(r"^<!-- decur: (.+?) -->$", re.MULTILINE)
 NOT_RUN = "*Not run yet.*"
@@ -29,7 +29,7 @@ TARGETS = (  # what, at least (at most with a minus sign), record, its row, its 
 
 
 def measured(app, kind: str) -> list[dict]:
-    """Records of the preferred profile whose images are of ``kind``: world, samples or ssl4eo."""
+    """Records of the preferred profile whose images are of ``kind``: world, samples or published."""
     for profile in app.config.decur_profiles:
         file = Path(app.srcdir) / app.config.decur_executed / profile / "records.json"
         if file.is_file():
@@ -39,16 +39,18 @@ def measured(app, kind: str) -> list[dict]:
     return []
 
 
-def summary(app, kind: str) -> str:
-    """All scores on one kind of data, with what produced them."""
-    found = measured(app, kind)
+def summary(app, argument: str) -> str:
+    """All scores on one data set of one kind, with what produced them: ``world BigEarthNet-MM``."""
+    kind, _, dataset = argument.partition(" ")
+    found = [r for r in results.choose(measured(app, kind), dataset=dataset) if not r.get("variant")]
     return f"{results.markdown(results.summary(found))}\n\n{results.source(found)}" if found else NOT_RUN
 
 
-def table1(app, inputs: str) -> str:
-    """The paper's Table 1 beside ours, ours being from real data only."""
-    found = measured(app, "ssl4eo")
-    return f"{results.table1(found, inputs)}\n\n{results.source(found)}"
+def table(app, argument: str) -> str:
+    """A table of the paper beside our records of one kind of data: ``1 sar+optical published``."""
+    number, part, kind = argument.split()
+    found = measured(app, kind)
+    return f"{results.table(int(number), found, part)}\n\n{results.source(found)}"
 
 
 def settings(app, _: str) -> str:
@@ -95,7 +97,45 @@ def targets(app, _: str) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"summary": summary, "table1": table1, "settings": settings, "benchmark": benchmark, "targets": targets}
+# record: columns that name a group, {column: series}, unit, whether the scale is logarithmic, what is seen
+FIGURES = {
+    "loss": (("K", "N"), {"published ms": "published", "ours ms": "ours"}, "ms", True, "Time of the loss"),
+    "augment": (
+        ("ms per view",),
+        {k: k for k in ("published", "tuned", "ours")},
+        "ms per view",
+        True,
+        "Time of a view",
+    ),
+    "loader": (("loader",), {"pairs/s": "pairs/s"}, "pairs/s", True, "Pairs from one worker"),
+    "scaling": (("processes",), {"pairs/s": "pairs/s"}, "pairs/s", False, "Pairs per second over processes"),
+    "convert": (("way",), {"locations/s": "locations/s"}, "locations/s", False, "Locations converted per second"),
+    "hha": (("way",), {"ms": "ms"}, "ms", True, "Time of one HHA image"),
+}
+
+
+def figure(app, name: str) -> str:
+    """One benchmark's record as bars; the picture is drawn into the build folder."""
+    record = _benchmark(app, name)
+    if record is None:
+        return ""
+    keys, columns, unit, log, seen = FIGURES[name]
+    groups = ["\n".join(f"{k} {r[k]}" if len(keys) > 1 else str(r[k]) for k in keys) for r in record["rows"]]
+    series = {label: [row[column] for row in record["rows"]] for column, label in columns.items()}
+    target = Path(app.srcdir) / "_build" / "figures" / f"{name}.svg"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    plots.bars(groups, series, unit=unit, log=log).savefig(target, metadata={"Date": None})
+    return f"```{{figure}} /_build/figures/{name}.svg\n:alt: {seen} as bars\n:name: fig-bench-{name}\n\n{seen}.\n```"
+
+
+TABLES = {
+    "figure": figure,
+    "summary": summary,
+    "table": table,
+    "settings": settings,
+    "benchmark": benchmark,
+    "targets": targets,
+}
 
 
 def read_source(app, docname: str, content: list[str]) -> None:
