@@ -1,0 +1,135 @@
+"""NYU Depth v2, labelled part: 1,449 indoor images of 480 x 640 pixels with depth and masks (Silberman et al. 2012).
+
+Either as the tree that segmentation methods share, `RGB/<i>.jpg`, `Depth/<i>.npy` (float32, metres, filled in),
+`Label/<i>.png` (palette image, 40 classes), perhaps `HHA/<i>.jpg`, and `train.txt`, `test.txt` with `RGB/<i>.jpg<TAB>
+Label/<i>.png` or `<i>` per line; or as published, `nyu_depth_v2_labeled.mat` (also in metres and filled in) with
+`splits.mat` and `classMapping40.mat` (894 classes to 40). i = 0 to 1448 counts the images of the .mat, whose own lists
+begin at 1; 795 are for training, 654 for testing. `camera_rotations_NYU.txt`, a rotation per image, may be there too.
+
+How to get it: the .mat (2.8 GB) from cs.nyu.edu/~silberman/datasets/nyu_depth_v2.html, its companions and the rotations
+from github.com/ankurhanda/nyuv2-meta-data. No licence is stated.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+import h5py
+import numpy as np
+import scipy.io
+
+from decur_core.data.raster import DataError
+from decur_core.data.sunrgbd import CLASSES_37, checked, read_image, reading
+
+_NAMES = {"fridge": "refridgerator", "tv": "television"}  # the other 35 of the first 37 are those of SUN RGB-D
+CLASSES_40: tuple[str, ...] = (  # values 1 to 40 of masks
+    *(_NAMES.get(name, name.replace("_", " ")) for name in CLASSES_37),
+    *("otherstructure", "otherfurniture", "otherprop"),
+)
+# fx, fy, cx, cy of the colour camera, which depth is projected into, for 480 x 640 pixels
+CAMERA = (518.85790117450188, 519.46961112127485, 325.58244941119034, 253.73616633400465)
+_MODES = {"rgb": ["RGB"], "mask": ["P", "L"], "hha": ["RGB"]}  # of PIL
+_MAT = "nyu_depth_v2_labeled.mat"
+_WANTED = "the .mat of cs.nyu.edu/~silberman, or else a tree with the folder RGB; download one of them"
+
+
+def intrinsics(height: int, width: int) -> np.ndarray:
+    """Those of whole images brought to any size: float64 (3, 3), where the first pixel has its centre at (1, 1)."""
+    (fx, fy, cx, cy), sy, sx = CAMERA, height / 480, width / 640
+    return np.array([[fx * sx, 0, (cx - 0.5) * sx + 0.5], [0, fy * sy, (cy - 0.5) * sy + 0.5], [0, 0, 1]])
+
+
+class NYUv2:
+    """RGB-depth images with masks.
+
+    `root` holds the tree, or else the .mat and its two companions; `split`: "train", "test" or None for every image;
+    `hha`: read the tree's HHA/ too; `missing`: "error" refuses a list with images that are not in RGB/, "skip" uses
+    those that are. No image may be in two lists, and where splits.mat is there, it and the lists must agree.
+
+    Items: {"id": i, "rgb": uint8 (3, H, W), "depth": float32 (1, H, W) in metres, 0 = hole, "intrinsics": float64 (3,
+    3), "gravity": float64 (3,), unit vector pointing down in camera coordinates x right, y down, z forward, or None
+    without the rotations, "mask": uint8 (H, W), 0 = void, 1 to 40 = CLASSES_40, "hha": uint8 (3, H, W), disparity,
+    height, angle}. A side ratio other than 3:4 is refused: parts of images have other intrinsics.
+
+    The rotations turn coordinates x right, y forward, z up until z is up, so their third row is up as the camera sees
+    it: gravity is its negative, with the axes of the camera.
+
+    A DataError names the file or folder that is missing, damaged or of another form.
+    """
+
+    def __init__(self, root: Path | str, split: str | None = None, *, hha: bool = False, missing: str = "error"):
+        if split not in (None, "train", "test") or missing not in ("error", "skip"):
+            raise ValueError(f"split {split!r}, missing {missing!r}; allowed: 'train', 'test', None; 'error', 'skip'")
+        self.root, self._hha, self._down, self._to_40 = Path(root), hha, None, None
+        if hha and not ((self.root / "RGB").is_dir() and (self.root / "HHA").is_dir()):
+            raise DataError(f"{self.root}: no tree with RGB and HHA; leave hha=False, and use depth_to_hha")
+        if (self.root / "RGB").is_dir():
+            here = {path.stem for path in (self.root / "RGB").glob("*.jpg")}
+        else:
+            with reading(path := self.root / _MAT, _WANTED), h5py.File(path) as file:
+                here = set(map(str, range(len(file["images"]))))
+            self._to_40 = np.append(0, self._matlab("classMapping40.mat", "mapClass")).astype(np.uint8)
+        wanted = self._list(split) if split else sorted(here, key=lambda i: (len(i), i))
+        self.ids = [i for i in wanted if i in here]
+        self.left_out = {"absent": len(wanted) - len(self.ids)}
+        if len(self.ids) < len(wanted) and missing == "error" or not self.ids:
+            state = f"{len(self.ids)} of the {len(wanted)} images of split {split}"
+            raise DataError(f"{self.root}: has {state}; complete it, or use what is there with missing='skip'")
+        if (path := self.root / "camera_rotations_NYU.txt").is_file():
+            with reading(path, "3 x 3 numbers per image"):
+                rotations = np.loadtxt(path).reshape(-1, 3, 3)
+            if not np.allclose(rotations @ rotations.swapaxes(1, 2), np.eye(3), atol=1e-3):
+                raise DataError(f"{path}: not all of its matrices are rotations; download it again")
+            if wrong := [i for i in self.ids if not (i.isdecimal() and int(i) < len(rotations))]:
+                raise DataError(f"{path}: {len(rotations)} rotations, none for {wrong[0]}; take both as published")
+            self._down = rotations[:, 2, [0, 2, 1]] * [-1, 1, -1]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> dict:
+        item, files = {"id": (name := self.ids[i])}, dict.fromkeys(("rgb", "depth", "mask"), self.root / _MAT)
+        if self._to_40 is None:
+            folders = {"rgb": "RGB/{}.jpg", "depth": "Depth/{}.npy", "mask": "Label/{}.png", "hha": "HHA/{}.jpg"}
+            files = {k: self.root / path.format(name) for k, path in folders.items() if k != "hha" or self._hha}
+            with reading(files["depth"], "an array of depth in metres"):
+                depth = np.load(files["depth"])
+            item |= {k: read_image(path, *_MODES[k]) for k, path in files.items() if k in _MODES}
+        else:
+            with reading(files["rgb"], _WANTED), h5py.File(files["rgb"]) as file:
+                rgb, depth, labels = (file[k][int(name)].swapaxes(-1, -2) for k in ("images", "depths", "labels"))
+                if labels.max() >= len(self._to_40):
+                    raise ValueError(f"label {labels.max()} in image {name}")
+            item |= {"rgb": np.ascontiguousarray(rgb), "mask": self._to_40[labels]}
+        if depth.dtype.kind != "f" or depth.ndim != 2:
+            raise DataError(f"{files['depth']}: {depth.dtype} {depth.shape}, expected (H, W) metres as floating point")
+        item["depth"] = np.ascontiguousarray(depth[None], dtype=np.float32)
+        height, width = item["rgb"].shape[1:]
+        if 4 * height != 3 * width:
+            raise DataError(f"{files['rgb']}: {height} x {width} pixels, expected the ratio 3:4 of a whole image")
+        item["intrinsics"] = intrinsics(height, width)
+        item["gravity"] = None if self._down is None else self._down[int(name)].copy()
+        return checked(item, files, len(CLASSES_40))
+
+    def _matlab(self, name: str, key: str) -> np.ndarray:
+        with reading(path := self.root / name, f"a MATLAB file with {key}; download it"):
+            return scipy.io.loadmat(path)[key].ravel()
+
+    def _list(self, split: str) -> list[str]:
+        """Images of a split, in the order of its list."""
+        lists, official = {}, {}
+        if self._to_40 is not None or (self.root / "splits.mat").is_file():
+            for name in ("train", "test"):
+                official[name] = [str(k - 1) for k in self._matlab("splits.mat", f"{name}Ndxs").astype(int)]
+        if self._to_40 is not None:
+            return official[split]
+        for name in ("train", "test"):
+            with reading(path := self.root / f"{name}.txt", "the files of one image, or its name, in every line"):
+                stems = [{Path(column).stem for column in line.split()} for line in path.read_text().splitlines()]
+                if wrong := [stem for stem in stems if len(stem) > 1]:
+                    raise ValueError(sorted(wrong[0]))
+            lists[name] = [min(stem) for stem in stems if stem]
+            if official and {*lists[name]} != {*official[name]}:
+                raise DataError(f"{path}: not the images of splits.mat, which has {len(official[name])}; remove one")
+        if twice := [name for name, count in Counter(lists["train"] + lists["test"]).items() if count > 1]:
+            raise DataError(f"{self.root}: train.txt and test.txt name {twice[0]} twice; take both as published")
+        return lists[split]
