@@ -1,5 +1,6 @@
 # make book   run every notebook with the mini profile and build the book    make test   linter, formatter, tests
-# make soak   the slow tests                                                 make clean  remove what these made
+# make look   look at the built book in Chromium (skipped without it)        make soak   the slow tests
+# make clean  remove what these made
 # Each sets itself up: Python >= 3.11 and make are all that is needed. VENV=... puts the environment elsewhere.
 
 VENV ?= .venv
@@ -7,7 +8,7 @@ PYTHON ?=
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: book test soak clean
+.PHONY: book test look soak clean
 .DELETE_ON_ERROR:
 
 book: $(STAMP)
@@ -19,6 +20,9 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q
+
+look: $(STAMP)
+	$(BIN)/python -m pytest -q -rs tests/test_browser.py
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -q -m soak
