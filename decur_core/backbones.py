@@ -1,30 +1,64 @@
-"""Backbones with any number of input channels: torchvision's ResNets, and a small network for CPUs."""
+"""Backbones with any number of input channels: ResNets, SegFormer's Mix Transformers, and a small network for CPUs."""
+
+import functools
 
 import torchvision
-from torch import nn
+from segmentation_models_pytorch.encoders.mix_transformer import LayerNorm, MixVisionTransformer
+from torch import Tensor, nn
+
+# Channels of the maps that `feature_maps` returns; the last number is also that of the features.
+_WIDTHS = {
+    "resnet18": (64, 128, 256, 512),
+    "resnet50": (256, 512, 1024, 2048),
+    "small": (32, 64, 128),
+    "mit_b0": (32, 64, 160, 256),
+    "mit_b2": (64, 128, 320, 512),
+    "mit_b5": (64, 128, 320, 512),
+}
+_DEPTHS = {"mit_b0": (2, 2, 2, 2), "mit_b2": (3, 4, 6, 3), "mit_b5": (3, 6, 40, 3)}  # transformer blocks per stage
+BACKBONES = tuple(_WIDTHS)
 
 
-def _small(channels: int) -> tuple[nn.Module, int]:
+class MixTransformer(MixVisionTransformer):
+    """SegFormer's encoder (Xie et al. 2021): N x C x H x W images to the mean over the last stage's map.
+
+    Parameters have the names of the original release (``patch_embed1.proj.weight``, ``block1.0.attn.q.weight``), whose
+    classification head is left out. The published DeCUR keeps one, linear with 2048 outputs, and discards it with the
+    projector; the projector's first layer is linear too, and two in a row can do no more than one.
+    """
+
+    def __init__(self, name: str, channels: int):
+        super().__init__(
+            in_chans=channels,
+            embed_dims=_WIDTHS[name],
+            num_heads=(1, 2, 5, 8),
+            depths=_DEPTHS[name],
+            qkv_bias=True,
+            norm_layer=functools.partial(LayerNorm, eps=1e-6),
+            drop_path_rate=0.1,
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_features(images)[-1].mean((2, 3))
+
+
+def _small(name: str, channels: int) -> nn.Module:
     """Three strided 3x3 convolutions (32, 64, 128 channels) and global average pooling; 128 features."""
-    layers, width = [], channels
-    for out in (32, 64, 128):
-        layers += [nn.Conv2d(width, out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
-        width = out
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), width
+    layers = []
+    for out in _WIDTHS[name]:
+        layers += [nn.Conv2d(channels, out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+        channels = out
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def _resnet(name: str, channels: int) -> tuple[nn.Module, int]:
+def _resnet(name: str, channels: int) -> nn.Module:
     # zero_init_residual as in Barlow Twins: each block starts as the identity.
     network = torchvision.models.get_model(name, weights=None, zero_init_residual=True)
     if channels != 3:
         network.conv1 = nn.Conv2d(channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
-    features = network.fc.in_features
     network.fc = nn.Identity()
-    return network, features
-
-
-BACKBONES = ("resnet18", "resnet50", "small")
+    return network
 
 
 def build(name: str, channels: int) -> tuple[nn.Module, int]:
@@ -33,8 +67,47 @@ def build(name: str, channels: int) -> tuple[nn.Module, int]:
     ``name``: one of ``BACKBONES``. ResNets are torchvision's own, with ``fc`` an identity and, unless ``channels`` is
     3, a first convolution for that many channels: their state dict loads into ``torchvision.models`` under its keys.
     """
-    if name not in BACKBONES:
-        raise ValueError(f"backbone = {name!r}; allowed: {', '.join(BACKBONES)}")
+    features = widths(name)[-1]
     if channels < 1:
         raise ValueError(f"in_channels = {channels}; a backbone needs at least one channel")
-    return _small(channels) if name == "small" else _resnet(name, channels)
+    make = MixTransformer if name in _DEPTHS else _small if name == "small" else _resnet
+    network = make(name, channels)
+    network.widths = widths(name)  # for what is built on top of the maps
+    return network, features
+
+
+def widths(name: str) -> tuple[int, ...]:
+    """Channels of each of a backbone's ``feature_maps``."""
+    if name not in BACKBONES:
+        raise ValueError(f"backbone = {name!r}; allowed: {', '.join(BACKBONES)}")
+    return _WIDTHS[name]
+
+
+def feature_maps(network: nn.Module, images: Tensor) -> list[Tensor]:
+    """The maps after each stage of a network of ``build``, finest first: N x channels x H / stride x W / stride.
+
+    Strides are 4, 8, 16, 32 (ResNets: ``layer1`` to ``layer4``) or, for ``small``, 2, 4, 8; sizes are rounded up. The
+    mean of the last map over its positions is what the network returns.
+    """
+    if isinstance(network, MixTransformer):
+        return network.forward_features(images)
+    if isinstance(network, nn.Sequential):
+        stages = [network[i : i + 3] for i in (0, 3, 6)]
+    else:
+        stages = [network.layer1, network.layer2, network.layer3, network.layer4]
+        images = network.maxpool(network.relu(network.bn1(network.conv1(images))))
+    maps = []
+    for stage in stages:
+        maps.append(images := stage(images))
+    return maps
+
+
+def misfit(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str:
+    """How a state dict differs from the one that a network expects, by key and shape; empty where it fits."""
+    faults = [f"misses {k}" for k in expected.keys() - found.keys()]
+    faults += [f"has {k}, which is unknown" for k in found.keys() - expected.keys()]
+    for k in expected.keys() & found.keys():
+        if expected[k].shape != found[k].shape:
+            faults.append(f"{k} is {tuple(found[k].shape)}, expected {tuple(expected[k].shape)}")
+    rest = f"; and {len(faults) - 3} more differences" if len(faults) > 3 else ""
+    return "; ".join(sorted(faults)[:3]) + rest

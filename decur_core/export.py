@@ -1,0 +1,162 @@
+"""Pretrained backbones as safetensors files with everything one must know to use them, and a model card.
+
+``python -m decur_core.export RUN_FOLDER TARGET`` exports the backbone of every modality of a finished pretraining.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from . import backbones, config, runs
+from .data.raster import DataError
+from .model import backbone_state
+from .preprocess import Preprocessing
+
+DATA = {"sar_optical": "SSL4EO-S12", "rgb_dem": "GeoNRW, training split", "rgb_depth": "SUN RGB-D"}
+TOY = {
+    "world": "the miniature world that this project renders. **This model is a toy**: it knows no real image",
+    "samples": "a handful of real sample files. **This model is a toy**: it has seen too little to be of use",
+}
+RESULTS = ("dataset", "protocol", "inputs", "fraction", "metric", "micro", "macro", "miou", "accuracy")
+
+
+def write(folder: Path | str, target: Path | str, modality: str) -> Path:
+    """Export one backbone of a finished run (``pretrain.run``); returns ``<target>/<run>-<modality>.safetensors``.
+
+    The file's header carries the metadata that ``load`` returns. ``<target>/README.md`` is written anew, for all
+    exports in ``target``. Evaluations are those in the profile's ``records`` at this moment. Raises DataError.
+    """
+    folder, target = Path(folder).resolve(), Path(target)
+    if missing := [name for name in ("final.pt", "run.json") if not (folder / name).is_file()]:
+        raise DataError(f"{folder}: no {missing[0]}; this is not the folder of a finished pretraining")
+    saved = torch.load(folder / "final.pt", map_location="cpu", weights_only=True, mmap=True)
+    if modality not in (names := list(saved["preprocessing"])):
+        raise DataError(f"{folder.name}: modality {modality!r} is unknown; it has {' and '.join(names)}")
+    records = [json.loads(f.read_text()) for f in sorted(folder.parent.parent.glob("records/*.json"))]
+    metadata = {
+        "run": folder.name,
+        "modality": modality,
+        "backbone": saved["settings"]["backbone"],
+        "steps": saved["step"],
+        "settings": saved["settings"],
+        "preprocessing": saved["preprocessing"][modality],
+        "provenance": json.loads((folder / "run.json").read_text())["provenance"],
+        "evaluations": [{k: r[k] for k in RESULTS if k in r} for r in records if r.get("run") == folder.name],
+    }
+    state = backbone_state(saved["model"], names.index(modality) + 1)
+    _check(state, metadata, folder / "final.pt")
+    target.mkdir(parents=True, exist_ok=True)
+    file = target / f"{folder.name}-{modality}.safetensors"
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    header = {"format": "pt", "decur": json.dumps(metadata)}
+    safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, temporary, metadata=header)
+    os.replace(temporary, file)
+    sections = [_section(_header(f)) for f in sorted(target.glob("*.safetensors"))]
+    runs.write_text(target / "README.md", "".join(["# Pretrained encoders\n", *sections]))
+    return file
+
+
+def load(path: Path | str) -> tuple[dict[str, Tensor], dict]:
+    """The state dict and the metadata of an export; it fits, strictly, ``backbones.build`` of the same backbone.
+
+    Raises DataError for other files, and names keys and shapes that do not belong to the backbone in the metadata.
+    """
+    metadata = _header(path)
+    state = safetensors.torch.load_file(path)
+    _check(state, metadata, path)
+    return state, metadata
+
+
+def _header(path: Path | str) -> dict:
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise DataError(f"{path}: not a readable safetensors file ({error})") from None
+    if "decur" not in header:
+        raise DataError(f"{path}: says nothing about preprocessing and backbone, so it was not written by this module")
+    return json.loads(header["decur"])
+
+
+def _channels(metadata: dict) -> int:
+    preprocessing = Preprocessing.from_dict(metadata["preprocessing"])
+    return preprocessing.copies * len(preprocessing.bands)
+
+
+def _check(state: dict[str, Tensor], metadata: dict, source: Path | str) -> None:
+    expected = backbones.build(metadata["backbone"], _channels(metadata))[0].state_dict()
+    if fault := backbones.misfit(expected, state):
+        raise DataError(f"{source}: these are not the weights of a {metadata['backbone']}: {fault}")
+
+
+def in_words(p: Preprocessing) -> str:
+    """What happens to the pixels of an image before a network sees them."""
+    tail = f"per image and band, the lowest and the highest {50 * (p.outliers or 0):g} % of pixels are clipped"
+    steps = {
+        "bytes": "the 8-bit values are taken as they are",
+        "reflectance_8bit": f"multiplied by 255 / {p.scale or 1:g}, clipped to 0 to 255, fractions cut off",
+        "outliers_range_8bit": f"{tail}, and what is left is stretched to 0 to 255, fractions cut off",
+        "outliers_mean_std_8bit": f"{tail}; then, with mean {p.mean} and standard deviation {p.std} per band, mean - 2 "
+        "std to mean + 2 std becomes 0 to 255, clipped, fractions cut off",
+    }
+    copies = f", all bands repeated {p.copies} times" if p.copies > 1 else ""
+    return f"{p.unit}, bands in the order {', '.join(p.bands)}: {steps[p.scheme]}; then divided by 255{copies}."
+
+
+def _section(metadata: dict) -> str:
+    """Of the model card, for one file."""
+    settings, made, backbone = metadata["settings"], metadata["provenance"], metadata["backbone"]
+    name, channels = f"{metadata['run']}-{metadata['modality']}.safetensors", _channels(metadata)
+    code = [f'network, features = decur_core.backbones.build("{backbone}", {channels})']
+    if backbone.startswith("resnet"):
+        options = f'num_classes=0, in_chans={channels}, checkpoint_path="{name}"'
+        code = [f'network = timm.create_model("{backbone}", {options})  # or:']
+        code += [f"network = torchvision.models.{backbone}()", "network.fc = torch.nn.Identity()"]
+        code += [f"network.conv1 = torch.nn.Conv2d({channels}, 64, 7, 2, 3, bias=False)"] * (channels != 3)
+    code += [f'network.load_state_dict(safetensors.torch.load_file("{name}"))']
+    labels = "" if settings["method"] == "supervised" else ", no labels"
+    results = ["; ".join(f"{k} {v}" for k, v in each.items()) for each in metadata["evaluations"]]
+    return f"""
+## {name}
+
+- Network: {backbone} for {channels} channels, without a classifier.
+- Method: {runs.METHODS[settings["method"]]}, {settings["pair"]}, {metadata["steps"]} steps{labels}.
+- Code: commit {made["commit"]}{", with changes" if made["modified"] else ""}; {made["date"]}.
+- Data: {TOY.get(settings["data.source"], f"{DATA[settings['pair']]}, as published")}.
+- Input: {in_words(Preprocessing.from_dict(metadata["preprocessing"]))}
+- Use: a start for models of such images, or frozen as a feature extractor; untested on other sensors, units or bands.
+- Evaluations: {" | ".join(results) or "none"}.
+
+```python
+{chr(10).join(code)}
+```
+
+| setting | value |
+|---|---|
+{chr(10).join(f"| {k} | {v} |" for k, v in settings.items())}
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line; exits with a message for a folder that cannot be exported."""
+    parser = argparse.ArgumentParser(prog="python -m decur_core.export", description="Export pretrained backbones.")
+    parser.add_argument("run", type=Path, help="folder of a finished pretraining")
+    parser.add_argument("target", type=Path, help="folder for the files and their model card")
+    args = parser.parse_args(argv)
+    try:
+        pair = json.loads((args.run / "run.json").read_text())["settings"]["pair"]
+        for modality in config.MODALITIES[pair]:
+            print(write(args.run, args.target, modality))
+    except (OSError, DataError) as error:
+        sys.exit(f"not exported: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""Semantic segmentation: a simple network on pretrained encoders, crops, targets, scores, and multi-scale prediction.
+
+Masks are uint8, 0 = unlabelled, 1 to C the classes; targets and predictions are int64, 0 to C - 1, IGNORE = unlabelled.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import augment, backbones
+from .data.raster import DataError
+from .model import MultimodalModel
+
+IGNORE = -1
+SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of images in the training of the published CMX
+# Nothing but a crop and perhaps a flip.
+_CROP = augment.Policy(p_jitter=0.0, p_gray=0.0, p_blur=0.0, p_solarize=0.0, p_vflip=0.0)
+
+
+class FCN(nn.Module):
+    """A fully convolutional network on the last three feature maps of each encoder (paper, appendix B).
+
+    For each of the three stages, the maps of the encoders side by side, a 1x1 convolution to ``classes`` channels, and
+    upsampling to the input size; the sum of the three are the logits. (The paper upsamples first; the two commute.)
+
+    ``model``: a MultimodalModel, or its encoders in order; ``branches``: the modalities given, 1, 2 or both. Frozen
+    encoders stay in eval mode, so that their BatchNorm statistics keep still; only ``heads`` is trained.
+
+    The published script has another linear layer (128, 256, 512 channels) before each classifier and a channel for the
+    unlabelled; it classifies the upsampled maps. On two ResNet-50s and 224 x 224 pixels it has 49,779,361 parameters in
+    use and takes 17.95 GFLOP; one layer, as in the paper, 47,087,774 and 16.38. Where the paper is silent this follows
+    the script: the upsampling is bilinear and keeps the corners aligned.
+    """
+
+    def __init__(
+        self, model: MultimodalModel | Sequence[nn.Module], *, branches=(1, 2), classes: int, frozen: bool = False
+    ):
+        super().__init__()
+        encoders = [model.backbone_1, model.backbone_2] if isinstance(model, MultimodalModel) else model
+        self.encoders = nn.ModuleList([encoders[branch - 1] for branch in branches])
+        widths = zip(*(encoder.widths[-3:] for encoder in self.encoders), strict=True)
+        self.heads = nn.ModuleList([nn.Conv2d(sum(each), classes, 1) for each in widths])
+        self.frozen = frozen
+        self.encoders.requires_grad_(not frozen)
+
+    def train(self, mode: bool = True) -> "FCN":
+        super().train(mode)
+        if self.frozen:
+            self.encoders.eval()
+        return self
+
+    def forward(self, *images: Tensor) -> Tensor:
+        """Float images of each given modality (N x C x H x W) to float32 logits, N x classes x H x W."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            pyramids = [backbones.feature_maps(e, x)[-3:] for e, x in zip(self.encoders, images, strict=True)]
+        logits = 0
+        for head, maps in zip(self.heads, zip(*pyramids, strict=True), strict=True):
+            coarse = head(torch.cat(maps, 1)).float()
+            logits = logits + F.interpolate(coarse, size=images[0].shape[2:], mode="bilinear", align_corners=True)
+        return logits
+
+
+def targets(masks: Tensor) -> Tensor:
+    """uint8 masks of any shape (0 = unlabelled, 1 to C) to int64 targets (IGNORE, 0 to C - 1)."""
+    if masks.dtype != torch.uint8:
+        raise DataError(f"masks are {masks.dtype}, expected torch.uint8 with 0 = unlabelled; do not shift them before")
+    return masks.long() - 1
+
+
+def loss(logits: Tensor, truth: Tensor) -> Tensor:
+    """Mean cross-entropy of the labelled pixels; 0 where there are none. N x C x H x W logits, N x H x W targets."""
+    total = F.cross_entropy(logits.float(), truth, ignore_index=IGNORE, reduction="sum")
+    return total / (truth != IGNORE).sum().clamp(min=1)
+
+
+def scores(confusion: Tensor) -> dict:
+    """Percentages over a whole set: ``miou``, ``accuracy`` (of labelled pixels) and ``per_class``, the IoU of each.
+
+    ``confusion``: C x C pixel counts, row = truth, column = prediction, as torchmetrics' multiclass_confusion_matrix
+    with ``ignore_index=IGNORE``. The convention of the published CMX: None, and left out of the mean, is a class that
+    is neither in the truth nor predicted; one that is only predicted counts as 0. All are in the published test sets.
+    """
+    counts = confusion.double()
+    hits, union = counts.diag(), counts.sum(0) + counts.sum(1) - counts.diag()
+    if not counts.any():
+        raise DataError("no labelled pixel to score: every mask is 0")
+    iou = 100 * hits / union
+    per_class = [None if u == 0 else round(v, 4) for u, v in zip(union.tolist(), iou.tolist(), strict=True)]
+    accuracy = 100 * hits.sum() / counts.sum()
+    return {"miou": float(iou[union > 0].mean()), "accuracy": float(accuracy), "per_class": per_class}
+
+
+@torch.inference_mode()
+def predict(
+    network: nn.Module, images: Sequence[Tensor], *, scales: Sequence[float] = (1.0,), flip: bool = False, window=None
+) -> Tensor:
+    """The class of every pixel, int64 N x H x W; in eval mode, so the samples of a batch do not influence each other.
+
+    ``images``: what the network takes, each float N x C x H x W. Votes are added up over ``scales`` of the images and,
+    with ``flip``, logits with those of the mirrored images, as the published CMX does: a vote is exp(logit), resized to
+    the image. With ``window`` (height, width in pixels), also as published, an image no larger than it in one direction
+    is padded with zeros to it and seen whole, any other through windows that advance by two thirds and whose votes add
+    up. Different from there: images are not rounded to 8 bits after resizing, and height and width of a window are not
+    exchanged where windows slide (of 600 x 800 pixels, that left all rows but the last 40 without a vote).
+    """
+    training, size, votes = network.training, images[0].shape[2:], 0
+    network.eval()
+    for scale in scales:
+        shape = [round(scale * side) for side in size]
+        scaled = [F.interpolate(x, size=shape, mode="bilinear") for x in images]
+        votes = votes + F.interpolate(_votes(network, scaled, flip, window or shape), size=size, mode="bilinear")
+    network.train(training)
+    return votes.argmax(1)
+
+
+def _votes(network: nn.Module, images: list[Tensor], flip: bool, window: Sequence[int]) -> Tensor:
+    def seen(parts: list[Tensor]) -> Tensor:
+        logits = network(*parts).double()  # whose exp would overflow in float32 from 89
+        if flip:
+            logits += network(*(x.flip(3) for x in parts)).flip(3)
+        return logits.exp()
+
+    (height, width), total = images[0].shape[2:], 0
+    if height <= window[0] or width <= window[1]:
+        left, _, top, _ = margins = _margins((height, width), window)
+        return seen([F.pad(x, margins) for x in images])[:, :, top : top + height, left : left + width]
+    for top, left in itertools.product(_starts(height, window[0]), _starts(width, window[1])):
+        part = seen([x[:, :, top : top + window[0], left : left + window[1]] for x in images])
+        total = total + F.pad(part, (left, width - left - window[1], top, height - top - window[0]))
+    return total
+
+
+def _margins(shape: Sequence[int], size: Sequence[int]) -> tuple[int, int, int, int]:
+    """What to pad an image with, left, right, top and bottom, so that it is at least of ``size`` (height, width)."""
+    rows, columns = (max(want - have, 0) for have, want in zip(shape, size, strict=True))
+    return columns // 2, columns - columns // 2, rows // 2, rows - rows // 2
+
+
+def _starts(side: int, window: int) -> list[int]:
+    """Where windows begin along one axis: every two thirds of a window, the last one at the border."""
+    step = math.ceil(window * 2 / 3)
+    return [min(k * step, side - window) for k in range(math.ceil((side - window) / step) + 1)]
+
+
+def crop(
+    images: Sequence[Tensor], masks: Tensor, *, size: int, scale: tuple[float, float], generator, flip: float = 0.5
+) -> tuple[list[Tensor], Tensor]:
+    """The same random crop, resized to ``size`` x ``size``, of all images of a sample and of its mask.
+
+    ``images``: of each modality uint8 N x C x H x W; ``masks``: uint8 N x H x W; ``scale``: range of the crop's share
+    of the area; ``flip``: probability of exchanging left and right. Returns float32 views in [0, 1] (bilinear) and
+    int64 targets (nearest pixel). Draws as many numbers from ``generator`` as one call of ``augment.augment``.
+    """
+    for x in images:
+        if (x.shape[0], *x.shape[2:]) != tuple(masks.shape):
+            raise DataError(f"images of shape {tuple(x.shape)} do not lie on the grid of masks {tuple(masks.shape)}")
+    policy = replace(_CROP, size=size, crop_scale=tuple(scale), p_hflip=flip)
+    before, views = generator.get_state(), []
+    for x in images:
+        generator.set_state(before)
+        views.append(augment.augment(x, policy, generator=generator))
+    generator.set_state(before)
+    drawn = augment.draw(len(masks), *masks.shape[1:], policy, generator=generator)
+    rows = augment._positions(drawn["top"], drawn["height"], drawn["vflip"], size)
+    columns = augment._positions(drawn["left"], drawn["width"], drawn["hflip"], size)
+    rows, columns = ((p + 0.5).long().to(masks.device) for p in (rows, columns))
+    samples = torch.arange(len(masks), device=masks.device)[:, None, None]
+    return views, targets(masks[samples, rows[:, :, None], columns[:, None, :]])
+
+
+def rescaled_crop(
+    images: Sequence[Tensor], truth: Tensor, *, size: tuple[int, int], generator, scales=SCALES, flip: float = 0.5
+) -> tuple[list[Tensor], Tensor]:
+    """The augmentation of the published CMX: one of ``scales``, a crop of ``size`` = (H, W), perhaps mirrored.
+
+    ``images``: of each modality float N x C x H x W as the network takes them; ``truth``: int64 targets N x H x W.
+    Where an image is smaller than the crop, it lies in its middle, surrounded by 0 and IGNORE.
+    """
+    made = []
+    for i, u in enumerate(torch.rand(len(truth), 4, generator=generator, dtype=torch.float64).tolist()):
+        scaled = [int(side * scales[int(u[0] * len(scales))]) for side in truth.shape[1:]]
+        spare = [max(have - want, 0) for have, want in zip(scaled, size, strict=True)]
+        top, left = (int(v * (s + 1)) for v, s in zip(u[2:], spare, strict=True))
+        sample = [x[i : i + 1] for x in (*images, truth[:, None].float())]
+        for k, x in enumerate(sample):
+            mode, fill = ("nearest-exact", IGNORE) if k == len(images) else ("bilinear", 0)
+            x = F.pad(F.interpolate(x, size=scaled, mode=mode), _margins(scaled, size), value=fill)
+            x = x[:, :, top : top + size[0], left : left + size[1]]
+            sample[k] = x.flip(3) if u[1] < flip else x
+        made.append(sample)
+    *views, cut = (torch.cat(parts) for parts in zip(*made, strict=True))
+    return views, cut[:, 0].long()

@@ -1,0 +1,168 @@
+"""Exports: weights that load into plain networks, metadata that says how to use them, a model card whose code runs."""
+
+import json
+import re
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision
+
+import decur_core.backbones
+from decur_core import export, pretrain
+from decur_core.data.raster import DataError
+from decur_core.model import MultimodalModel
+from decur_core.pairs import PAIRS
+
+
+def make_run(folder, backbone, pair="sar_optical", source="published"):
+    """The folder of a finished run, as the pretraining leaves it, with an evaluation on record."""
+    torch.manual_seed(0)
+    modalities = PAIRS[pair]
+    model = MultimodalModel(backbone, [m.channels for m in modalities], (8,)).to(memory_format=torch.channels_last)
+    settings = {"pair": pair, "method": "decur", "backbone": backbone, "data.source": source, "learning_rate": 0.2}
+    preprocessing = {m.name: m.preprocessing.to_dict() for m in modalities}
+    state = {"model": model.state_dict(), "step": 300, "settings": settings, "preprocessing": preprocessing}
+    run = folder / "runs" / "profile" / "pretrain" / f"{pair}-decur-seed0"
+    run.mkdir(parents=True)
+    torch.save(state, run / "final.pt")
+    made = {"commit": "0123456789ab", "modified": True, "date": "2024-05-06T07:08:09+00:00"}
+    (run / "run.json").write_text(json.dumps({"settings": {"pair": pair}, "provenance": made}))
+    records = folder / "runs" / "profile" / "records"
+    records.mkdir()
+    result = {"dataset": "BigEarthNet-MM", "protocol": "linear", "metric": "mAP (%)", "micro": 71.25, "settings": {}}
+    for name in (run.name, "another"):
+        (records / f"{name}.json").write_text(json.dumps({"run": name, **result}))
+    return run, model.eval()
+
+
+def blocks(text):
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+@pytest.fixture(scope="module")
+def resnets(tmp_path_factory):
+    """A run with ResNet-50s, its model, and the folder of its exports."""
+    folder = tmp_path_factory.mktemp("export")
+    run, model = make_run(folder, "resnet50")
+    export.main([str(run), str(folder / "out")])
+    return run, model, folder / "out"
+
+
+def test_files_load_into_plain_torchvision_and_timm(resnets, monkeypatch):
+    _, model, target = resnets
+    monkeypatch.chdir(target)
+    assert sorted(f.name for f in target.iterdir()) == [
+        "README.md",
+        "sar_optical-decur-seed0-optical.safetensors",
+        "sar_optical-decur-seed0-sar.safetensors",
+    ]
+    names = {"timm": timm, "torchvision": torchvision, "torch": torch, "safetensors": safetensors}
+    for code, channels, backbone in zip(
+        blocks((target / "README.md").read_text()), (13, 2), (model.backbone_2, model.backbone_1), strict=True
+    ):
+        images = torch.rand(2, channels, 64, 64)
+        with torch.no_grad():
+            expected = backbone(images)
+            for part in (code.splitlines()[0], code.partition("\n")[2]):
+                exec(part, names)
+                torch.testing.assert_close(names["network"].eval()(images), expected)
+
+
+def test_metadata_say_all_that_is_needed(resnets):
+    run, model, target = resnets
+    state, metadata = export.load(target / f"{run.name}-sar.safetensors")
+    assert metadata["preprocessing"] == PAIRS["sar_optical"][0].preprocessing.to_dict()
+    assert (metadata["run"], metadata["modality"], metadata["backbone"], metadata["steps"]) == (
+        run.name,
+        "sar",
+        "resnet50",
+        300,
+    )
+    assert metadata["settings"]["learning_rate"] == 0.2 and metadata["provenance"]["commit"] == "0123456789ab"
+    expected = {"dataset": "BigEarthNet-MM", "protocol": "linear", "metric": "mAP (%)", "micro": 71.25}
+    assert metadata["evaluations"] == [expected]
+    assert state.keys() == model.backbone_1.state_dict().keys()
+    assert all(torch.equal(v, state[k]) for k, v in model.backbone_1.state_dict().items())
+
+
+def test_the_card_names_data_method_input_code_and_result(resnets):
+    card = (resnets[2] / "README.md").read_text()
+    for text in (
+        "DeCUR, sar_optical, 300 steps, no labels",
+        "commit 0123456789ab, with changes",
+        "SSL4EO-S12, as published",
+        "VV, VH",
+        "multiplied by 255 / 10000",
+        "micro 71.25",
+        "| learning_rate | 0.2 |",
+    ):
+        assert text in card
+    assert "toy" not in card
+
+
+@pytest.mark.parametrize(("pair", "backbone"), [("rgb_dem", "small"), ("rgb_depth", "mit_b0")])
+def test_other_pairs_and_networks(tmp_path, monkeypatch, pair, backbone):
+    run, model = make_run(tmp_path, backbone, pair, source="world")
+    files = [export.write(run, tmp_path / "out", m.name) for m in PAIRS[pair]]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.count("**This model is a toy**") == 2 and "as published" not in card
+    assert ("repeated 3 times" in card) == (pair == "rgb_dem")
+    monkeypatch.chdir(tmp_path / "out")
+    names = {"decur_core": decur_core, "safetensors": safetensors}
+    backbones = {f"{run.name}-{m.name}": (model.backbone_1, model.backbone_2)[k] for k, m in enumerate(PAIRS[pair])}
+    for file, code in zip(sorted(files), blocks(card), strict=True):
+        exec(code, names)
+        images = torch.rand(1, 3, 64, 64)
+        with torch.no_grad():
+            torch.testing.assert_close(names["network"].eval()(images), backbones[file.stem](images))
+
+
+def test_every_preprocessing_has_words():
+    for modality in (m for pair in PAIRS.values() for m in pair):
+        words = export.in_words(modality.preprocessing)
+        assert ", ".join(modality.preprocessing.bands) in words and modality.preprocessing.unit in words
+        assert "None" not in words and words.startswith(modality.preprocessing.unit)
+    sar = export.in_words(PAIRS["sar_optical"][0].preprocessing)
+    assert "lowest and the highest 1 %" in sar and "-12.54847273" in sar
+
+
+def test_a_real_run_is_exported(tiny, pair_store, tmp_path):
+    run = pretrain.run(tiny(backbone="small", epochs=1), pair_store)
+    state, metadata = export.load(export.write(run, tmp_path / "out", "optical"))
+    final = torch.load(run / "final.pt", weights_only=True)
+    assert torch.equal(state["0.weight"], final["model"]["backbone_2.0.weight"])
+    assert metadata["steps"] == final["step"] == 4 and metadata["settings"] == final["settings"]
+    assert metadata["evaluations"] == [] and "Evaluations: none" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_what_cannot_be_exported_or_loaded(tmp_path):
+    run, model = make_run(tmp_path, "small")
+    with pytest.raises(DataError, match="modality 'dem' is unknown; it has sar and optical"):
+        export.write(run, tmp_path / "out", "dem")
+    with pytest.raises(DataError, match="no final.pt"):
+        export.write(tmp_path, tmp_path / "out", "sar")
+    with pytest.raises(SystemExit, match="not exported.*run.json"):
+        export.main([str(tmp_path), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+    file = export.write(run, tmp_path / "out", "sar")
+    with safetensors.safe_open(file, "pt") as f:
+        header = f.metadata()
+    state, _ = export.load(file)
+    bad = tmp_path / "bad.safetensors"
+    safetensors.torch.save_file(state | {"0.weight": torch.zeros(32, 13, 3, 3)}, bad, metadata=header)
+    with pytest.raises(DataError, match=r"0.weight is \(32, 13, 3, 3\), expected \(32, 2, 3, 3\)"):
+        export.load(bad)
+    safetensors.torch.save_file({k: v for k, v in state.items() if k != "1.bias"}, bad, metadata=header)
+    with pytest.raises(DataError, match="misses 1.bias"):
+        export.load(bad)
+    safetensors.torch.save_file(state, bad)
+    with pytest.raises(DataError, match="says nothing about preprocessing"):
+        export.load(bad)
+    bad.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(DataError, match="bad.safetensors: not a readable"):
+        export.load(bad)
+    with pytest.raises(DataError, match="absent"):
+        export.load(tmp_path / "absent")
