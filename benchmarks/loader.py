@@ -50,7 +50,7 @@ class Views:
     def __init__(self, count: int, side: int, size: int):
         cv2.setNumThreads(1)
         generator = torch.Generator().manual_seed(0)
-        self.policies = [dataclasses.replace(m.views, size=size) for m in 2 * common.PAIR]
+        self.policies = [dataclasses.replace(m.policy, size=size) for m in 2 * common.PAIR]
         self.drawn = [draw(count, side, side, policy, generator=generator) for policy in self.policies]
 
     def __call__(self, i: int, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = common.random_store(Path(folder, "store"), count=options.locations, side=options.side, seasons=4)
         value = write(store, Path(folder, "published"))
-        settings = config.load("start", {"batch_size": options.batch, "workers": 1, "data.source": "ssl4eo"})
+        settings = config.load("start", {"batch_size": options.batch, "workers": 1, "data.source": "published"})
         read = {"bytes only": value, "with views": value, "ours": 2 * sum(map(math.prod, store.shapes.values()))}
         views = {"bytes only": None, "with views": Views(len(store), options.side, options.size)}
         rates = {name: [] for name in read}

@@ -27,7 +27,7 @@ def settings(options, processes: int, folder: str) -> config.Settings:
     sizes |= {"workers": options.workers}
     quiet = {"log_steps": max(1, options.steps // 4), "checkpoint_steps": 10**9, "runs": folder}
     where = {"device": torch.device(options.device).type, "processes": processes, "name": f"processes{processes}"}
-    return config.load("start", sizes | quiet | where | {"optimizer": "lars", "data.source": "ssl4eo"})
+    return config.load("start", sizes | quiet | where | {"optimizer": "lars", "data.source": "published"})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

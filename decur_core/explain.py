@@ -118,7 +118,8 @@ def targets(folder: Path, store: Store, *, samples: int = 1024, device="cpu") ->
     made = []
     for m, z in enumerate(embeddings(folder, store, samples=samples, device=device), start=1):
         model, _, settings = transfer.load_pretrained(folder)
-        dim_common = settings["dim_common"] if settings["method"] == "decur" else z.shape[1]
+        decoupled = settings["method"] == "decur" and settings.get("decoupling", True)
+        dim_common = settings["dim_common"] if decoupled else z.shape[1]
         made.append(CommonUnique(model, m, dim_common, z.mean(0), z.std(0)).to(device))
     return made, settings
 

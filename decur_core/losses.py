@@ -1,12 +1,14 @@
-"""The DeCUR loss and the Barlow Twins loss as pure functions of embeddings.
+"""The losses of all pretraining methods as pure functions of embeddings.
 
 Shapes: N samples, K embedding dimensions. C is the cross-correlation matrix of two embeddings (Eq. 1), K x K.
+Every loss takes embeddings in any float dtype and computes in float32 or better, outside autocast.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -19,6 +21,23 @@ class Terms(NamedTuple):
     unique: Tensor  # Eq. 3: unique dimensions, across modalities
     intra1: Tensor  # Eq. 4: all dimensions, the two views of modality 1
     intra2: Tensor  # Eq. 5: all dimensions, the two views of modality 2
+
+
+class VICRegTerms(NamedTuple):
+    """The VICReg loss with its weighted terms (Bardes et al. 2021, Eq. 6); ``total`` is their sum."""
+
+    total: Tensor
+    invariance: Tensor  # both modalities embed a sample alike
+    variance: Tensor  # every dimension varies over the batch
+    covariance: Tensor  # no dimension repeats another
+
+
+class ContrastiveTerms(NamedTuple):
+    """A contrastive loss as the sum of what each modality's samples, as anchors, contribute."""
+
+    total: Tensor
+    anchor1: Tensor  # modality 1 looks for its partners
+    anchor2: Tensor
 
 
 class _Gram(torch.autograd.Function):
@@ -61,13 +80,17 @@ class _Standardise(torch.autograd.Function):
         return out.add_(grad_NK.mean(0)).neg_().add_(grad_NK).mul_(scale)
 
 
+def _precise(z: Tensor) -> Tensor:
+    return z if z.dtype in (torch.float32, torch.float64) else z.float()
+
+
 def standardise(z_NK: Tensor) -> Tensor:
     """Each embedding dimension centred over the batch and scaled to norm 1, so that C = Z_a^T Z_b is Eq. 1.
 
     ``z_NK``: N x K, any float dtype; half precision is raised to float32. Returns N x K. Dimensions that are constant
     over the batch become 0: they correlate with nothing and pass no gradient.
     """
-    return _Standardise.apply(z_NK if z_NK.dtype in (torch.float32, torch.float64) else z_NK.float())
+    return _Standardise.apply(_precise(z_NK))
 
 
 def cross_correlation(z_a: Tensor, z_b: Tensor) -> Tensor:
@@ -80,7 +103,7 @@ def _check(*embeddings: Tensor) -> None:
     if len(set(shapes)) != 1 or len(shapes[0]) != 2:
         raise ValueError(f"embeddings must share one shape (N, K); found {shapes}")
     if shapes[0][0] < 2:
-        raise ValueError(f"correlations need a batch of at least 2 samples; found N = {shapes[0][0]}")
+        raise ValueError(f"a loss needs a batch of at least 2 samples; found N = {shapes[0][0]}")
 
 
 def _invariance(on_diagonal: Tensor, sum_of_squares: Tensor, lambd: float) -> Tensor:
@@ -109,9 +132,9 @@ def barlow_twins(z_a: Tensor, z_b: Tensor, *, lambd: float = 0.0051, squares: Ca
 
 def decur(
     z1_a: Tensor,
-    z1_b: Tensor,
+    z1_b: Tensor | None,
     z2_a: Tensor,
-    z2_b: Tensor,
+    z2_b: Tensor | None,
     *,
     dim_common: int,
     lambd: float = 0.0051,
@@ -119,37 +142,105 @@ def decur(
 ) -> Terms:
     """The DeCUR loss (paper Eq. 2-6) of two modalities with two views each.
 
-    ``z1_a, z1_b``: the two views of modality 1, ``z2_a, z2_b`` of modality 2; each N x K in any float dtype (the loss
-    computes in float32 or better, outside autocast). The first ``dim_common`` of the K dimensions are common, the rest
-    unique; 0 and K are allowed. ``lambd`` weighs the off-diagonal entries of every term. Cross-modal terms compare the
-    first views, as Algorithm 1 does. ``squares`` forms the sums where 2N >= K; several processes, each with the
+    ``z1_a, z1_b``: the two views of modality 1, ``z2_a, z2_b`` of modality 2; each N x K. The first ``dim_common`` of
+    the K dimensions are common, the rest unique; 0 and K (no decoupling) are allowed. Cross-modal terms compare the
+    first views, as Algorithm 1 does; without a second view (None) a modality's intra-modal term is 0. ``lambd`` weighs
+    the off-diagonal entries of every term. ``squares`` forms the sums where 2N >= K; several processes, each with the
     embeddings of the global batch, pass ``distributed.squares``. Raises ``ValueError`` for unequal shapes, N < 2 or an
     impossible ``dim_common``.
 
     The sum over C's entries never needs C when N is small: ||A^T B||^2 = <A A^T, B B^T>. Each embedding's Gram matrix
     is formed once, that of the full embedding being the sum of its common and its unique part.
     """
-    _check(z1_a, z1_b, z2_a, z2_b)
+    _check(*(z for z in (z1_a, z1_b, z2_a, z2_b) if z is not None))
     n, k = z1_a.shape
     if not 0 <= dim_common <= k:
         raise ValueError(f"dim_common = {dim_common}, but the embeddings have {k} dimensions; allowed: 0 to {k}")
     with torch.autocast(z1_a.device.type, enabled=False):
-        a1, b1, a2, b2 = (standardise(z) for z in (z1_a, z1_b, z2_a, z2_b))
+        a1, b1, a2, b2 = (None if z is None else standardise(z) for z in (z1_a, z1_b, z2_a, z2_b))
         sizes = (dim_common, k - dim_common)
         parts = list(zip(a1.split(sizes, 1), a2.split(sizes, 1), strict=True))
-        if 2 * n < k:
-            (common1, common2), (unique1, unique2) = [(_Gram.apply(p1), _Gram.apply(p2)) for p1, p2 in parts]
-            squares_common, squares_unique = (common1 * common2).sum(), (unique1 * unique2).sum()
-            squares1 = ((common1 + unique1) * _Gram.apply(b1)).sum()
-            squares2 = ((common2 + unique2) * _Gram.apply(b2)).sum()
-        else:
-            squares_common, squares_unique = (squares(p1, p2) for p1, p2 in parts)
-            squares1, squares2 = squares(a1, b1), squares(a2, b2)
+        grams = [tuple(map(_Gram.apply, part)) for part in parts] if 2 * n < k else []
+        squares_common, squares_unique = [(g1 * g2).sum() for g1, g2 in grams] or [squares(*part) for part in parts]
+
+        def intra(a: Tensor, b: Tensor | None, *grams: Tensor) -> Tensor:
+            if b is None:
+                return a.new_zeros(())
+            total = (torch.add(*grams) * _Gram.apply(b)).sum() if grams else squares(a, b)
+            return _invariance((a * b).sum(0), total, lambd)
 
         across = (a1 * a2).sum(0)
         on_common, on_unique = across[:dim_common], across[dim_common:].square().sum()
         common = _invariance(on_common, squares_common, lambd)
         unique = on_unique + lambd * (squares_unique - on_unique)
-        intra1 = _invariance((a1 * b1).sum(0), squares1, lambd)
-        intra2 = _invariance((a2 * b2).sum(0), squares2, lambd)
+        intra1, intra2 = intra(a1, b1, *(g[0] for g in grams)), intra(a2, b2, *(g[1] for g in grams))
         return Terms(common + unique + intra1 + intra2, common, unique, intra1, intra2)
+
+
+def vicreg(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    weights: tuple[float, float, float] = (25.0, 25.0, 1.0),
+    eps: float = 1e-4,
+    squares: Callable[[Tensor, Tensor], Tensor] = squares,
+) -> VICRegTerms:
+    """The VICReg loss (Bardes et al. 2021, Eq. 1-6) of two modalities, each N x K, not normalised.
+
+    ``weights``: of invariance, variance and covariance; ``eps``: added to each variance. ``squares``: as in ``decur``.
+    The weights belong to the scale of the authors' code, which is used here: the squared difference is averaged over
+    dimensions, where Eq. 5 sums, and the variance term over the two embeddings, where Eq. 6 adds. zhu-xlab/DeCUR's
+    vicreg.py means the same (it cannot run: it uses names it never imports), but divides the covariances of all
+    processes' samples by the number of samples of one.
+    """
+    _check(z1, z2)
+    with torch.autocast(z1.device.type, enabled=False):
+        z1, z2 = _precise(z1), _precise(z2)
+        n, k = z1.shape
+        variance, covariance = z1.new_zeros(()), z1.new_zeros(())
+        for z in (z1 - z1.mean(0), z2 - z2.mean(0)):
+            energy = z.square().sum(0)  # n - 1 times the diagonal of the covariance matrix
+            total = _Gram.apply(z).square().sum() if 2 * n < k else squares(z, z)
+            variance = variance + F.relu(1 - (energy / (n - 1) + eps).sqrt()).mean() / 2
+            covariance = covariance + (total - energy.square().sum()) / (k * (n - 1) ** 2)
+        terms = [w * t for w, t in zip(weights, (F.mse_loss(z1, z2), variance, covariance), strict=True)]
+        return VICRegTerms(sum(terms), *terms)
+
+
+def _directions(z: Tensor) -> Tensor:
+    """Each row scaled to norm 1; a row of zeros stays one and passes no gradient, one that overflows becomes NaN."""
+    z = _precise(z)
+    largest = z.detach().abs().amax(1, keepdim=True)
+    return F.normalize(z / torch.where(largest == 0, torch.inf, largest), dim=1)
+
+
+def clip(z1: Tensor, z2: Tensor, *, scale: Tensor | float) -> ContrastiveTerms:
+    """The loss of CLIP (Radford et al. 2021, Figure 3) of two modalities, each N x K.
+
+    Every sample looks for its partner among all samples of the other modality: the mean of two cross-entropies over
+    cosines times ``scale``, the inverse temperature, which is learnt with the weights. zhu-xlab/DeCUR's clip.py (it
+    cannot run) has the first of the two alone, a fixed scale of 1, and a projector of its own, 512-128 with a
+    normalised output.
+    """
+    _check(z1, z2)
+    with torch.autocast(z1.device.type, enabled=False):
+        logits, partner = scale * (_directions(z1) @ _directions(z2).T), torch.arange(len(z1), device=z1.device)
+        anchor1, anchor2 = F.cross_entropy(logits, partner) / 2, F.cross_entropy(logits.T, partner) / 2
+        return ContrastiveTerms(anchor1 + anchor2, anchor1, anchor2)
+
+
+def simclr(z1: Tensor, z2: Tensor, *, temperature: float = 0.1) -> ContrastiveTerms:
+    """NT-Xent (Chen et al. 2020, Eq. 1) with the two modalities as the two views; each N x K.
+
+    Every one of the 2N samples looks for its partner among the 2N - 1 others, those of its own modality included:
+    cross-entropy over cosines divided by ``temperature``. zhu-xlab/DeCUR's simclr.py (it cannot run) means the same
+    with a temperature of 1 and the projector of its clip.py.
+    """
+    _check(z1, z2)
+    with torch.autocast(z1.device.type, enabled=False):
+        n, z = len(z1), _directions(torch.cat([z1, z2]))
+        others = ~torch.eye(2 * n, dtype=torch.bool, device=z.device)
+        logits = (_Gram.apply(z) / temperature).where(others, -torch.inf)
+        partner = torch.arange(2 * n, device=z.device).roll(n)
+        anchor1, anchor2 = F.cross_entropy(logits, partner, reduction="none").view(2, n).sum(1) / (2 * n)
+        return ContrastiveTerms(anchor1 + anchor2, anchor1, anchor2)

@@ -1,7 +1,12 @@
 """Two backbones and two projectors, one of each per modality."""
 
-from collections.abc import Sequence
+import math
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from . import backbones
@@ -11,32 +16,46 @@ def mlp(features: int, widths: Sequence[int]) -> nn.Sequential:
     """Linear-BatchNorm-ReLU for every width but the last, then Linear (paper, appendix B: three layers).
 
     The linear layers carry no bias: the normalisation that follows each (in the loss, for the last) removes it.
+    Without widths it hands the features through.
     """
     layers: list[nn.Module] = []
     for width in widths[:-1]:
         layers += [nn.Linear(features, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()]
         features = width
-    return nn.Sequential(*layers, nn.Linear(features, widths[-1], bias=False))
+    return nn.Sequential(*layers, *(nn.Linear(features, width, bias=False) for width in widths[-1:]))
 
 
 class MultimodalModel(nn.Module):
     """One backbone and one projector per modality; no weight is shared (paper, section 4).
 
     ``backbone``: a name of ``backbones.BACKBONES``; ``in_channels``: channels of modality 1 and 2, e.g. (2, 13) for
-    SAR and optical; ``projector``: output widths of the projector's layers, e.g. (8192, 8192, 8192). Attributes
-    ``backbone_1, backbone_2, projector_1, projector_2``; ``features``: width of a backbone's output.
+    SAR and optical; ``projector``: output widths of the projector's layers, e.g. (8192, 8192, 8192), or none: then
+    embeddings are features. ``shared_projector``: both modalities take the same, as in the published code;
+    ``scaled``: with the scale that the CLIP loss learns. Attributes ``backbone_1, backbone_2, projector_1,
+    projector_2``; ``features`` and ``dimensions``: widths of a backbone's output and of an embedding.
     """
 
-    def __init__(self, backbone: str, in_channels: Sequence[int], projector: Sequence[int]):
+    def __init__(
+        self,
+        backbone: str,
+        in_channels: Sequence[int],
+        projector: Sequence[int],
+        *,
+        shared_projector: bool = False,
+        scaled: bool = False,
+    ):
         super().__init__()
         if len(in_channels) != 2:
             raise ValueError(f"in_channels = {tuple(in_channels)}; one number for each of the two modalities is needed")
-        if not projector or min(projector) < 1:
-            raise ValueError(f"projector = {tuple(projector)}; at least one width of 1 or more is needed")
+        if min(projector, default=1) < 1:
+            raise ValueError(f"projector = {tuple(projector)}; each width must be 1 or more")
         self.backbone_1, self.features = backbones.build(backbone, in_channels[0])
         self.backbone_2, _ = backbones.build(backbone, in_channels[1])
         self.projector_1 = mlp(self.features, projector)
-        self.projector_2 = mlp(self.features, projector)
+        self.projector_2 = self.projector_1 if shared_projector else mlp(self.features, projector)
+        self.dimensions = projector[-1] if projector else self.features
+        if scaled:
+            self.log_scale = nn.Parameter(torch.tensor(-math.log(0.07)))
 
     def forward(
         self, views1_a: Tensor | None, views1_b: Tensor | None, views2_a: Tensor | None, views2_b: Tensor | None
@@ -55,6 +74,18 @@ class MultimodalModel(nn.Module):
             return self.projector_1(self.backbone_1(views))
         return self.projector_2(self.backbone_2(views))
 
+    def scale(self) -> Tensor:
+        """The inverse temperature of the CLIP loss: from 1 / 0.07 on it is learnt, up to 100 (Radford et al. 2021)."""
+        with torch.no_grad():  # kept on the parameter, since beyond the limit it would get no gradient and never return
+            self.log_scale.clamp_(max=math.log(100))
+        return self.log_scale.exp()
+
+
+def build(settings: Mapping, in_channels: Sequence[int]) -> MultimodalModel:
+    """The randomly initialised model of a run, whose settings are as in ``config.identity`` and ``final.pt``."""
+    options = {"shared_projector": settings.get("shared_projector", False), "scaled": settings["method"] == "clip"}
+    return MultimodalModel(settings["backbone"], in_channels, settings["projector"], **options)
+
 
 def backbone_state(state: dict[str, Tensor], modality: int) -> dict[str, Tensor]:
     """The weights of one backbone from a model's state dict, under the keys of the plain network.
@@ -67,3 +98,67 @@ def backbone_state(state: dict[str, Tensor], modality: int) -> dict[str, Tensor]
     if not found:
         raise KeyError(f"no key starts with {prefix!r}; modality must be 1 or 2")
     return found
+
+
+# A key that only this backbone's state dict has, the one that tells its depth.
+_SIGNS = {
+    "mit_b5": "block3.39.norm1.weight",
+    "mit_b2": "block3.5.norm1.weight",
+    "resnet50": "layer3.5.conv3.weight",
+    "resnet18": "layer1.1.conv2.weight",
+}
+
+
+def _fold_heads(state: dict[str, Tensor]) -> None:
+    """Make a linear head of the backbones part of the first layer of the projectors; the norm there takes its bias."""
+    for m in "12":
+        if f"backbone_{m}.head.weight" in state:
+            first, mean = state[f"projector_{m}.0.weight"], state[f"projector_{m}.1.running_mean"]
+            state[f"projector_{m}.1.running_mean"] = mean - first @ state.pop(f"backbone_{m}.head.bias")
+            state[f"projector_{m}.0.weight"] = first @ state.pop(f"backbone_{m}.head.weight")
+
+
+def load_published(path: Path | str, *, drop_attention: bool = False) -> MultimodalModel:
+    """The model of a checkpoint that zhu-xlab/DeCUR published ("full checkpoint"), in eval mode.
+
+    Backbone, channels and projector widths follow from the shapes. Backbones: ``resnet18``, ``resnet50``, ``mit_b2``,
+    ``mit_b5``; the linear head of the latter two becomes part of the projector's first layer, which gives the same
+    embeddings in eval mode. The normalisation before their loss is left out, as ours is in the loss. Their networks
+    with deformable attention (``rda``) have layers that ours lack and are refused, unless ``drop_attention`` takes the
+    rest as a start for training: its features are not theirs.
+
+    Raises ``ValueError`` naming what does not fit by key and shape, and for files that only unpickling could open.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        way = "if you trust it, open it with weights_only=False elsewhere and save its state dict ('model') alone"
+        raise ValueError(f"{path}: holds more than tensors, and loading that can run code; {way}: {error}") from error
+    content = content if isinstance(content, dict) else {}
+    state = next((content[k] for k in ("model", "state_dict") if isinstance(content.get(k), dict)), content)
+    state = {k.removeprefix("module."): v for k, v in state.items() if torch.is_tensor(v)}
+    state = {re.sub(r"^projector(?=[12]\.)", "projector_", k): v for k, v in state.items() if not k.startswith("bn.")}
+    attention = {k for k in state if k.startswith(("da1_", "da2_"))}
+    if attention and not drop_attention:
+        raise ValueError(
+            f"{path}: {len(attention)} weights of deformable attention ({min(attention)}, ...) have no place"
+        )
+    state = {k: v for k, v in state.items() if k not in attention}
+    name = next((name for name, sign in _SIGNS.items() if f"backbone_1.{sign}" in state), None)
+    if name is None:
+        found = ", ".join([*state][:3]) or "no tensors"
+        raise ValueError(f"{path}: expected the keys backbone_1.* of {', '.join(_SIGNS)}; found {found}")
+    try:
+        _fold_heads(state)
+        first = "conv1.weight" if name.startswith("resnet") else "patch_embed1.proj.weight"
+        channels = [state[f"backbone_{m}.{first}"].shape[1] for m in "12"]
+    except KeyError as error:
+        raise ValueError(f"{path}: has no {error}") from None
+    projectors = [{k[12:]: v for k, v in state.items() if k.startswith(f"projector_{m}.")} for m in "12"]
+    widths = [len(v) for v in projectors[0].values() if v.ndim == 2]
+    shared = all(k in projectors[1] and torch.equal(v, projectors[1][k]) for k, v in projectors[0].items())
+    model = MultimodalModel(name, channels, widths, shared_projector=shared)
+    if fault := backbones.misfit(model.state_dict(), state):
+        raise ValueError(f"{path}: does not fit two networks {name} with projector {widths}: {fault}")
+    model.load_state_dict(state)
+    return model.eval()

@@ -97,8 +97,8 @@ def pairs(samples: Sequence[dict], *, season: int = 0) -> Figure:
 
 
 def scenes(samples: Sequence[dict], kinds: Sequence[str], *, classes: Sequence[str] = ()) -> Figure:
-    """One column per sample, one row per kind of image: ``rgb`` and ``hha`` as colours, ``dem``, ``depth`` and ``raw
-    depth`` on a scale of metres of their own, ``mask`` in one colour per class with a legend of those that occur.
+    """A column per sample, a row per kind of image: ``rgb`` and ``hha`` as colours, ``dem`` and ``depth`` on a scale
+    of metres of their own (8 bit: without), ``mask`` and ``predicted`` in one colour per class, with a legend.
 
     ``samples``: items of an RGB-DEM or RGB-depth reader; ``classes``: names of the mask's values, unlabelled first.
     """
@@ -110,12 +110,13 @@ def scenes(samples: Sequence[dict], kinds: Sequence[str], *, classes: Sequence[s
             image = sample[kind]
             if kind in ("rgb", "hha"):
                 _show(axis, image.transpose(1, 2, 0), str(sample["id"]).split("/")[-1] if axis is column[0] else "")
-            elif kind == "mask":
+            elif kind in ("mask", "predicted"):
                 _show(axis, colours[image])
                 seen |= set(np.unique(image).tolist())
             else:
                 metres = np.where(image[0] == 0, np.nan, image[0]) if "depth" in kind else image[0]
-                _show(axis, metres, f"{np.nanmin(metres):.1f} to {np.nanmax(metres):.1f} m", cmap="cividis")
+                title = "" if metres.dtype == np.uint8 else f"{np.nanmin(metres):.1f} to {np.nanmax(metres):.1f} m"
+                _show(axis, metres, title, cmap="cividis")
     for axis, kind in zip(axes[:, 0], kinds, strict=True):
         axis.set_ylabel(kind, fontsize=8)
     patches = [Patch(color=colours[k], label=classes[k]) for k in sorted(seen)] if classes else []

@@ -5,7 +5,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import json
@@ -13,7 +12,6 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -25,12 +23,11 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from . import config, distributed, losses, runs
-from .augment import augment
+from . import backbones, config, distributed, losses, runs
+from . import model as models
 from .config import Settings
 from .data.store import Store
 from .lars import LARS, cosine, parameter_groups, set_learning_rates
-from .model import MultimodalModel
 from .pairs import PAIRS, Modality
 
 VIEWS = ((0, "a"), (1, "a"), (0, "b"), (1, "b"))
@@ -53,16 +50,38 @@ def seeded(*parts) -> torch.Generator:
 def _loss(settings: Settings, model: nn.Module, views: dict) -> dict[str, Tensor]:
     """Named loss terms of one batch of views, over all processes; ``total`` is what is minimised."""
     z = model(*(views.get((m, v)) for m in (0, 1) for v in "ab"))
-    z1_a, z1_b, z2_a, z2_b = (None if x is None else distributed.gather(x) for x in z)
+    z = [None if x is None else distributed.gather(x) for x in z]
+    seen = [x for x in z if x is not None]
     options = {"lambd": settings.lambd, "squares": distributed.squares}
-    if settings.method == "barlow_twins":
-        return {"total": losses.barlow_twins(z1_a, z2_a, **options)}
-    return losses.decur(z1_a, z1_b, z2_a, z2_b, dim_common=settings.dim_common, **options)._asdict()
+    match settings.method:
+        case "barlow_twins" | "barlow_twins_single":
+            return {"total": losses.barlow_twins(*seen, **options)}
+        case "vicreg":
+            return losses.vicreg(*seen, squares=distributed.squares)._asdict()
+        case "simclr":
+            return losses.simclr(*seen, temperature=settings.temperature)._asdict()
+        case "clip":
+            scale = getattr(model, "module", model).scale()
+            return losses.clip(*seen, scale=scale)._asdict() | {"scale": scale}
+    dim_common = settings.dim_common if settings.decoupling else seen[0].shape[1]
+    return losses.decur(*z, dim_common=dim_common, **options)._asdict()
 
 
-def _views(settings: Settings) -> tuple:
-    """The views that the method's loss looks at: cross-modal Barlow Twins needs one of each modality."""
-    return VIEWS[:2] if settings.method == "barlow_twins" else VIEWS
+def _views(settings: Settings) -> list[tuple[int, str]]:
+    """The views that the method's loss looks at: most need one of each modality, intra-modal terms need two."""
+    names, trained = config.MODALITIES[settings.pair], runs.trained(settings)
+    two = settings.method == "barlow_twins_single" or (settings.method == "decur" and settings.intra)
+    return [(m, v) for m, v in VIEWS if names[m] in trained and (two or v == "a")]
+
+
+def _model(settings: Settings) -> models.MultimodalModel:
+    """The model of a run at its start; what the method does not train takes no gradient."""
+    model = models.build(config.identity(settings), [m.channels for m in PAIRS[settings.pair]])
+    if settings.method == "barlow_twins_single":
+        model.requires_grad_(False)
+        for part in ("backbone", "projector"):
+            getattr(model, f"{part}_{settings.single}").requires_grad_(True)
+    return model
 
 
 def _batches(settings: Settings, store: Store, steps: range, device: torch.device) -> Iterator[dict]:
@@ -88,12 +107,12 @@ def _batches(settings: Settings, store: Store, steps: range, device: torch.devic
         order, seasons = drawn(epoch)
         first = position * settings.batch_size + rank * size
         batch = {}
-        for k, (m, v) in enumerate(_views(settings)):
+        for m, v in _views(settings):
             shape = (size, *store.shapes[names[m]])
             batch[m, v] = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
             images = batch[m, v].numpy()
             for row, i in enumerate(order[first : first + size]):
-                images[row] = store.read(i, names[m], seasons[i][k])
+                images[row] = store.read(i, names[m], seasons[i][VIEWS.index((m, v))])
         return batch
 
     if not settings.workers:
@@ -125,7 +144,7 @@ def _processes(settings: Settings) -> int:
     gpus = torch.cuda.device_count() if device_of(settings).type == "cuda" else 0
     if gpus and settings.processes > gpus:
         raise config.ConfigError(f"processes = {settings.processes}, but torch sees {gpus} GPUs; 0 takes all of them")
-    return 1 if settings.method == "random" else settings.processes or gpus or 1
+    return settings.processes or gpus or 1 if runs.trained(settings) else 1
 
 
 def _optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
@@ -136,30 +155,9 @@ def _optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
     return LARS(groups, lr=settings.learning_rate, **{name: getattr(settings, name) for name in names})
 
 
-@contextlib.contextmanager
-def _stop_signals():
-    """A list that fills with SIGTERM, SIGUSR1 and SIGINT, which would otherwise end the run in the middle of a step."""
-    received: list[int] = []
-    possible = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) if possible else ()
-    before = {n: signal.signal(n, lambda number, frame: received.append(number)) for n in numbers}
-    try:
-        yield received
-    finally:
-        for n, handler in before.items():
-            signal.signal(n, handler)
-
-
 def _save(state: dict, file: Path) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with runs.replacing(file) as f:
+        torch.save(state, f)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -180,17 +178,18 @@ def _newest(folder: Path, identity: dict) -> dict | None:
 
 
 def _same_settings(found: dict, wanted: dict, folder: Path) -> None:
-    missing = object()
-    names = [k for k in {**found, **wanted} if found.get(k, missing) != wanted.get(k, missing)]
-    if names:
-        listed = "; ".join(f"{k}: {found.get(k, 'absent')} there, {wanted.get(k, 'absent')} now" for k in names)
+    """Refuse to go on with another run. A run from before a setting existed did what is its default now."""
+    there, now = config.defaults() | found, config.defaults() | wanted
+    if names := [k for k in found | wanted if there.get(k) != now.get(k)]:
+        listed = "; ".join(f"{k}: {there.get(k)} there, {now.get(k)} now" for k in names)
         raise config.ConfigError(
             f"{folder} holds a run with other settings ({listed}). Use those settings, give this run another `name`,"
             " or remove the folder."
         )
 
 
-def _check_store(settings: Settings, store: Store) -> None:
+def _check(settings: Settings, store: Store) -> None:
+    config.check_dim_common(settings, [*backbones.widths(settings.backbone), *settings.projector][-1])
     store.check({m.name: m.preprocessing.to_dict() for m in PAIRS[settings.pair]})
     if len(store) < settings.batch_size:
         raise config.ConfigError(
@@ -213,9 +212,9 @@ def run(settings: Settings, store_path: Path | str) -> Path:
     with runs.locked(folder) if rank == 0 else contextlib.nullcontext():
         world = world if joined else _processes(settings)
         config.check_world_size(settings, world)
-        _check_store(settings, store)
+        _check(settings, store)
         identity = {**config.identity(settings), "data.pairs": len(store)}
-        total = 0 if settings.method == "random" else settings.epochs * (len(store) // settings.batch_size)
+        total = settings.epochs * (len(store) // settings.batch_size) if runs.trained(settings) else 0
         if distributed.largest((folder / "final.pt").exists()):
             _same_settings(torch.load(folder / "final.pt", weights_only=True)["settings"], identity, folder)
         elif joined or world == 1:
@@ -227,7 +226,7 @@ def run(settings: Settings, store_path: Path | str) -> Path:
 
 def _launch(world: int, settings: Settings, store: Store, folder: Path, identity: dict, total: int) -> None:
     """Train in ``world`` processes of this machine; meanwhile show their progress and pass signals on."""
-    with _stop_signals() as received, runs.progress(None, total=total, desc=folder.name) as bar:
+    with runs.stop_signals() as received, runs.progress(None, total=total, desc=folder.name) as bar:
 
         def tick() -> int:
             with contextlib.suppress(OSError, IndexError, json.JSONDecodeError), open(folder / "history.jsonl") as file:
@@ -255,17 +254,15 @@ def run_members(settings: Settings, store_path: Path | str) -> dict[str, Path]:
 def example_views(store: Store, modality: Modality, size: int, *, count: int = 8) -> np.ndarray:
     """Random views of a store's first pair, first season, as pretraining sees them: count x C x size x size."""
     image = torch.from_numpy(store.read(0, modality.name, 0).copy())
-    policy = dataclasses.replace(modality.views, size=size)
-    return augment(image.expand(count, *image.shape), policy, generator=seeded("example", modality.name)).numpy()
+    generator = seeded("example", modality.name)
+    return modality.view(image.expand(count, *image.shape), size=size, generator=generator).numpy()
 
 
 def _train(settings: Settings, store: Store, folder: Path, identity: dict, total: int) -> None:
     device, (rank, world) = device_of(settings), distributed.place()
     pair = PAIRS[settings.pair]
-    policies = [dataclasses.replace(m.views, size=settings.crop_size) for m in pair]
     torch.manual_seed(settings.seed)
-    model = MultimodalModel(settings.backbone, [m.channels for m in pair], settings.projector)
-    model.to(device, memory_format=torch.channels_last).train()
+    model = _model(settings).to(device, memory_format=torch.channels_last).train()
     if settings.compile != "off":
         # The backbones alone: what follows them synchronises between processes, where a graph would break.
         for backbone in (model.backbone_1, model.backbone_2):
@@ -283,12 +280,13 @@ def _train(settings: Settings, store: Store, folder: Path, identity: dict, total
         if state:
             print(f"{folder.name}: resumes after step {start} of {total}")
         _keep_history(folder, start)
-        about = {"settings": config.to_dict(settings), "processes": world, "provenance": runs.provenance()}
-        runs.write_json(folder / "run.json", about)
+        about = {"settings": config.to_dict(settings), "trained": runs.trained(settings), "processes": world}
+        runs.write_json(folder / "run.json", about | {"provenance": runs.provenance()})
 
     def state_at(step: int) -> dict:
-        preprocessing = {m.name: m.preprocessing.to_dict() for m in pair}
-        return {"model": model.state_dict(), "step": step, "settings": identity, "preprocessing": preprocessing}
+        about = {"settings": identity, "trained": runs.trained(settings)}
+        about["preprocessing"] = {m.name: m.preprocessing.to_dict() for m in pair}
+        return {"model": model.state_dict(), "step": step, **about}
 
     def checkpoint(step: int) -> None:
         try:
@@ -303,17 +301,18 @@ def _train(settings: Settings, store: Store, folder: Path, identity: dict, total
     # On CPUs bfloat16 is emulated and many times slower than float32.
     auto = "bfloat16" if device.type == "cuda" else "float32"
     low = (auto if settings.precision == "auto" else settings.precision) == "bfloat16"
-    with _stop_signals() as received, open(os.devnull if rank else folder / "history.jsonl", "a") as history:
+    with runs.stop_signals() as received, open(os.devnull if rank else folder / "history.jsonl", "a") as history:
         batches = _batches(settings, store, range(start, total), device)
         options = {"initial": start, "total": total, "disable": rank > 0 or distributed.followed}
         bar = runs.progress(batches, desc=folder.name, **options)
         began = time.perf_counter()
         for step, batch in enumerate(bar, start=start + 1):
+            torch.manual_seed(seeded(settings.seed, "layers", step, rank).initial_seed())  # for layers that draw
             views = {}
             for (m, v), images in batch.items():
                 options = {"generator": seeded(settings.seed, "views", step, m, v), "part": (rank, world)}
-                view = augment(images.to(device, non_blocking=True), policies[m], **options)
-                views[m, v] = view.contiguous(memory_format=torch.channels_last)
+                images = images.to(device, non_blocking=True)
+                views[m, v] = pair[m].view(images, size=settings.crop_size, **options)
             share = cosine(step - 1, total)
             set_learning_rates(optimizer, share)
             with torch.autocast(device.type, torch.bfloat16, enabled=low):
@@ -349,13 +348,12 @@ def _write_history(file, pending, names, folder: Path, settings: Settings, rate:
     values = torch.stack([v for _, _, v in pending]).cpu().double().tolist()
     for (step, share, _), row in zip(pending, values, strict=True):
         terms = dict(zip(names, row, strict=True))
-        for name, value in terms.items():
-            if not math.isfinite(value):
-                good = [f.name for f in _checkpoints(folder)]
-                raise NonFinite(
-                    f"{folder.name}: loss term {name!r} is {value} at step {step}; last good checkpoint:"
-                    f" {good[-1] if good else 'none'}. Lower learning_rate, or look at the images of that step."
-                )
+        if bad := ", ".join(f"{name} = {value}" for name, value in terms.items() if not math.isfinite(value)):
+            good = [f.name for f in _checkpoints(folder)]
+            raise NonFinite(
+                f"{folder.name}: loss terms {bad} at step {step}; last good checkpoint: {good[-1] if good else 'none'}."
+                " Lower learning_rate, or look at the images of that step."
+            )
         rates = {"learning_rate": share * settings.learning_rate, "pairs_per_second": round(rate, 2)}
         file.write(json.dumps({"step": step, **rates, **terms}) + "\n")
     file.flush()
@@ -365,10 +363,7 @@ def _write_history(file, pending, names, folder: Path, settings: Settings, rate:
 def _keep_history(folder: Path, start: int) -> None:
     """Cut lines of steps that are about to be computed again, so that each step has one line."""
     kept = [line for line in runs.read_history(folder) if line["step"] <= start]
-    text = "".join(json.dumps(line) + "\n" for line in kept)
-    temporary = folder / f".history.jsonl.{os.getpid()}"
-    temporary.write_text(text)
-    os.replace(temporary, folder / "history.jsonl")
+    runs.write_text(folder / "history.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def main(argv: list[str] | None = None) -> None:

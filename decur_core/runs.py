@@ -5,7 +5,9 @@ import fcntl
 import json
 import os
 import platform
+import signal
 import subprocess
+import threading
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,16 +16,7 @@ import tqdm.auto
 
 from . import config
 
-METHODS = {
-    "random": "Random initialisation",
-    "supervised": "Supervised",
-    "simclr": "SimCLR-cross",
-    "clip": "CLIP",
-    "barlow_twins": "Barlow Twins",
-    "vicreg": "VICReg",
-    "barlow_twins_single": "Barlow Twins-SAR",
-    "decur": "DeCUR",
-}
+METHODS = config.METHODS
 SENTINEL = "decur: notebook finished"
 
 
@@ -38,24 +31,48 @@ def path(settings: config.Settings, *parts: str) -> Path:
 
 
 def title(settings: config.Settings) -> str:
-    """Name of a run's folder: pair, method, seed, then ``name`` if there is one."""
-    return "-".join(filter(None, (settings.pair, settings.method, f"seed{settings.seed}", settings.name)))
+    """Name of a run's folder: pair, method, seed, then ``variant`` and ``name`` if there are any."""
+    method = "_".join([settings.method, *_only(settings)])
+    return "-".join(filter(None, (settings.pair, method, f"seed{settings.seed}", settings.variant, settings.name)))
 
 
 def label(settings: config.Settings) -> str:
-    """Name of a run for readers: method and seed, then ``name`` if there is one."""
-    return ", ".join(filter(None, (METHODS[settings.method], f"seed {settings.seed}", settings.name)))
+    """Name of a run for readers: method and seed, then ``variant`` and ``name`` if there are any."""
+    parts = (METHODS[settings.method], *_only(settings), f"seed {settings.seed}", settings.variant, settings.name)
+    return ", ".join(filter(None, parts))
+
+
+def trained(settings: config.Settings) -> list[str]:
+    """The modalities whose networks a run trains; the others keep their initial weights."""
+    pair = config.MODALITIES[settings.pair]
+    return _only(settings) or ([] if settings.method in ("random", "supervised") else list(pair))
+
+
+def _only(settings: config.Settings) -> list[str]:
+    """The modality of a method that looks at one."""
+    pair = config.MODALITIES[settings.pair]
+    return [pair[settings.single - 1]] if settings.method == "barlow_twins_single" else []
+
+
+@contextlib.contextmanager
+def replacing(file: Path):
+    """Binary writing under a temporary name, flushed to disk, then renamed: a reader never sees half a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write under a temporary name, flush to disk, then rename: a reader never sees half a file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, file)
+    """``text`` as UTF-8, written like any file that others read."""
+    with replacing(file) as f:
+        f.write(text.encode())
 
 
 def write_json(file: Path, value) -> None:
@@ -73,6 +90,20 @@ def locked(folder: Path):
         except OSError:
             raise RuntimeError(f"{folder} is in use by another process; wait for it or stop it first") from None
         yield
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """A list that fills with SIGTERM, SIGUSR1 and SIGINT, which would otherwise end the process where it stands."""
+    received: list[int] = []
+    possible = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) if possible else ()
+    before = {n: signal.signal(n, lambda number, frame: received.append(number)) for n in numbers}
+    try:
+        yield received
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
 
 
 def progress(steps: Iterable, **options):

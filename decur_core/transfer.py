@@ -1,27 +1,44 @@
-"""Scene classification with pretrained encoders: linear probe and fine-tuning, multi-label (paper, appendix B)."""
+"""What pretrained encoders are worth on labelled images: linear probe and fine-tuning (paper, section 5)."""
 
+import contextlib
 import hashlib
 import itertools
 import json
 import statistics
+import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multilabel_average_precision
+from torchmetrics.functional.classification import multiclass_confusion_matrix, multilabel_average_precision
 
-from . import config, pretrain, runs
-from .augment import Policy, augment
+from . import cmx, config, model, pretrain, runs, segmentation
+from .augment import Policy
 from .config import Settings
+from .data.bigearthnet import CLASSES_19
+from .data.geonrw import CLASSES as CLASSES_GEONRW
+from .data.nyuv2 import CLASSES_40
 from .data.store import Store
+from .data.sunrgbd import CLASSES_37
 from .model import MultimodalModel
-from .pairs import PAIRS
+from .pairs import PAIRS, Modality
 from .preprocess import Preprocessing
 
-INPUTS = {"sar": (1,), "optical": (2,), "both": (1, 2)}
+# Data set: its name in tables, and its classes (of masks: those of the values from 1 on).
+DATASETS = {
+    "bigearthnet": ("BigEarthNet-MM", CLASSES_19),
+    "geonrw": ("GeoNRW", CLASSES_GEONRW[1:]),
+    "sunrgbd": ("SUN RGB-D", CLASSES_37),
+    "nyuv2": ("NYU Depth v2", CLASSES_40),
+}
+# A row without pretraining is one protocol: the frozen random encoder, or everything trained from scratch.
+PROTOCOLS = {"random": "linear", "supervised": "finetune"}
+SAVE_SECONDS = 60.0  # between two checkpoints of an evaluation
+EXAMPLES = 8  # test images whose predicted masks are kept for pictures
 
 
 def plain(size: int) -> Policy:
@@ -33,13 +50,13 @@ def plain(size: int) -> Policy:
 class Classifier(nn.Module):
     """Late fusion: the features of the given encoders side by side, then one linear layer (paper, section 5.1).
 
-    ``inputs``: a key of ``INPUTS``. Frozen encoders stay in eval mode, so that their BatchNorm statistics keep still;
-    only ``head`` is trained.
+    ``branches``: 1, 2 or both, the modalities given. Frozen encoders stay in eval mode, so that their BatchNorm
+    statistics keep still; only ``head`` is trained.
     """
 
-    def __init__(self, model: MultimodalModel, *, inputs: str, classes: int, frozen: bool):
+    def __init__(self, model: MultimodalModel, *, branches: Iterable[int] = (1, 2), classes: int, frozen: bool):
         super().__init__()
-        self.encoders = nn.ModuleList([getattr(model, f"backbone_{m}") for m in INPUTS[inputs]])
+        self.encoders = nn.ModuleList([getattr(model, f"backbone_{m}") for m in branches])
         self.head = nn.Linear(model.features * len(self.encoders), classes)
         self.frozen = frozen
         self.encoders.requires_grad_(not frozen)
@@ -65,10 +82,9 @@ def load_pretrained(folder: Path) -> tuple[MultimodalModel, dict[str, Preprocess
     state = torch.load(file, map_location="cpu", weights_only=True)
     preprocessing = {name: Preprocessing.from_dict(d) for name, d in state["preprocessing"].items()}
     settings = state["settings"]
-    channels = [len(p.bands) for p in preprocessing.values()]
-    model = MultimodalModel(settings["backbone"], channels, settings["projector"])
-    model.load_state_dict(state["model"])
-    return model, preprocessing, settings
+    network = model.build(settings, [p.copies * len(p.bands) for p in preprocessing.values()])
+    network.load_state_dict(state["model"])
+    return network, preprocessing, settings
 
 
 def subset(n: int, fraction: float, *, seed: int) -> list[int]:
@@ -96,22 +112,32 @@ def mean_average_precision(scores: Tensor, labels: Tensor) -> dict:
 
 
 def evaluate(
-    settings: Settings, folder: Path, stores: dict[str, Path], *, protocol: str, inputs: str = "both", fraction=1.0
+    settings: Settings,
+    folder: Path,
+    stores: dict[str, Path],
+    *,
+    dataset: str = "bigearthnet",
+    protocol: str,
+    inputs: str = "both",
+    fraction: float = 1.0,
 ) -> dict:
-    """Train a classifier on a finished pretraining and measure mAP on the test patches; returns the saved record.
+    """Train on labels from a finished pretraining, score the test images; returns the saved record.
 
-    ``folder``: of ``pretrain.run``; ``stores``: ``train`` and ``test`` stores of labelled patches; ``protocol``:
-    ``linear`` (frozen encoders in eval mode) or ``finetune``; ``inputs``: ``both``, ``sar`` or ``optical``;
-    ``fraction``: share of the training labels, drawn without replacement. An evaluation that is on record with the
-    same settings is not run again.
+    ``folder``: of ``pretrain.run``; ``stores``: ``train`` and ``test`` stores of ``dataset``, a key of DATASETS, with
+    labels (a linear classifier, mAP) or masks (FCN or CMX, mIoU); ``protocol``: ``linear`` (frozen encoders in eval
+    mode) or ``finetune``; ``inputs``: ``both`` or one modality; ``fraction``: share of the training labels, drawn
+    without replacement. An evaluation on record with the same settings is not run again; an interrupted one goes on.
     """
     wanted = {"protocol": protocol, "inputs": inputs, "fraction": fraction}
-    name = f"bigearthnet-{Path(folder).name}-{protocol}-{inputs}-{fraction:g}"
-    model, preprocessing, pretraining = load_pretrained(folder)
+    name = f"{dataset}-{Path(folder).name}-{protocol}-{inputs}-{fraction:g}"
+    pretrained, preprocessing, pretraining = load_pretrained(folder)
     train, test = Store(stores["train"]), Store(stores["test"])
+    scene = dataset == "bigearthnet"
     for store in (train, test):
-        if store.labels is None:
-            raise config.ConfigError(f"{store.path}: holds no labels; convert labelled patches")
+        if (store.labels is None) if scene else ("mask" not in store.shapes):
+            raise config.ConfigError(
+                f"{store.path}: holds no {'labels' if scene else 'masks'}; convert labelled images"
+            )
         store.check({modality: expected.to_dict() for modality, expected in preprocessing.items()})
     described = {"pretraining": pretraining, "transfer": config.to_dict(settings)["transfer"], **wanted}
     for key in ("protocols", "inputs", "fractions"):
@@ -122,29 +148,77 @@ def evaluate(
     if existing.exists() and (record := json.loads(existing.read_text()))["settings_hash"] == digest:
         return record
 
-    device = pretrain.device_of(settings)
-    torch.manual_seed(pretraining["seed"])
-    classifier = Classifier(model, inputs=inputs, classes=train.labels.shape[1], frozen=protocol == "linear")
-    classifier.to(device, memory_format=torch.channels_last)
-    chosen = subset(len(train), fraction, seed=pretraining["seed"])
-    _fit(classifier, train, chosen, settings, inputs=inputs, seed=pretraining["seed"], desc=name)
-    scores = predict(classifier, test, settings, inputs=inputs)
-    result = mean_average_precision(scores, torch.from_numpy(test.labels.copy()))
-    record = {"dataset": "BigEarthNet-MM", "run": Path(folder).name, "name": settings.name, **wanted}
-    record |= {"method": pretraining["method"], "seed": pretraining["seed"], "metric": "mAP (%)", **result}
+    device, seed = pretrain.device_of(settings), pretraining["seed"]
+    chosen = subset(len(train), fraction, seed=seed)
+    torch.manual_seed(seed)
+    network = _network(settings, pretrained, dataset, train, inputs=inputs, frozen=protocol == "linear")
+    network.to(device, memory_format=torch.channels_last)
+    file = runs.path(settings, "transfer", f"{name}.pt")
+    _fit(network, train, chosen, settings, inputs=inputs, seed=seed, desc=name, file=file, digest=digest)
+    if scene:
+        scores = predict(network, test, settings, inputs=inputs)
+        result = mean_average_precision(scores, torch.from_numpy(test.labels.copy()))
+    else:
+        result = segmentation.scores(
+            confusion(network, test, settings, classes=len(DATASETS[dataset][1]), inputs=inputs)
+        )
+    metric = "mAP (%)" if scene else "mIoU (%)"
+    record = {"dataset": DATASETS[dataset][0], "run": Path(folder).name, "name": settings.name, **wanted}
+    record |= {"pair": settings.pair, "variant": settings.variant, "network": type(network).__name__}
+    record |= {"method": pretraining["method"], "seed": seed, "metric": metric, **result}
     record |= {"patches": {"train": len(chosen), "test": len(test)}, "settings": described, "settings_hash": digest}
     record["label_ids"] = [train.ids[i] for i in chosen] if fraction < 1 else "all"
-    return runs.write_record(settings, name, record)
+    if not scene:
+        images, _ = _samples(
+            network, test, list(range(min(EXAMPLES, len(test)))), settings, inputs=inputs, device=device
+        )
+        examples = _predicted(network, images, settings) + 1
+        runs.write_json(runs.path(settings, "predictions", f"{name}.json"), examples.tolist())
+    record = runs.write_record(settings, name, record)
+    file.unlink(missing_ok=True)
+    return record
 
 
-def evaluate_members(settings: Settings, folders: dict[str, Path], stores: dict[str, Path]) -> list[dict]:
-    """``evaluate`` for every run, protocol, inputs and label fraction of the profile; the records, in that order."""
-    t = settings.transfer
-    todo = list(itertools.product(folders.values(), t.inputs, t.fractions, t.protocols))
+def evaluate_members(
+    settings: Settings, folders: dict[str, Path], stores: dict[str, Path], *, dataset: str = "bigearthnet"
+) -> list[dict]:
+    """``evaluate`` for every run, inputs, label fraction and protocol of the profile; the records, in that order.
+
+    Left out is what says nothing: fine-tuning of a random start and probing of what is to be trained from scratch
+    (rows of their own, ``supervised`` and ``random``), and inputs that a single-modality run was not trained on.
+    """
+    t, todo = settings.transfer, []
+    for folder in folders.values():
+        about = json.loads((Path(folder) / "run.json").read_text())["settings"]
+        trained = given(settings.pair, "both")
+        if about["method"] == "barlow_twins_single":
+            trained = {about["single"]: trained[about["single"]]}
+        for inputs, fraction, protocol in itertools.product(t.inputs, t.fractions, t.protocols):
+            if (
+                protocol == PROTOCOLS.get(about["method"], protocol)
+                and given(settings.pair, inputs).keys() <= trained.keys()
+            ):
+                todo.append({"folder": folder, "protocol": protocol, "inputs": inputs, "fraction": fraction})
     return [
-        evaluate(settings, folder, stores, protocol=protocol, inputs=inputs, fraction=fraction)
-        for folder, inputs, fraction, protocol in runs.progress(todo, desc="evaluations")
+        evaluate(settings, stores=stores, dataset=dataset, **one) for one in runs.progress(todo, desc="evaluations")
     ]
+
+
+def example_predictions(record: dict, settings: Settings, stores: dict[str, Path], *, count: int = 6) -> list[dict]:
+    """The first test images with true and predicted masks of a segmentation on record, for ``plots.scenes``.
+
+    Items: ``id``, the modalities' stored uint8 images (C x H x W), ``mask`` and ``predicted`` uint8 (H x W).
+    """
+    names = {name: key for key, (name, _) in DATASETS.items()}
+    about = (names[record["dataset"]], record["run"], record["protocol"], record["inputs"])
+    file = runs.path(settings, "predictions", f"{'-'.join(about)}-{record['fraction']:g}.json")
+    predicted, test = json.loads(file.read_text()), Store(stores["test"])
+    items = []
+    for i, found in enumerate(predicted[:count]):
+        item = {m.name: test.read(i, m.name, 0) for m in PAIRS[settings.pair]}
+        masks = {"mask": test.read(i, "mask", 0)[0], "predicted": np.array(found, np.uint8)}
+        items.append({"id": test.ids[i], **item, **masks})
+    return items
 
 
 def chance(store_path: Path) -> float:
@@ -152,55 +226,161 @@ def chance(store_path: Path) -> float:
     return 100 * float(Store(store_path).labels.mean())
 
 
-def views(store: Store, names: Iterable[str], rows: Sequence[int], policy: Policy, *, seed=(), device="cpu") -> list:
+def given(pair: str, inputs: str) -> dict[int, Modality]:
+    """The modalities that ``inputs`` names, ``both`` or one of them: branch of the model (1, 2) to modality."""
+    return {k: m for k, m in enumerate(PAIRS[pair], start=1) if inputs in ("both", m.name)}
+
+
+def stored(store: Store, name: str, rows: Iterable[int], device="cpu") -> Tensor:
+    """Images of some of a store's items, first season: uint8 N x C x H x W on ``device``."""
+    return torch.stack([torch.from_numpy(store.read(i, name, 0).copy()) for i in rows]).to(device)
+
+
+def views(
+    store: Store, modalities: Iterable[Modality], rows: Sequence[int], policy: Policy, *, seed=(), device="cpu"
+) -> list[Tensor]:
     """Views of some of a store's images, first season: for each modality float N x C x size x size on ``device``.
 
     All modalities are drawn alike (``seed``: parts of ``pretrain.seeded``), so a pair is cropped and flipped as one.
     """
-    made = []
-    for name in names:
-        images = torch.stack([torch.from_numpy(store.read(i, name, 0).copy()) for i in rows]).to(device)
-        view = augment(images, policy, generator=pretrain.seeded(*seed))
-        made.append(view.contiguous(memory_format=torch.channels_last))
-    return made
+    return [
+        m.view(stored(store, m.name, rows, device), size=policy.size, policy=policy, generator=pretrain.seeded(*seed))
+        for m in modalities
+    ]
 
 
-def _names(settings: Settings, inputs: str) -> list[str]:
-    return [PAIRS[settings.pair][m - 1].name for m in INPUTS[inputs]]
+def _network(
+    settings, pretrained: MultimodalModel, dataset: str, train: Store, *, inputs: str, frozen: bool
+) -> nn.Module:
+    """The network that is trained on labels, encoders from ``pretrained``."""
+    branches = list(given(settings.pair, inputs))
+    if dataset == "bigearthnet":
+        return Classifier(pretrained, branches=branches, classes=train.labels.shape[1], frozen=frozen)
+    classes = len(DATASETS[dataset][1])
+    if settings.transfer.segmenter == "fcn":
+        return segmentation.FCN(pretrained, branches=branches, classes=classes, frozen=frozen)
+    if frozen or inputs != "both":
+        asked = f"protocol {'linear' if frozen else 'finetune'} with inputs {inputs!r}"
+        raise config.ConfigError(f"transfer: segmenter = 'cmx', but asked for is {asked}; it needs finetune and both")
+    network = cmx.CMX(settings.backbone, classes=classes)
+    cmx.load_backbones(network, *(model.backbone_state(pretrained.state_dict(), m) for m in (1, 2)))
+    return network
 
 
-def _fit(classifier: Classifier, store: Store, chosen: list[int], settings: Settings, *, inputs, seed, desc) -> None:
-    t, names = settings.transfer, _names(settings, inputs)
-    device = next(classifier.parameters()).device
-    labels = torch.from_numpy(store.labels.copy()).float()
-    rate = t.learning_rate_linear if classifier.frozen else t.learning_rate_finetune
-    trained = [p for p in classifier.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=rate, momentum=0.9, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(t.milestones), gamma=0.1)
-    criterion = nn.MultiLabelSoftMarginLoss()
-    policy = replace(plain(t.crop_size), crop_scale=(t.crop_scale, 1.0), crop_ratio=(3 / 4, 4 / 3), p_hflip=0.5)
-    classifier.train()
-    for epoch in runs.progress(range(t.epochs), desc=desc, leave=False):
+def _samples(network: nn.Module, store: Store, rows: list[int], settings: Settings, *, inputs, device, seed=None):
+    """What the network takes of these rows, and the truth: augmented with a ``seed``, else whole images."""
+    t, modalities = settings.transfer, given(settings.pair, inputs).values()
+    if isinstance(network, Classifier):
+        policy = plain(t.crop_size)
+        if seed is not None:
+            policy = replace(policy, crop_scale=(t.crop_scale, 1.0), crop_ratio=(3 / 4, 4 / 3), p_hflip=0.5)
+        return views(store, modalities, rows, policy, seed=seed or (), device=device), store.labels[rows]
+    images, masks = [stored(store, m.name, rows, device) for m in modalities], stored(store, "mask", rows, device)[:, 0]
+    copies = [m.preprocessing.copies for m in modalities]
+    if isinstance(network, segmentation.FCN) and seed is not None:
+        options = {"size": t.crop_size, "scale": (t.crop_scale, 1.0), "generator": pretrain.seeded(*seed)}
+        cut, truth = segmentation.crop(images, masks, **options)
+    else:
+        cut, truth = [x.float() / 255 for x in images], segmentation.targets(masks)
+    cut = [x.repeat(1, k, 1, 1).contiguous(memory_format=torch.channels_last) for x, k in zip(cut, copies, strict=True)]
+    if isinstance(network, cmx.CMX):
+        cut = [cmx.normalize(x) for x in cut]
+        if seed is not None:
+            options = {"size": tuple(masks.shape[1:]), "generator": pretrain.seeded(*seed)}
+            cut, truth = segmentation.rescaled_crop(cut, truth, **options)
+    return cut, truth
+
+
+def _rate(settings: Settings, step: int, per_epoch: int, total: int) -> float:
+    """Share of the starting learning rate at a step."""
+    t = settings.transfer
+    if t.schedule == "constant":
+        return 1.0
+    if t.schedule == "steps":
+        return 0.1 ** sum(step >= milestone * per_epoch for milestone in t.milestones)
+    warm = t.warmup_epochs * per_epoch
+    return step / warm if step < warm else (1 - step / total) ** 0.9
+
+
+def _fit(
+    network, store: Store, chosen: list[int], settings: Settings, *, inputs, seed, desc, file=None, digest=""
+) -> None:
+    """Train on the chosen items; ``file`` holds a checkpoint, renewed every minute, from which another call goes on."""
+    t, device = settings.transfer, next(network.parameters()).device
+    frozen = getattr(network, "frozen", False)
+    rate = t.learning_rate_linear if frozen else t.learning_rate_finetune
+    trained = [{"params": [p for p in network.parameters() if p.requires_grad], "weight_decay": t.weight_decay}]
+    if isinstance(network, cmx.CMX):  # which, as published, decays neither biases nor normalisation
+        (flat, decayed), trained = ([p for p in network.parameters() if (p.ndim > 1) == k] for k in (False, True)), []
+        trained += [{"params": flat, "weight_decay": 0.0}, {"params": decayed, "weight_decay": t.weight_decay}]
+    make = {"sgd": lambda: torch.optim.SGD(trained, lr=rate, momentum=0.9)}
+    make["adamw"] = lambda: torch.optim.AdamW(trained, lr=rate)
+    optimizer, criterion = make[t.optimizer](), nn.MultiLabelSoftMarginLoss()
+    per_epoch = -(-len(chosen) // t.batch_size)
+    total = t.iterations or t.epochs * per_epoch
+    epochs, first = -(-total // per_epoch), 0
+    if file is not None and file.exists():
+        with contextlib.suppress(Exception):  # torn by a kill: begin again
+            state = torch.load(file, map_location=device, weights_only=True)
+            if state["digest"] == digest:
+                network.load_state_dict(state["network"])
+                optimizer.load_state_dict(state["optimizer"])
+                first = state["epoch"]
+    network.train()
+    saved = time.monotonic()
+    for epoch in runs.progress(range(first, epochs), desc=desc, leave=False, initial=first, total=epochs):
+        torch.manual_seed(pretrain.seeded(seed, "transfer", epoch).initial_seed())  # for what drops connections
         order = torch.randperm(len(chosen), generator=pretrain.seeded(seed, "transfer", epoch)).tolist()
-        for k in range(0, len(order), t.batch_size):
+        for step, k in enumerate(range(0, len(order), t.batch_size), start=epoch * per_epoch):
             rows = [chosen[i] for i in order[k : k + t.batch_size]]
-            if len(rows) < 2 and not classifier.frozen:
-                continue  # BatchNorm cannot train on a single patch
-            images = views(store, names, rows, policy, seed=(seed, "transfer", epoch, k), device=device)
-            loss = criterion(classifier(*images), labels[rows].to(device))
+            if step >= total or (len(rows) < 2 and not frozen):
+                continue  # BatchNorm cannot train on a single image
+            parts = {"inputs": inputs, "device": device, "seed": (seed, "transfer", epoch, k)}
+            images, truth = _samples(network, store, rows, settings, **parts)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * _rate(settings, step, per_epoch, total)
+            if isinstance(network, Classifier):
+                loss = criterion(network(*images), torch.from_numpy(truth).float().to(device))
+            else:
+                loss = segmentation.loss(network(*images), truth)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-        schedule.step()
+        if file is not None and time.monotonic() - saved > SAVE_SECONDS and epoch + 1 < epochs:
+            state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "digest": digest}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            pretrain._save({**state, "epoch": epoch + 1}, file)
+            saved = time.monotonic()
+
+
+def _whole(network: nn.Module, store: Store, settings: Settings, *, inputs: str) -> Iterator[tuple[list, Tensor]]:
+    device = next(network.parameters()).device
+    for rows in torch.arange(len(store)).split(settings.transfer.batch_size):
+        yield _samples(network, store, rows.tolist(), settings, inputs=inputs, device=device)
 
 
 @torch.inference_mode()
 def predict(classifier: Classifier, store: Store, settings: Settings, *, inputs: str) -> Tensor:
-    """Logits of every patch of a store (N x classes, on the CPU); whole patches, resized, no augmentation."""
-    device, policy = next(classifier.parameters()).device, plain(settings.transfer.crop_size)
+    """Logits of every image of a store (N x classes, on the CPU); whole images, resized, no augmentation."""
     classifier.eval()
-    scores = []
-    for rows in torch.arange(len(store)).split(settings.transfer.batch_size):
-        images = views(store, _names(settings, inputs), rows.tolist(), policy, device=device)
-        scores.append(classifier(*images).float().cpu())
-    return torch.cat(scores)
+    return torch.cat(
+        [classifier(*images).float().cpu() for images, _ in _whole(classifier, store, settings, inputs=inputs)]
+    )
+
+
+def _predicted(network: nn.Module, images: list[Tensor], settings: Settings) -> Tensor:
+    """Class of every pixel; CMX looks, as published, through windows of an image's own size."""
+    t = settings.transfer
+    window = tuple(images[0].shape[2:]) if isinstance(network, cmx.CMX) else None
+    return segmentation.predict(network, images, scales=t.scales, flip=t.flip, window=window)
+
+
+@torch.inference_mode()
+def confusion(network: nn.Module, store: Store, settings: Settings, *, classes: int, inputs: str) -> Tensor:
+    """Pixel counts of a segmentation over a whole store: classes x classes, row = truth, column = prediction."""
+    counts = torch.zeros(classes, classes, dtype=torch.int64)
+    shared = {"num_classes": classes, "ignore_index": segmentation.IGNORE}
+    for images, truth in _whole(network, store, settings, inputs=inputs):
+        found = _predicted(network, images, settings)
+        counts += multiclass_confusion_matrix(found.flatten(), truth.flatten(), **shared).cpu()
+    return counts

@@ -54,7 +54,7 @@ TINY = {
     "epochs": 4,
     "checkpoint_steps": 3,
     "log_steps": 1,
-    "data.source": "ssl4eo",
+    "data.source": "published",
     "device": "cpu",
 }
 

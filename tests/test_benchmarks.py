@@ -86,7 +86,7 @@ def test_loaders_deliver_the_same_pixels(folder):
     batch = loader.collate([sample, sample])
     assert [tuple(x.shape) for x in batch] == [(2, c, 24, 24) for c in (2, 13, 2, 13)]
     assert all(x.dtype == torch.uint8 and np.array_equal(x[1], y) for x, y in zip(batch, sample, strict=True))
-    settings = config.load("start", {"batch_size": 4, "workers": 0, "data.source": "ssl4eo"})
+    settings = config.load("start", {"batch_size": 4, "workers": 0, "data.source": "published"})
     ours = next(iter(pretrain._batches(settings, store, range(1), torch.device("cpu"))))
     assert {tuple(x.shape) for x in ours.values()} == {(4, 2, 24, 24), (4, 13, 24, 24)} and len(ours) == 4
     assert sum(x.nbytes for x in ours.values()) == 2 * 15 * 24**2 * 4

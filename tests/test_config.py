@@ -101,7 +101,7 @@ REFUSED = [  # overrides; what the message must hold: the name, the value, what 
     ({"world": 5}, ["world = 5", "section"]),
     ({"world.tile": 35}, ["tile = 35", "multiple of 6"]),
     ({"world.layout": "free"}, ["layout = 'free'", "coregistered, redrawn"]),
-    ({"data": {"source": "web"}}, ["data", "source = 'web'", "ssl4eo, world, samples"]),
+    ({"data": {"source": "web"}}, ["data", "source = 'web'", "published, world, samples"]),
     ({"transfer.exclude": "yes"}, ["transfer", "exclude = 'yes'", "true or false"]),
     ({"transfer.fractions": [0]}, ["fractions = [0.0]", "above 0 and at most at 1"]),
     ({"transfer.fractions": [1.5]}, ["transfer: fractions = 1.5", "0 to 1"]),
@@ -223,7 +223,7 @@ def test_identity_holds_what_decides_the_result_and_nothing_else(profile):
         section, _, inner = name.rpartition(".")
         value = getattr(getattr(base, section) if section else base, inner)
         changed = another(f, value)
-        if name in ("profile", "pair", "data.source") or changed is None:
+        if name in ("profile", "pair", "variant", "data.source") or changed is None:
             continue
         found = config.identity(config.load(profile, {name: changed}))
         decides = f.metadata["result"] and section != "transfer"
@@ -235,9 +235,40 @@ def test_identity_holds_what_decides_the_result_and_nothing_else(profile):
 
 
 def test_identity_forgets_the_world_when_the_data_is_real(profile):
-    a, b = (config.load(profile, {"data.source": "ssl4eo", "world.seed": seed}) for seed in (0, 1))
+    a, b = (config.load(profile, {"data.source": "published", "world.seed": seed}) for seed in (0, 1))
     assert config.identity(a) == config.identity(b) != config.identity(config.load(profile))
     assert not any(name.startswith("world.") for name in config.identity(a))
+
+
+def test_a_profile_says_what_is_different_for_a_pair(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("epochs: 7\nbatch_size: 64\npairs: {rgb_dem: {batch_size: 32, world.tile: 24}, rgb_depth: }\n")
+    first, second = config.load(str(path)), config.load(str(path), pair="rgb_dem")
+    assert (first.pair, first.batch_size, first.world.tile) == ("sar_optical", 64, 36)
+    assert (second.pair, second.epochs, second.batch_size, second.world.tile) == ("rgb_dem", 7, 32, 24)
+    assert config.load(str(path), {"batch_size": 16, "pair": "rgb_dem"}).batch_size == 16
+    assert config.load(str(path), pair="rgb_depth").batch_size == 64
+    with pytest.raises(ConfigError, match="inputs = 'sar', but pair = 'rgb_dem' has: both, rgb, dem"):
+        config.load(str(path), {"transfer.inputs": ["sar"]}, pair="rgb_dem")
+    path.write_text("pairs: {rgb_dsm: {epochs: 3}}")
+    with pytest.raises(ConfigError, match="unknown pair 'rgb_dsm'; allowed: sar_optical, rgb_dem, rgb_depth"):
+        config.load(str(path))
+
+
+def test_a_variant_lies_on_top_of_the_pair_and_its_members_have_names_of_their_own(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        "projector: [8]\ndim_common: 6\nsweep: {method: [decur]}\npairs: {rgb_dem: {epochs: 5, batch_size: 8}}\n"
+        "variants: {share: {epochs: 6, sweep: {dim_common: [2, 4], seed: [0, 1]}}}\n"
+    )
+    settings = config.load(str(path), pair="rgb_dem", variant="share")
+    assert (settings.epochs, settings.batch_size, settings.variant) == (6, 8, "share")
+    assert settings == config.load(str(path), {"variant": "share", "pair": "rgb_dem"})
+    found = [(m.dim_common, m.seed, m.variant) for m in config.members(settings)]
+    assert found == [(k, seed, f"share-dim_common{k}") for k in (2, 4) for seed in (0, 1)]
+    assert config.members(config.load(str(path)))[0].variant == ""
+    with pytest.raises(ConfigError, match="variants: 'shares' is not there; defined: share"):
+        config.load(str(path), variant="shares")
 
 
 def test_round_trip(profile):

@@ -1,26 +1,36 @@
+import dataclasses
+import hashlib
+import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
+import signal
+import subprocess
 import tempfile
 import time
+import tracemalloc
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import lmdb
 import numpy as np
 import pytest
 
+from decur_core import runs
 from decur_core.data import convert as convert_module
 from decur_core.data import store
 from decur_core.data.bigearthnet import BigEarthNetMM
-from decur_core.data.convert import convert
+from decur_core.data.convert import Report, convert, verify
 from decur_core.data.raster import DataError
 from decur_core.data.ssl4eo import SSL4EOS12
 from decur_core.data.store import Store
-from decur_core.preprocess import OPTICAL, SAR
+from decur_core.preprocess import DEM, OPTICAL, RGB, SAR
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
 needs_samples = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} with the sample data is missing")
 PREPROCESSING = {"sar": SAR, "optical": OPTICAL}
 
@@ -56,11 +66,31 @@ def run(dataset, path, **settings):
 
 
 def content(path):
-    """Every key and value."""
+    """Every key and value, without how long the conversion took."""
     with tempfile.TemporaryDirectory() as copy:  # this process may have the store itself mapped
         shutil.copy(path / "data.mdb", copy)
         with lmdb.open(copy, readonly=True, lock=False) as env, env.begin() as transaction:
-            return dict(transaction.cursor())
+            found = dict(transaction.cursor())
+    if b"index" in found:
+        found[b"index"] = json.loads(found[b"index"])
+        del found[b"index"]["summary"]["seconds"], found[b"index"]["summary"]["converted"]
+    return found
+
+
+def same(a: Path, b: Path):
+    """Two stores that agree in all that is read from them; parts may round the statistics otherwise."""
+    a, b = Store(a), Store(b)
+    assert a.ids == b.ids and a.shapes == b.shapes and a.seasons == b.seasons
+    assert (a.labels is b.labels is None) or (a.labels == b.labels).all()
+    assert a.meta["quarantined"] == b.meta["quarantined"] and list(a.meta["quarantined"]) == list(b.meta["quarantined"])
+    assert {k: v for k, v in a.meta.items() if k != "summary"} == {k: v for k, v in b.meta.items() if k != "summary"}
+    assert a.meta["summary"]["sha256"] == b.meta["summary"]["sha256"] != ""
+    for key in ("mean", "std"):
+        assert a.meta["summary"][key] == {k: pytest.approx(v, rel=1e-9) for k, v in b.meta["summary"][key].items()}
+    for i in range(len(a)):
+        for name in a.shapes:
+            for season in range(a.seasons):
+                assert (a.read(i, name, season) == b.read(i, name, season)).all()
 
 
 def test_store_holds_the_encoded_samples_and_the_statistics(tmp_path):
@@ -78,11 +108,12 @@ def test_store_holds_the_encoded_samples_and_the_statistics(tmp_path):
         pixels = np.concatenate([sample[name] for sample in samples]).astype(np.float64)
         assert report.mean[name] == pytest.approx(pixels.mean(axis=(0, 2, 3)), rel=1e-6)
         assert report.std[name] == pytest.approx(pixels.std(axis=(0, 2, 3)), rel=1e-6)
-    assert found.meta["summary"] == {"mean": report.mean, "std": report.std}
     assert found.meta["preprocessing"]["sar"] == SAR.to_dict() and found.meta["dataset"] == "Generated"
-    assert (report.total, report.stored, report.converted, report.quarantined) == (6, 6, 6, {})
+    assert (report.stored, report.converted, report.quarantined) == (6, 6, {})
+    kept = Report.of(found)  # the store carries its report
+    assert dataclasses.replace(report, seconds=kept.seconds) == kept and 0 < kept.seconds <= report.seconds
     again = run(data, tmp_path)
-    assert again.converted == 0 and (again.mean, again.std) == (report.mean, report.std)
+    assert again.converted == 0 and dataclasses.replace(again, converted=6, seconds=kept.seconds) == kept
 
 
 def test_single_images_get_a_season_axis(tmp_path):
@@ -106,7 +137,7 @@ def test_workers_write_the_same_store_and_bound_what_is_under_way(tmp_path):
 
 def test_at_most_a_few_samples_per_worker_are_under_way(tmp_path):
     data = Generated(100, log=str(tmp_path / "log"))
-    results = iter(convert_module._encoded(data, PREPROCESSING, range(100), 1))
+    results = iter(convert_module._encoded(data, PREPROCESSING, range(100), 1, 1))
     for received in range(1, 11):
         found = next(results)["arrays"]["optical"]
         time.sleep(0.02)  # enough for the worker to read all of them, if it were let
@@ -190,20 +221,20 @@ def test_real_patches_become_a_labelled_store(tmp_path):
     assert report.mean["sar"][0] == pytest.approx(np.mean([item["sar"][0].mean() for item in data]), rel=1e-6)
 
 
-def _convert_in_child(data, path):
+def _convert_in_child(data, path, workers, shard):
     store._BATCH = 10_000  # several transactions
-    run(data, path)
+    run(data, path, workers=workers, shard=shard)
 
 
-def _kill_and_resume(tmp_path, kills):
+def _kill_and_resume(tmp_path, kills, *, shards=1, workers=0):
     """Convert, killing the process while it works on a random sample; the end must equal an undisturbed conversion."""
-    n, settings = 20 * kills, {"bad": {5: DataError("file x.tif: missing")}, "labels": True}
+    n, settings = 20 * kills * shards, {"bad": {5: DataError("file x.tif: missing")}, "labels": True}
     run(Generated(n, **settings), tmp_path / "whole")
     log, rng, context = tmp_path / "log", random.Random(0), multiprocessing.get_context("fork")
-    for _ in range(kills):
+    for k in range(kills * shards):
         log.write_text("")
-        data = Generated(n, log=str(log), pause=0.003, **settings)
-        process = context.Process(target=_convert_in_child, args=(data, tmp_path / "killed"))
+        data, shard = Generated(n, log=str(log), pause=0.003, **settings), (k % shards, shards)
+        process = context.Process(target=_convert_in_child, args=(data, tmp_path / "killed", workers, shard))
         process.start()
         reads = rng.randint(2, 16)  # the first one is the probe
         while process.is_alive() and len(log.read_text().splitlines()) < reads:
@@ -212,20 +243,33 @@ def _kill_and_resume(tmp_path, kills):
         process.kill()
         process.join()
         assert process.exitcode == -9
-    with pytest.raises(DataError, match="unfinished|no store"):
+    with pytest.raises(DataError, match="no finished store"):
         Store(tmp_path / "killed")
+    if shards > 1:  # the jobs again, then what is left in one go
+        run(Generated(n, **settings), tmp_path / "killed", shard=(1, shards))
     report = run(Generated(n, **settings), tmp_path / "killed")
     assert 0 < report.converted < n  # some of the work was kept
-    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    if shards == 1:
+        assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    same(tmp_path / "killed", tmp_path / "whole")
 
 
-def test_killed_conversions_end_with_the_same_store(tmp_path):
-    _kill_and_resume(tmp_path, 2)
+@pytest.mark.parametrize("shards", [1, 2])
+def test_killed_conversions_end_with_the_same_store(tmp_path, shards):
+    _kill_and_resume(tmp_path, 2, shards=shards)
 
 
 @pytest.mark.soak
-def test_killed_conversions_end_with_the_same_store_soak(tmp_path):
-    _kill_and_resume(tmp_path, 10)
+@pytest.mark.parametrize(("shards", "workers"), [(1, 0), (3, 0), (1, 2)])
+def test_ten_kills_end_with_the_same_store(tmp_path, shards, workers):
+    _kill_and_resume(tmp_path, 10, shards=shards, workers=workers)
+
+
+def test_a_kill_before_the_first_write_is_survived(tmp_path):
+    (tmp_path / "data.mdb").touch()
+    with pytest.raises(DataError, match="no finished store"):
+        Store(tmp_path)
+    assert run(Generated(3), tmp_path).converted == 3
 
 
 def test_workers_do_not_outlive_a_killed_conversion(tmp_path):
@@ -256,3 +300,327 @@ def _is_running(pid):
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+BAD = {3: DataError("file x.tif: missing"), 11: DataError("file y.tif: missing")}
+
+
+@pytest.mark.parametrize("shards", [2, 3, 30])
+def test_parts_read_like_the_whole(tmp_path, shards):
+    data = Generated(23, bad=BAD, labels=True)
+    run(data, tmp_path / "whole")
+    for i in reversed(range(shards)):
+        report = run(data, tmp_path / "parts", shard=(i, shards))
+        assert report.stored + len(report.quarantined) == len(store.positions(23, (i, shards)))
+    assert len(list((tmp_path / "parts").iterdir())) == shards
+    same(tmp_path / "parts", tmp_path / "whole")
+    assert Store(tmp_path / "parts").meta["summary"]["converted"] == 23
+    again = run(data, tmp_path / "parts")
+    assert again.converted == 0 and again.sha256 == Report.of(Store(tmp_path / "whole")).sha256
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 16])
+def test_shards_are_consecutive_and_respect_chunks(chunk):
+    for count in (0, 1, 7, 64, 100):
+        for n in (1, 2, 7, 16):
+            found = [store.positions(count, (i, n), chunk) for i in range(n)]
+            assert [i for part in found for i in part] == list(range(count))
+            assert all(part.start % chunk == 0 for part in found if part)
+            assert max(map(len, found)) <= chunk * -(-count // (chunk * n))
+    for wrong in ((-1, 2), (2, 2), (0, 0)):
+        with pytest.raises(DataError, match=f"shard {wrong[0]}/{wrong[1]}: expected I/N"):
+            run(Generated(3), "nowhere", shard=wrong)
+
+
+def test_missing_parts_are_named_and_converted_by_a_run_without_shards(tmp_path):
+    log, target = tmp_path / "log", tmp_path / "parts"
+    run(Generated(12), target, shard=(1, 4))
+    run(Generated(12), target, shard=(3, 4))
+    with pytest.raises(DataError, match=r"missing or unfinished: part-0000-of-0004, part-0002-of-0004\)"):
+        Store(target)
+    before = content(target / "part-0001-of-0004")
+    report = run(Generated(12, log=str(log)), target)
+    assert report.converted == 6 and report.stored == 12
+    assert [int(line.split()[0]) for line in log.read_text().splitlines()] == [0, 0, 1, 2, 6, 7, 8]  # first: the probe
+    assert content(target / "part-0001-of-0004") == before
+
+
+def test_parts_of_different_conversions_are_refused(tmp_path):
+    data, target = Generated(8), tmp_path / "parts"
+    run(data, target, shard=(0, 2))
+    with pytest.raises(DataError, match=r"holds a store in 2 part\(s\), not 3; choose another path"):
+        run(data, target, shard=(0, 3))
+    with pytest.raises(DataError, match=r"part-0000-of-0002: holds another store.*meta.first_sample.sha256"):
+        run(Generated(8, seed=1), target)
+    changed = dataclasses.replace(SAR, outliers=0.04)
+    convert(data, tmp_path / "other", preprocessing={"sar": changed, "optical": OPTICAL}, progress=False, shard=(1, 2))
+    for source, words in (
+        (tmp_path / "other", "meta.preprocessing.sar.outliers: 0.02 there, 0.04 here"),
+        (None, "shard"),
+    ):
+        shutil.rmtree(target / "part-0001-of-0002", ignore_errors=True)
+        shutil.copytree((source or target) / f"part-000{1 if source else 0}-of-0002", target / "part-0001-of-0002")
+        with pytest.raises(DataError, match=f"part-0001-of-0002: is of another conversion than part-0000.*{words}"):
+            Store(target)
+    run(Generated(9), tmp_path / "longer", shard=(1, 2))
+    shutil.rmtree(target / "part-0001-of-0002")
+    shutil.copytree(tmp_path / "longer" / "part-0001-of-0002", target / "part-0001-of-0002")
+    with pytest.raises(DataError, match="ids.count: 8 there, 9 here"):
+        Store(target)
+    run(data, tmp_path / "single")
+    with pytest.raises(DataError, match=r"holds a store in 1 part\(s\), not 2"):
+        run(data, tmp_path / "single", shard=(0, 2))
+    shutil.copy(tmp_path / "single" / "data.mdb", target)
+    for opened in (Store, lambda path: run(data, path), lambda path: run(data, path, shard=(1, 2))):
+        with pytest.raises(DataError, match=r"in 1 and one in 2 part\(s\); remove the one that is not wanted"):
+            opened(target)
+
+
+@pytest.mark.parametrize("shard", [(0, 1), (1, 2)])
+def test_only_one_process_writes(tmp_path, shard):
+    folder = store.parts(tmp_path, shard[1])[shard[0]]
+    with runs.locked(folder), pytest.raises(RuntimeError, match=f"{folder.name} is in use by another process"):
+        run(Generated(4), tmp_path, shard=shard)
+    run(Generated(4), tmp_path, shard=shard)
+    if shard[1] > 1:
+        run(Generated(4), tmp_path, shard=(0, 2))  # side by side
+
+
+class Tiles(Generated):
+    """Four patches of each tile, which is decoded when another tile was the last; with masks."""
+
+    chunk, last = 4, None
+
+    def __getstate__(self):
+        return self.__dict__ | {"last": None}
+
+    def __getitem__(self, i):
+        if self.last != i // 4:
+            with open(self.log, "a") as log:
+                log.write(f"{i // 4} {os.getpid()}\n")
+        self.last = i // 4
+        time.sleep(self.pause)
+        rng, size = np.random.default_rng([self.seed, i]), self.size
+        dem = rng.uniform(50, 900, (1, size, size)).astype(np.float32)
+        item = {"id": self.ids[i], "rgb": rng.integers(0, 256, (3, size, size), dtype=np.uint8), "dem": dem}
+        mask = rng.integers(0, 11, (size, size + (i in self.larger)), dtype=np.uint8)
+        return item | ({} if i in self.bad else {"mask": mask.astype(self.seasons)})
+
+
+ELEVATION = {"preprocessing": {"rgb": RGB, "dem": DEM}, "progress": False}
+
+
+def tiles(n, log, **settings):
+    return Tiles(n, log=str(log), **({"seasons": np.uint8} | settings))
+
+
+def test_a_tile_is_decoded_once(tmp_path):
+    log = tmp_path / "log"
+    convert(tiles(26, log), tmp_path / "one", **ELEVATION)
+    assert [line.split()[0] for line in log.read_text().splitlines()] == list("0123456")
+    log.unlink()
+    convert(tiles(26, log), tmp_path / "two", workers=1, **ELEVATION)
+    decoded = [line.split() for line in log.read_text().splitlines()]
+    assert [tile for tile, _ in decoded] == list("00123456")  # the first one is the probe
+    same(tmp_path / "two", tmp_path / "one")
+    for i in range(3):
+        convert(tiles(26, log), tmp_path / "parts", shard=(i, 3), **ELEVATION)
+    same(tmp_path / "parts", tmp_path / "one")
+    assert [len(Store(folder)) for folder in store.parts(tmp_path / "parts")] == [8, 8, 10]
+
+
+def test_masks_are_kept_as_they_are(tmp_path):
+    data = tiles(9, tmp_path / "log", bad=[2], larger=[4])
+    report = convert(data, tmp_path / "store", **ELEVATION)
+    found = Store(tmp_path / "store")
+    assert list(report.quarantined) == ["0000002", "0000004"] and "mask" in report.quarantined["0000004"]
+    assert found.shapes == {"rgb": (3, 12, 12), "dem": (1, 12, 12), "mask": (1, 12, 12)}
+    for row, i in enumerate([0, 1, 3, 5, 6, 7, 8]):
+        assert (found.read(row, "mask", 0)[0] == data[i]["mask"]).all()
+        assert (found.read(row, "rgb", 0) == data[i]["rgb"]).all()
+        assert (found.read(row, "dem", 0) == DEM.encode(data[i]["dem"])).all()
+    assert set(report.mean) == set(report.std) == {"rgb", "dem"}
+    found.check({"rgb": RGB.to_dict(), "dem": DEM.to_dict()})
+    for wrong, words in (({"seasons": np.int64}, "int64 .12, 12."), ({"larger": range(3)}, "uint8 .12, 13.")):
+        with pytest.raises(DataError, match=f"none of the first 3 of 3.*mask: expected uint8 .12, 12., found {words}"):
+            convert(tiles(3, tmp_path / "log", **wrong), tmp_path / "wrong", **ELEVATION)
+
+
+def test_the_report_stands_beside_the_published_statistics(tmp_path):
+    data = Generated(30, bad={i: DataError(f"file {i}.tif") for i in range(3, 15)})
+    optical = ([4500.0] * 12 + [22.1], [2600.0] * 13)
+    data.statistics = {"sar": ((-14.0, -14.0), (5.0, 9.0)), "optical": optical}
+    report = run(data, tmp_path)
+    assert report.far("sar") == ["VH"] and report.far("optical") == ["B12"]
+    text = str(report)
+    assert re.search(r"^sar: VV -14\.?\d* ± [45]\.\d+, VH -1", text, re.M)
+    assert "\nsar, published: VV -14 ± 5, VH -14 ± 9\nsar: FAR FROM PUBLISHED: VH\n" in text
+    assert "18 of 30 samples stored, 30 now" in text and "… 12 quarantined in all" in text
+    assert text.count("\nquarantined ") == 10 and f"content: sha256 {report.sha256}" in text
+    assert str(Report.of(Store(tmp_path))).splitlines()[1:] == text.splitlines()[1:]
+
+
+def test_the_checksum_is_that_of_ids_and_digests(tmp_path):
+    data = Generated(5, bad={1: DataError("file")}, labels=True)
+    report = run(data, tmp_path)
+    digests = b""
+    for i in (0, 2, 3, 4):
+        whole = b"".join(setting.encode(data[i][name]).tobytes() for name, setting in PREPROCESSING.items())
+        digests += hashlib.sha256(whole + data[i]["labels"].astype(np.uint8).tobytes()).digest()
+    ids = "\n".join(data.ids[i] for i in (0, 2, 3, 4)).encode()
+    assert report.sha256 == hashlib.sha256(ids + b"\n" + digests).hexdigest()
+
+
+def overwrite(folder, old, new):
+    """Change bytes in the file of a store."""
+    data = (folder / "data.mdb").read_bytes()
+    assert data.count(old) == 1 and len(old) == len(new)
+    (folder / "data.mdb").write_bytes(data.replace(old, new))
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Stores are verified in this process: to start others takes seconds."""
+    monkeypatch.setattr(convert_module, "ProcessPoolExecutor", lambda n, *_, **__: ThreadPoolExecutor(n))
+    convert_module._opened.cache_clear()
+    yield
+    convert_module._opened.cache_clear()
+
+
+def test_damage_is_found_and_named(tmp_path, threads):
+    data, target = Generated(8, labels=True), tmp_path / "parts"
+    for i in range(4):
+        run(data, target, shard=(i, 4))
+    folders = store.parts(target)
+    image = OPTICAL.encode(data[1]["optical"])[1].tobytes()
+    overwrite(folders[0], image, image[:-1] + bytes([image[-1] ^ 4]))
+    os.truncate(folders[1] / "data.mdb", 9000)
+    index = b'\0\0\x05\0index{"ids"'  # flags, length of the key, key, value; the length of the value stands before
+    length = (folders[2] / "data.mdb").read_bytes().split(index)[0][-4:]
+    overwrite(folders[2], length + index, b"\0\0\xff\x7f" + index)  # 2 GB: to read it leads behind the end of the file
+    labels = [(np.arange(19) % i == 0).astype(np.uint8).tobytes() for i in (8, 9)]
+    overwrite(folders[3], labels[0] + labels[1], labels[1] + labels[0])
+    damaged = verify(target, progress=False)
+    assert list(damaged) == ["0000001", str(folders[1]), str(folders[2]), "0000006", "0000007"]
+    words = ["not the bytes", "truncated, 9000 of", "no store that can be read", "not the bytes", "not the bytes"]
+    assert all(word in reason for word, reason in zip(words, damaged.values(), strict=True)), damaged
+    for folder in (folders[0], folders[3]):
+        assert str(folder) in str(damaged.values())
+    for folder in folders:
+        shutil.rmtree(folder)
+    convert_module._opened.cache_clear()
+    run(data, target)
+    assert verify(target, progress=False, workers=2) == {}  # no part was left, so this is one file
+
+
+def _die(folder, i):
+    if folder.name == "part-0000-of-0002" and i == 1:
+        os.kill(os.getpid(), signal.SIGBUS)
+    return _damage(folder, i)
+
+
+_damage = convert_module._damage
+
+
+def test_damage_that_kills_the_reader_is_reported(tmp_path, monkeypatch):
+    """In processes of their own, as for users."""
+    for i in range(2):
+        run(Generated(6), tmp_path, shard=(i, 2))
+    monkeypatch.setattr(convert_module, "_damage", _die)
+    folders, image = store.parts(tmp_path), OPTICAL.encode(Generated(6)[4]["optical"])[0].tobytes()
+    overwrite(folders[1], image, image[::-1])
+    damaged = verify(tmp_path, progress=False)
+    assert list(damaged) == [str(folders[0]), "0000004"] and "not the bytes" in damaged["0000004"]
+    assert damaged[str(folders[0])] == "reading it kills the process; remove it and convert again"
+
+
+def test_parts_that_do_not_belong_together_are_damage(tmp_path, threads):
+    for seed, shard in enumerate([(0, 2), (1, 2)]):
+        run(Generated(4, seed=seed), tmp_path, shard=shard)
+    damaged = verify(tmp_path, progress=False)
+    assert list(damaged) == [str(tmp_path)] and "of another conversion" in damaged[str(tmp_path)]
+    shutil.rmtree(store.parts(tmp_path)[1])
+    damaged = verify(tmp_path, progress=False)
+    assert list(damaged) == [str(store.parts(tmp_path)[1])] and "no finished store" in str(damaged)
+    (tmp_path / "part-0000-of-0005").mkdir()
+    assert list(verify(tmp_path, progress=False)) == [str(tmp_path)]
+
+
+def test_truncated_stores_do_not_kill_the_reader(tmp_path):
+    run(Generated(40), tmp_path)
+    size = (tmp_path / "data.mdb").stat().st_size
+    for cut in (size - 1, size // 2, 8192, 5000, 4096, 10):
+        copy = tmp_path / str(cut)
+        copy.mkdir()
+        (copy / "data.mdb").write_bytes((tmp_path / "data.mdb").read_bytes()[:cut])
+        words = "truncated" if cut > 4096 else "no store that can be read"
+        with pytest.raises(DataError, match=f"{words}.*remove it"):
+            Store(copy)
+        with pytest.raises(DataError, match=words):
+            run(Generated(40), copy)
+    found = Store(tmp_path)
+    os.truncate(tmp_path / "data.mdb", size // 2)  # while it is open
+    with pytest.raises(DataError, match="truncated"):
+        Store(found.path)
+
+
+def test_memory_does_not_grow_with_the_number_of_samples(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "_BATCH", 100_000)
+    run(Generated(5), tmp_path / "imports")
+    peaks = []
+    for count in (100, 700):
+        data = Generated(count, size=16)
+        tracemalloc.start()
+        run(data, tmp_path / str(count))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 600 * 400  # a sample has 7680 bytes, its record about 900 as text
+
+
+SBATCH = """touch calls
+echo "$*" >> calls
+trap 'echo signalled >> calls; exit 3' USR1 TERM
+touch ready
+for _ in $(seq 200); do sleep 0.05; done"""
+
+
+@pytest.mark.parametrize("number", [None, signal.SIGUSR1, signal.SIGTERM])
+def test_the_job_array_converts_its_part_and_goes_back_into_the_queue(tmp_path, number):
+    script = ROOT / "slurm" / "convert.sbatch"
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    stubs = {"python": SBATCH if number else 'echo "$*" >> calls; exit 5', "scontrol": 'echo "scontrol $*" >> calls'}
+    for stub, text in stubs.items():
+        (tmp_path / stub).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / stub).chmod(0o755)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/activate").write_text(f"PATH={tmp_path}:$PATH")
+    slurm = {"SLURM_JOB_ID": "71", "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "16"}
+    job = subprocess.Popen(["bash", script, "a100"], cwd=tmp_path, env={**os.environ, **slurm})
+    while number and not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    if number:
+        job.send_signal(number)
+    assert job.wait(20) == (3 if number else 5)
+    said = (tmp_path / "calls").read_text().splitlines()
+    assert said[0] == "-m decur_core.data.prepare a100 --shard 3/16"
+    assert ("scontrol requeue 71" in said) == (number == signal.SIGUSR1) and ("signalled" in said) == bool(number)
+
+
+def test_the_published_conversion_of_the_benchmark_gives_nearly_the_same_bytes(tmp_path):
+    pytest.importorskip("cv2", reason="opencv-python-headless is an extra of the benchmarks")
+    from benchmarks import convert as benchmark
+    from decur_core.data.synthetic import World
+    from decur_core.data.synthetic_files import write_ssl4eo
+
+    root = tmp_path / "root"
+    write_ssl4eo(root, World(2, tile=36), range(2))
+    sar, optical = benchmark.Published(root, 36)[1]
+    item = SSL4EOS12(root)[1]
+    assert sar.shape == (4, 2, 36, 36) and optical.dtype == sar.dtype == np.uint8
+    assert abs(optical.astype(int) - OPTICAL.encode(item["optical"])).max() <= 1  # it rounds resized bands
+    # Ours cuts outliers, and takes seasons by date; theirs by the folder's name, where S1A comes before S1B.
+    by_date = np.argsort([p.name[17:] for p in sorted((root / "s1" / "0000001").iterdir())])
+    assert (abs(sar[by_date].astype(int) - SAR.encode(item["sar"])) > 1).mean() < 0.03
+    for way in benchmark.WAYS.values():
+        way(root, 36, 5, 0, tmp_path / way.__name__)
+    assert len(Store(tmp_path / "ours")) == 5 and (tmp_path / "published" / "data.mdb").exists()

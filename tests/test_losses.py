@@ -1,4 +1,6 @@
-"""The losses against Eq. 1-6 written out in float64, and against what the equations imply."""
+"""The losses against their papers' formulas written out in float64, and against what the formulas imply."""
+
+import math
 
 import numpy as np
 import pytest
@@ -113,6 +115,7 @@ def test_no_matrix_is_larger_than_the_embeddings(n, k):
     with Largest() as largest:
         losses.decur(*z, dim_common=3 * k // 4).total.backward()
         losses.barlow_twins(z[0], z[1]).backward()
+        losses.vicreg(z[0], z[2]).total.backward()
     assert largest.entries == n * k
 
 
@@ -147,6 +150,21 @@ def test_all_dimensions_common_is_cross_modal_barlow_twins(n, k):
     assert float(terms.intra1) == pytest.approx(float(losses.barlow_twins(z[0], z[1])), rel=1e-12)
     assert float(terms.intra2) == pytest.approx(float(losses.barlow_twins(z[2], z[3])), rel=1e-12)
     assert float(losses.decur(*z, dim_common=0).common) == 0
+
+
+@pytest.mark.parametrize(("n", "k"), [(8, 40), (40, 8)])
+def test_without_second_views_the_intra_modal_terms_are_zero_and_the_others_as_before(n, k):
+    z = [x.requires_grad_() for x in embeddings(n, k, dtype=torch.float64)]
+    for dim in (0, k // 2, k):
+        whole, crossed = losses.decur(*z, dim_common=dim), losses.decur(z[0], None, z[2], None, dim_common=dim)
+        assert tuple(crossed) == (whole.common + whole.unique, whole.common, whole.unique, 0, 0)
+    without_both = losses.decur(z[0], None, z[2], None, dim_common=k).total
+    barlow_twins = losses.barlow_twins(z[0], z[2])
+    torch.testing.assert_close(without_both, barlow_twins, rtol=1e-14, atol=0)
+    found, wanted = (torch.autograd.grad(loss, (z[0], z[2])) for loss in (without_both, barlow_twins))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+    one = losses.decur(*z[:3], None, dim_common=k)
+    assert one.intra1 == losses.decur(*z, dim_common=k).intra1 and one.intra2 == 0
 
 
 def test_terms_sum_to_the_total_and_lambd_scales_only_the_off_diagonal():
@@ -335,3 +353,203 @@ def test_second_derivatives_are_refused():
     (first,) = torch.autograd.grad(losses.decur(*z, dim_common=5).total, z[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
+
+
+def vicreg_formula(z1, z2, eps=1e-4):
+    """Bardes et al. 2021, Eq. 1-6, sample by sample and dimension by dimension, on the scale of the authors' code."""
+    n, k = z1.shape
+    invariance = sum((z1[b, j] - z2[b, j]) ** 2 for b in range(n) for j in range(k)) / (n * k)
+    variance = covariance = 0.0
+    for z in (z1, z2):
+        centred = z - sum(z[b] for b in range(n)) / n
+        c = [[sum(centred[b, i] * centred[b, j] for b in range(n)) / (n - 1) for j in range(k)] for i in range(k)]
+        variance += sum(max(0.0, 1 - (c[j][j] + eps) ** 0.5) for j in range(k)) / k / 2
+        covariance += sum(c[i][j] ** 2 for i in range(k) for j in range(k) if i != j) / k
+    return {"invariance": 25 * invariance, "variance": 25 * variance, "covariance": covariance}
+
+
+def cosine(a, b):
+    return (a @ b) / (a @ a).sqrt() / (b @ b).sqrt()
+
+
+def clip_formula(z1, z2, scale=50.0):
+    """Radford et al. 2021, Figure 3: each sample's share of exp(scale * cosine) that its partner has, both ways."""
+    n, terms = len(z1), []
+    for anchors, others in ((z1, z2), (z2, z1)):
+        similar = [[torch.exp(scale * cosine(a, b)) for b in others] for a in anchors]
+        terms.append(sum(-torch.log(similar[i][i] / sum(similar[i])) for i in range(n)) / n / 2)
+    return {"anchor1": terms[0], "anchor2": terms[1]}
+
+
+def simclr_formula(z1, z2, temperature=0.1):
+    """Chen et al. 2020, Eq. 1, and its mean over all 2N positive pairs (Algorithm 1)."""
+    n, z = len(z1), [*z1, *z2]
+    terms = [0.0, 0.0]
+    for i in range(2 * n):
+        j = i + n if i < n else i - n
+        similar = {k: torch.exp(cosine(z[i], z[k]) / temperature) for k in range(2 * n) if k != i}
+        terms[i // n] += -torch.log(similar[j] / sum(similar.values())) / (2 * n)
+    return {"anchor1": terms[0], "anchor2": terms[1]}
+
+
+OTHERS = {
+    "vicreg": (losses.vicreg, vicreg_formula, {}),
+    "clip": (losses.clip, clip_formula, {"scale": 50.0}),
+    "clip, coldest": (losses.clip, clip_formula, {"scale": 100.0}),
+    "simclr": (losses.simclr, simclr_formula, {"temperature": 0.1}),
+    "simclr, cold": (losses.simclr, simclr_formula, {"temperature": 0.01}),
+    "simclr, hot": (losses.simclr, simclr_formula, {"temperature": 1.0}),
+}
+
+
+def two(n, k, *, dtype=torch.float32, std=0.4):
+    """Embeddings of two modalities with standard deviations on both sides of VICReg's hinge at 1.
+
+    Partners are alike, but not more so than others: no contrastive loss is nearly zero.
+    """
+    z = embeddings(n, k, seed=n * k, dtype=torch.float64)
+    return [(std * x).to(dtype) for x in (z[0], (z[2] + 1.5 * z[0].roll(1, 0)) / 2)]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(("n", "k"), [(2, 3), (2, 9), (5, 11), (7, 4), (12, 12)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-11)])
+def test_value_and_gradient_are_those_of_the_other_papers(name, n, k, dtype, tolerance):
+    function, formula, options = OTHERS[name]
+    z = two(n, k, dtype=dtype)
+    wanted, wanted_gradients = with_gradients(lambda *x: formula(*x, **options), z, torch.float64)
+    whole = []
+
+    def ours(*x):
+        whole.append(function(*x, **options))
+        return {term: value for term, value in whole[0]._asdict().items() if term != "total"}
+
+    found, gradients = with_gradients(ours, z, dtype)
+    assert whole[0].total.dtype == dtype and found.keys() == wanted.keys()
+    assert whole[0].total.item() == pytest.approx(sum(map(float, found.values())), rel=1e-6)
+    size = sum(map(abs, map(float, wanted.values())))
+    for term in wanted:  # in float32 a term that is nearly zero has fewer digits than the total
+        assert found[term].item() == pytest.approx(wanted[term].item(), rel=tolerance, abs=tolerance * size / 10), term
+    for i, (g, w) in enumerate(zip(gradients, wanted_gradients, strict=True)):
+        assert_close(g, w, tolerance * (10 if "cold" in name else 1), f"gradient of embedding {i}")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(("n", "k"), [(256, 1024), (256, 64), (128, 256), (128, 257)])
+def test_float32_is_close_to_float64_at_real_sizes(name, n, k):
+    function, _, options = OTHERS[name]
+    z = two(n, k)
+    wanted, wanted_gradients = with_gradients(lambda *x: function(*x, **options)._asdict(), z, torch.float64)
+    found, gradients = with_gradients(lambda *x: function(*x, **options)._asdict(), z, torch.float32)
+    for term in wanted:
+        assert float(found[term]) == pytest.approx(float(wanted[term]), rel=1e-4 if "cold" in name else 1e-5), term
+    for g, w in zip(gradients, wanted_gradients, strict=True):
+        assert_close(g, w, 1e-4, "gradient")
+
+
+def test_vicreg_is_that_of_numpy_in_either_way_of_computing():
+    for n, k in ((40, 30), (16, 32), (16, 33), (10, 50)):
+        z = two(n, k, dtype=torch.float64)
+        wanted = np.mean((z[0] - z[1]).numpy() ** 2) * 25
+        for x in z:
+            c = np.cov(x.numpy().T)
+            wanted += 12.5 * np.maximum(0, 1 - np.sqrt(np.diag(c) + 1e-4)).mean()
+            wanted += (c**2)[~np.eye(k, dtype=bool)].sum() / k
+        assert float(losses.vicreg(*z).total) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_vicreg_weighs_its_terms():
+    z = two(6, 20, dtype=torch.float64)
+    one = torch.stack(losses.vicreg(*z, weights=(1, 1, 1)))
+    for weights, options in (((2, 3, 5), {"weights": (2, 3, 5)}), ((25, 25, 1), {})):
+        torch.testing.assert_close(torch.stack(losses.vicreg(*z, **options))[1:], one[1:] * torch.tensor(weights))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(("n", "k"), [(32, 256), (256, 32)])
+def test_the_other_losses_in_half_precision_and_under_autocast(name, n, k):
+    function, _, options = OTHERS[name]
+    z = [x.bfloat16().requires_grad_() for x in two(n, k)]
+    raised = [x.detach().float().requires_grad_() for x in z]
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = function(*z, **options)
+    wanted = function(*raised, **options)
+    assert all(t.dtype == torch.float32 for t in terms) and tuple(terms) == tuple(wanted)
+    terms.total.backward()
+    wanted.total.backward()
+    assert all(torch.equal(x.grad, y.grad.bfloat16()) for x, y in zip(z, raised, strict=True))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("constant", [0.0, -7.3, 1e3])
+def test_the_other_losses_with_constant_dimensions_and_collapsed(name, constant):
+    function, _, options = OTHERS[name]
+    z = two(8, 40)
+    z[0][:, [1, 39]] = constant
+    for made in (z, [torch.full((8, 40), constant), torch.full((8, 40), 0.1)]):
+        leaves = [x.clone().requires_grad_() for x in made]
+        terms = function(*leaves, **options)
+        terms.total.backward()
+        exact = function(*(x.double() for x in made), **options)
+        torch.testing.assert_close([t.double() for t in terms], list(exact), rtol=1e-4, atol=1e-6)
+        assert all(torch.isfinite(x.grad).all() for x in leaves)
+
+
+def test_a_collapsed_contrastive_network_guesses():
+    z = torch.full((16, 64), 0.3), torch.full((16, 64), -0.2)
+    assert float(losses.clip(*z, scale=14.0).total) == pytest.approx(math.log(16), rel=1e-6)
+    same = torch.full((16, 64), 0.3)
+    assert float(losses.simclr(same, same).total) == pytest.approx(math.log(31), rel=1e-6)
+
+
+def test_an_embedding_of_zeros_has_no_direction_and_passes_no_gradient():
+    z = two(8, 40)
+    z[0][3] = 0
+    leaves = [x.requires_grad_() for x in z]
+    for terms in (losses.clip(*leaves, scale=100.0), losses.simclr(*leaves, temperature=0.01)):
+        first, second = torch.autograd.grad(terms.total, leaves)
+        assert (first[3] == 0).all() and torch.isfinite(first).all() and torch.isfinite(second).all()
+        assert first.any() and second.any()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("n", [8, 40])
+def test_the_other_losses_do_not_hide_what_is_not_finite(name, bad, n):
+    function, _, options = OTHERS[name]
+    z = two(n, 20)
+    z[1][2, 3] = bad
+    assert not torch.isfinite(function(*z, **options).total)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-3, 1e30])
+def test_contrastive_losses_look_at_directions_alone(factor):
+    z = two(9, 30)
+    sizes = factor * (1 + torch.arange(9.0)[:, None])
+    for name in ("clip", "simclr"):
+        function, _, options = OTHERS[name]
+        torch.testing.assert_close(function(z[0] * sizes, z[1], **options), function(*z, **options), rtol=1e-5, atol=0)
+
+
+def test_contrastive_losses_treat_modalities_alike():
+    z = two(9, 30, dtype=torch.float64)
+    for name in ("clip", "simclr"):
+        function, _, options = OTHERS[name]
+        there, back = function(*z, **options), function(*z[::-1], **options)
+        torch.testing.assert_close((there.anchor1, there.anchor2), (back.anchor2, back.anchor1), rtol=1e-12, atol=0)
+
+
+def test_the_scale_of_clip_is_learnt():
+    z = two(9, 30, dtype=torch.float64)
+    scale = torch.tensor(14.0, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda s: losses.clip(*z, scale=s).total, scale)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_impossible_input_of_the_other_losses_is_refused(name):
+    function, _, options = OTHERS[name]
+    a, b = two(8, 40)
+    with pytest.raises(ValueError, match=r"share one shape.*\(8, 40\), \(7, 40\)"):
+        function(a, b[1:], **options)
+    with pytest.raises(ValueError, match="at least 2 samples; found N = 1"):
+        function(a[:1], b[:1], **options)

@@ -1,4 +1,6 @@
-"""Backbones and projectors: shapes, separation of the modalities, and weights that load into plain networks."""
+"""Backbones and projectors: shapes, separation of the modalities, weights that load elsewhere or come from there."""
+
+import math
 
 import pytest
 import torch
@@ -6,10 +8,11 @@ import torchvision
 from torch import nn
 
 from decur_core import backbones, losses
-from decur_core.model import MultimodalModel, backbone_state, mlp
+from decur_core.lars import parameter_groups
+from decur_core.model import MultimodalModel, backbone_state, build, load_published, mlp
 
 CHANNELS = (2, 13)
-FEATURES = {"small": 128, "resnet18": 512, "resnet50": 2048}
+FEATURES = {"small": 128, "resnet18": 512, "resnet50": 2048, "mit_b0": 256, "mit_b2": 512}
 PROJECTOR = (24, 20, 16)
 
 
@@ -21,7 +24,7 @@ def views(n=4, size=64):
     return [images(c, n, size, seed) for seed, c in enumerate((2, 2, 13, 13))]
 
 
-@pytest.fixture(scope="module", params=backbones.BACKBONES)
+@pytest.fixture(scope="module", params=FEATURES)
 def model(request):
     torch.manual_seed(0)
     made = MultimodalModel(request.param, CHANNELS, PROJECTOR)
@@ -30,7 +33,7 @@ def model(request):
 
 
 def test_every_backbone_is_tested():
-    assert set(FEATURES) == set(backbones.BACKBONES)
+    assert set(FEATURES) == set(backbones.BACKBONES) - {"mit_b5"}  # mit_b2 with more blocks
 
 
 def test_embeddings_and_gradients(model):
@@ -80,6 +83,47 @@ def test_projector_is_that_of_the_paper(model):
         assert tuple(widths) == PROJECTOR and projector[0].in_features == FEATURES[model.name]
         assert all(layer.bias is None for layer in projector if isinstance(layer, nn.Linear))
     assert [type(layer) for layer in mlp(3, [5])] == [nn.Linear]
+
+
+def test_without_projector_embeddings_are_features():
+    model = MultimodalModel("small", CHANNELS, []).eval()
+    x = images(13, size=32)
+    assert torch.equal(model.embed(2, x), model.backbone_2(x)) and model.dimensions == model.features == 128
+    assert not [name for name in model.state_dict() if "projector" in name]
+    assert MultimodalModel("small", CHANNELS, [24, 16]).dimensions == 16
+
+
+def test_a_shared_projector_is_one_module_in_every_respect():
+    model = MultimodalModel("small", CHANNELS, PROJECTOR, shared_projector=True)
+    assert model.projector_1 is model.projector_2
+    state = model.state_dict()  # under both names, as in the published checkpoints
+    assert state.keys() == MultimodalModel("small", CHANNELS, PROJECTOR).state_dict().keys()
+    groups = parameter_groups(model, lr=1, lr_biases=1)
+    assert sum(p is model.projector_1[0].weight for group in groups for p in group["params"]) == 1
+    before = model.projector_1[0].weight.clone()
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert converted.projector_1 is converted.projector_2 and isinstance(converted.projector_2[1], nn.SyncBatchNorm)
+    model.load_state_dict({k: v + 1 for k, v in state.items()})
+    assert torch.equal(model.projector_2[0].weight, before + 1)
+
+
+def test_the_scale_starts_at_that_of_clip_is_capped_and_takes_neither_decay_nor_adaptation():
+    settings = {"method": "clip", "backbone": "small", "projector": [8]}
+    model = build(settings, CHANNELS)
+    assert model.scale().item() == pytest.approx(1 / 0.07)
+    model.scale().backward()
+    assert float(model.log_scale.grad) == pytest.approx(1 / 0.07)
+    weights, biases = parameter_groups(model, lr=1, lr_biases=2)
+    assert any(p is model.log_scale for p in biases["params"]) and biases["weight_decay"] == 0
+    assert not any(p is model.log_scale for p in weights["params"])
+    with torch.no_grad():
+        model.log_scale.fill_(math.log(500))
+    assert model.scale().item() == pytest.approx(100) and model.log_scale.item() == pytest.approx(math.log(100))
+    model.log_scale.grad = None
+    model.scale().backward()  # it can come back
+    assert float(model.log_scale.grad) == pytest.approx(100)
+    assert not hasattr(build({**settings, "method": "simclr"}, CHANNELS), "log_scale")
+    assert build({**settings, "shared_projector": True}, CHANNELS).projector_1[0].out_features == 8
 
 
 def test_last_layer_needs_no_bias():
@@ -134,8 +178,7 @@ def test_same_seed_same_weights():
         (("resnet34", CHANNELS, PROJECTOR), "backbone = 'resnet34'; allowed: resnet18, resnet50, small"),
         (("small", (2, 0), PROJECTOR), "in_channels = 0; a backbone needs at least one channel"),
         (("small", (2,), PROJECTOR), r"in_channels = \(2,\); one number for each of the two"),
-        (("small", CHANNELS, ()), r"projector = \(\); at least one width"),
-        (("small", CHANNELS, (8, 0)), r"projector = \(8, 0\); at least one width of 1"),
+        (("small", CHANNELS, (8, 0)), r"projector = \(8, 0\); each width must be 1 or more"),
     ],
 )
 def test_impossible_networks_are_refused(arguments, message):
@@ -146,3 +189,109 @@ def test_impossible_networks_are_refused(arguments, message):
 def test_backbone_state_of_a_modality_that_is_not_there():
     with pytest.raises(KeyError, match="backbone_3.*modality must be 1 or 2"):
         backbone_state(MultimodalModel("small", CHANNELS, (4,)).state_dict(), 3)
+
+
+class Published(nn.Module):
+    """The layout of zhu-xlab/DeCUR: both projectors are made of the same layers; a last normalisation without weights.
+
+    ``heads``: the backbones end in a linear layer, as their Mix Transformers do.
+    """
+
+    def __init__(self, name: str, channels: tuple, widths: tuple, *, heads: int = 0):
+        super().__init__()
+        self.backbone_1, features = backbones.build(name, channels[0])
+        self.backbone_2, _ = backbones.build(name, channels[1])
+        if heads:
+            self.backbone_1.head, self.backbone_2.head = nn.Linear(features, heads), nn.Linear(features, heads)
+        layers, last = [], heads or features
+        for width in widths[:-1]:
+            layers += [nn.Linear(last, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
+            last = width
+        layers.append(nn.Linear(last, widths[-1], bias=False))
+        self.projector1, self.projector2 = nn.Sequential(*layers), nn.Sequential(*layers)
+        self.bn = nn.BatchNorm1d(widths[-1], affine=False)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                nn.init.normal_(module.running_mean, std=0.1)
+                nn.init.uniform_(module.running_var, 0.5, 2)
+
+    def embed(self, modality: int, x):
+        backbone, projector = getattr(self, f"backbone_{modality}"), getattr(self, f"projector{modality}")
+        features = backbone(x)
+        return projector(backbone.head(features) if hasattr(backbone, "head") else features)
+
+
+def save_published(theirs: nn.Module, file, *, key: str | None = "model", prefix: str = "module.", **more):
+    state = {prefix + k: v for k, v in theirs.state_dict().items()}
+    optimizer = torch.optim.SGD(theirs.parameters(), 0.1).state_dict()
+    torch.save({"epoch": 100, key: state, "optimizer": optimizer, **more} if key else state, file)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "heads"), [("resnet18", (2, 13), 0), ("resnet50", (3, 3), 0), ("mit_b2", (3, 3), 96)]
+)
+def test_published_checkpoints_give_the_embeddings_they_gave_there(tmp_path, name, channels, heads):
+    torch.manual_seed(0)
+    theirs = Published(name, channels, (48, 40, 32), heads=heads).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():  # no layer starts at zero and hides what is before it
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    ours = load_published(save_published(theirs, tmp_path / "checkpoint_0099.pth"))
+    assert not ours.training and (ours.projector_1 is ours.projector_2) == (not heads)
+    for modality, c in enumerate(channels, start=1):
+        x = images(c, n=3, size=32)
+        with torch.no_grad():
+            wanted, found = theirs.embed(modality, x), ours.embed(modality, x)
+        assert wanted.std(0).max() > 0
+        if heads:  # two linear layers as one: other roundings
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+        else:
+            assert torch.equal(found, wanted)
+
+
+@pytest.fixture(scope="module")
+def published():
+    return Published("resnet18", CHANNELS, (8, 8))
+
+
+@pytest.mark.parametrize(("key", "prefix"), [("state_dict", "module."), (None, "module."), (None, ""), ("model", "")])
+def test_published_checkpoints_with_and_without_wrappings(published, tmp_path, key, prefix):
+    ours = load_published(save_published(published, tmp_path / "a.pth", key=key, prefix=prefix))
+    assert torch.equal(ours.backbone_2.layer4[1].conv2.weight, published.backbone_2.layer4[1].conv2.weight)
+    assert ours.backbone_2.conv1.in_channels == 13 and ours.dimensions == 8
+
+
+def test_published_projectors_that_differ_stay_apart(published, tmp_path):
+    state = {**published.state_dict(), "projector2.0.weight": published.projector1[0].weight + 1}
+    torch.save(state, tmp_path / "a.pth")
+    ours = load_published(tmp_path / "a.pth")
+    assert torch.equal(ours.projector_2[0].weight, ours.projector_1[0].weight + 1)
+
+
+class Unknown:
+    pass
+
+
+def test_published_checkpoints_that_do_not_fit_are_refused_by_key_and_shape(published, tmp_path):
+    state, file = published.state_dict(), tmp_path / "a.pth"
+
+    def refused(content, match, **options):
+        torch.save(content, file)
+        with pytest.raises(ValueError, match=match):
+            load_published(file, **options)
+
+    without = {k: v for k, v in state.items() if k != "backbone_2.layer1.0.conv1.weight"}
+    refused(without, r"a.pth: does not fit two networks resnet18 .*misses backbone_2.layer1.0.conv1.weight")
+    wrong = {**state, "projector2.3.weight": torch.zeros(9, 8)}
+    refused(wrong, r"projector_2.3.weight is \(9, 8\), expected \(8, 8\)")
+    refused({**state, "extra.weight": torch.zeros(1)}, "has extra.weight, which is unknown")
+    refused({k: v for k, v in state.items() if not k.startswith("backbone_2")}, "has no 'backbone_2.conv1.weight'")
+    refused(backbone_state(state, 1), r"expected the keys backbone_1.\* of mit_b5, .*; found conv1.weight, bn1.weight")
+    refused({"epoch": 3}, "found no tensors")
+    refused([1, 2], "found no tensors")
+    refused({"model": state, "arguments": Unknown()}, r"holds more than tensors.*weights_only=False")
+    attention = {**state, "da1_l3.proj_q.weight": torch.zeros(2, 2), "da2_l4.proj_q.weight": torch.zeros(2, 2)}
+    refused(attention, r"2 weights of deformable attention \(da1_l3.proj_q.weight, ...\) have no place")
+    torch.save(attention, file)
+    assert load_published(file, drop_attention=True).features == 512

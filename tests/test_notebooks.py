@@ -10,8 +10,8 @@ from decur_core import run
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
-TINY = {"epochs": 2, "batch_size": 16, "transfer": {"epochs": 2, "milestones": [1], "inputs": ["both"]}}
-WORLD = {"locations": 48, "through_files": 2, "train": 24, "test": 16}
+TINY = {"epochs": 2, "batch_size": 16, "explain_samples": 16, "transfer": {"epochs": 2, "milestones": [1]}}
+WORLD = {"locations": 48, "through_files": 16, "train": 24, "test": 16}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
 
@@ -35,8 +35,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.name[:2] != "00"], ids=lambda p: p.name[:2])
 def test_runs_to_its_last_cell_and_shows_its_figures(path, folder):
     places = {"runs": str(folder / "runs"), "data": {"stores": str(folder / "stores"), "processes": 0}}
-    sweep = {"method": ["decur", "barlow_twins", "random"]}
-    done = execute(path, "start", {**TINY, "world": WORLD, "sweep": sweep, **places}, folder)
+    done = execute(path, "start", {**TINY, "world": WORLD, **places}, folder)
     assert run.is_finished(done)
     captioned = [c for c in done.cells if "figure" in c.metadata.get("mystnb", {})]
     assert figures(done) == len(captioned) > 0, "every captioned cell shows one figure, and no other cell does"

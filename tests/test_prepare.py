@@ -24,7 +24,7 @@ def settings(tmp_path):
 def test_some_locations_pass_through_published_files_and_all_agree_with_the_world(settings, tmp_path):
     reader, world = prepare.pairs(settings), prepare.world(settings)
     assert reader.ids == world.ids and len(reader) == 10
-    (tree,) = tmp_path.glob("**/ssl4eo-s12")
+    (tree,) = tmp_path.glob("**/ssl4eo")
     assert len(SSL4EOS12(tree)) == 3 and len(list((tree / "s2c").glob("*/*/*.tif"))) == 3 * 4 * 13
     for i in (0, 2, 3, 9):
         for name in ("sar", "optical"):
@@ -54,15 +54,85 @@ def test_patches_are_split_labelled_and_through_files(settings, tmp_path):
 
 def test_a_finished_store_is_used_without_its_source(settings, monkeypatch):
     path = prepare.pretraining_store(settings)
-    monkeypatch.setattr(prepare, "convert", lambda *a, **k: pytest.fail("converted again"))
+    monkeypatch.setattr(prepare.conversion, "convert", lambda *a, **k: pytest.fail("converted again"))
     assert prepare.pretraining_store(settings) == path
+
+
+@pytest.mark.parametrize(
+    ("pair", "dataset", "split", "count"),
+    [("rgb_dem", "geonrw", "train", 48), ("rgb_dem", "geonrw", "test", 16), ("rgb_depth", "sunrgbd", "all", 11)]
+    + [("rgb_depth", "sunrgbd", "test", 5), ("rgb_depth", "nyuv2", "train", 6), ("rgb_depth", "nyuv2", "test", 5)],
+)
+def test_other_pairs_pass_through_published_files_and_agree_with_their_world(pair, dataset, split, count, tmp_path):
+    world = WORLD | ({"locations": 48, "through_files": 20, "test": 16} if pair == "rgb_dem" else {"locations": 6})
+    options = {"batch_size": 4, "world": world, "data.stores": str(tmp_path), "transfer.inputs": ["both"]}
+    settings = config.load("start", options, pair=pair)
+    store, reader = Store(prepare.store(settings, dataset, split)), prepare.reader(settings, dataset, split)
+    assert store.ids == reader.ids and len(store) == count and len(set(store.ids)) == count
+    assert not store.meta["quarantined"]
+    made, parts = prepare.world(settings, dataset, split), prepare.splits(settings, dataset)
+    part = parts[split] if split in parts else range(count)
+    for i in (0, count - 1):
+        item, drawn = reader[i], made[part[i]]
+        for name in item.keys() & drawn.keys() - {"id"}:
+            np.testing.assert_array_equal(item[name], drawn[name], err_msg=name)
+        np.testing.assert_array_equal(store.read(i, "mask", 0)[0], item["mask"])
+        np.testing.assert_array_equal(store.read(i, "rgb", 0), item["rgb"])
+    first, second = PAIRS[pair]
+    assert set(store.shapes) == {first.name, second.name, "mask"}
+    if pair == "rgb_dem":
+        np.testing.assert_array_equal(store.read(0, "dem", 0), second.preprocessing.encode(reader[0]["dem"]))
+    if split in ("train", "all") and dataset == prepare.PRETRAINING[pair][0]:
+        factors, seen_by = prepare.known_factors(settings)
+        assert all(len(values) == count for values in factors.values()) and set(seen_by) <= set(factors)
+        assert set(seen_by.values()) == {"common", first.name, second.name}
+
+
+def test_rooms_of_other_sizes_are_brought_to_one_after_hha():
+    class Reader:
+        ids = ["a", "b"]
+
+        def __getitem__(self, i):
+            height, width = (30, 40) if i else (60, 80)
+            depth = np.full((1, height, width), 2.0, np.float32)
+            camera = np.array([[width, 0, width / 2], [0, width, height / 2], [0, 0, 1.0]])
+            rgb = np.zeros((3, height, width), np.uint8)
+            rgb[0, :, width // 2 :] = 200
+            mask = np.where(rgb[0] > 0, 2, 1).astype(np.uint8)
+            down = np.array([0.0, 1.0, 0.0])
+            return {"id": str(i), "rgb": rgb, "depth": depth, "intrinsics": camera, "gravity": down, "mask": mask}
+
+    rooms = prepare.Rooms(Reader(), (30, 40))
+    large, small = rooms[0], rooms[1]
+    for name in ("rgb", "hha", "mask"):
+        assert large[name].shape[-2:] == (30, 40) and large[name].dtype == np.uint8
+    np.testing.assert_array_equal(large["mask"], small["mask"])
+    assert set(np.unique(large["mask"])) == {1, 2}
+    assert np.abs(large["hha"].astype(int) - small["hha"])[0].max() <= 1, "disparity does not depend on the size"
+
+
+def test_command_line_converts_in_parts_and_verifies(tmp_path, capsys):
+    options = [f"data.stores={tmp_path}", "batch_size=4", "world={locations: 10, through_files: 0, tile: 36}"]
+    for shard in ("0/2", "1/2"):
+        prepare.main(["start", "--shard", shard, "--set", *options])
+    settings = config.load(
+        "start", {"batch_size": 4, "data.stores": str(tmp_path), "world": WORLD | {"through_files": 0}}
+    )
+    (folder,) = tmp_path.glob("start/ssl4eo-*")
+    assert len(Store(folder)) == 10 and Store(folder).ids == prepare.pairs(settings).ids
+    prepare.main(["start", "--verify", "--set", *options])
+    (data,) = sorted(folder.rglob("data.mdb"))[:1]
+    data.write_bytes(data.read_bytes()[:9000])
+    with pytest.raises(SystemExit) as caught:
+        prepare.main(["start", "--verify", "--set", *options])
+    assert caught.value.code not in (0, None)
 
 
 def test_real_samples_split_by_the_official_list(tmp_path):
     if not (SHARED / "bigearthnet_real").is_dir():
         pytest.skip(f"{SHARED} is not here")
     settings = config.load("samples", {"data.stores": str(tmp_path), "data.samples": str(SHARED)})
-    train, test = prepare.patches(settings, "train"), prepare.patches(settings, "test")
+    train, test = (prepare.reader(settings, "bigearthnet", k) for k in ("train", "test"))
     assert len(train) == 2 and len(test) == 2 and not set(train.ids) & set(test.ids)
     assert len(prepare.pairs(settings)) == 24
 

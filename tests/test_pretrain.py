@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from decur_core import config, pretrain, runs
+from decur_core import backbones, config, pretrain, runs
+from decur_core.data.store import Store
+from decur_core.model import MultimodalModel
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -172,6 +174,25 @@ def test_other_settings_refuse_to_resume_and_are_named(tiny, pair_store):
     with pytest.raises(config.ConfigError, match="holds a run with other settings") as error:
         pretrain.run(tiny(lambd=0.02, epochs=5), pair_store)
     assert "epochs: 4 there, 5 now" in str(error.value) and "lambd: 0.015625 there, 0.02 now" in str(error.value)
+    assert error.value.args[0].count(" there, ") == 2
+
+
+def test_a_run_from_before_a_setting_existed_did_what_is_its_default_now(tiny, pair_store, monkeypatch):
+    folder = pretrain.run(tiny(), pair_store)
+    state = final(folder)
+    for name in ("intra", "temperature", "projector"):
+        del state["settings"][name]
+    torch.save({**state, "settings": {**state["settings"], "projector": [16, 16, 8]}}, folder / "final.pt")
+    assert pretrain.run(tiny(), pair_store) == folder
+    with pytest.raises(config.ConfigError, match=r"\(intra: True there, False now\)"):
+        pretrain.run(tiny(intra=False), pair_store)
+    torch.save(state, folder / "final.pt")
+    with pytest.raises(config.ConfigError, match=r"\(projector: \[8192, 8192, 8192\] there, \[16, 16, 8\] now\)"):
+        pretrain.run(tiny(), pair_store)
+    state["settings"] |= {"projector": [16, 16, 8], "gone": 3}
+    torch.save(state, folder / "final.pt")
+    with pytest.raises(config.ConfigError, match=r"\(gone: 3 there, None now\)"):
+        pretrain.run(tiny(), pair_store)
 
 
 def test_non_finite_loss_names_step_term_and_checkpoint(tiny, pair_store, monkeypatch):
@@ -185,7 +206,8 @@ def test_non_finite_loss_names_step_term_and_checkpoint(tiny, pair_store, monkey
         return terms
 
     monkeypatch.setattr(pretrain, "_loss", poisoned)
-    with pytest.raises(pretrain.NonFinite, match=r"nan at step 5; last good checkpoint: checkpoint-000000003.pt"):
+    match = r"terms total = nan, unique = nan at step 5; last good checkpoint: checkpoint-000000003.pt"
+    with pytest.raises(pretrain.NonFinite, match=match):
         pretrain.run(tiny(), pair_store)
 
 
@@ -205,14 +227,183 @@ def test_random_is_the_untrained_network_of_the_same_seed(tiny, pair_store):
     untrained = final(pretrain.run(tiny(method="random"), pair_store))
     settings = tiny()
     torch.manual_seed(settings.seed)
-    expected = pretrain.MultimodalModel(settings.backbone, [2, 13], settings.projector).state_dict()
+    expected = MultimodalModel(settings.backbone, [2, 13], settings.projector).state_dict()
     assert all(torch.equal(untrained["model"][k], v) for k, v in expected.items())
 
 
-def test_barlow_twins_runs_through_the_same_loop(tiny, pair_store):
-    folder = pretrain.run(tiny(method="barlow_twins"), pair_store)
+TERMS = {
+    "decur": {"common", "unique", "intra1", "intra2"},
+    "barlow_twins": set(),
+    "barlow_twins_single": set(),
+    "vicreg": {"invariance", "variance", "covariance"},
+    "clip": {"anchor1", "anchor2", "scale"},
+    "simclr": {"anchor1", "anchor2"},
+}
+
+
+@pytest.mark.parametrize("method", TERMS)
+def test_every_method_goes_through_the_same_loop_with_its_terms_on_record(tiny, pair_store, method):
+    folder = pretrain.run(tiny(method=method), pair_store)
     lines = runs.read_history(folder)
-    assert len(lines) == 16 and set(lines[0]) == {"step", "learning_rate", "pairs_per_second", "total"}
+    terms = TERMS[method]
+    assert len(lines) == 16 and set(lines[0]) == {"step", "learning_rate", "pairs_per_second", "total", *terms}
+    for line in lines:
+        assert not terms or line["total"] == pytest.approx(sum(line[t] for t in terms - {"scale"}), rel=1e-5)
+    torch.manual_seed(0)
+    start, end = MultimodalModel("small", [2, 13], [16, 16, 8]).state_dict(), final(folder)
+    changed = {k.partition(".")[0] for k, v in start.items() if not torch.equal(end["model"][k], v)}
+    single = method == "barlow_twins_single"
+    assert changed == {f"{part}_{m}" for part in ("backbone", "projector") for m in ((1,) if single else (1, 2))}
+    assert end["trained"] == (["sar"] if single else ["sar", "optical"])
+    assert json.loads((folder / "run.json").read_text())["trained"] == end["trained"]
+    assert ("log_scale" in end["model"]) == (method == "clip")
+
+
+@pytest.mark.parametrize("method", ["random", "supervised"])
+def test_rows_without_pretraining_take_no_step(tiny, pair_store, method):
+    folder = pretrain.run(tiny(method=method, processes=2), pair_store)
+    assert runs.read_history(folder) == [] and final(folder)["trained"] == []
+    torch.manual_seed(0)
+    start = MultimodalModel("small", [2, 13], [16, 16, 8]).state_dict()
+    assert all(torch.equal(final(folder)["model"][k], v) for k, v in start.items())
+
+
+def seen(monkeypatch, settings, store) -> set:
+    """Which views the network is given in a run."""
+    real, keys = pretrain._loss, set()
+
+    def watched(settings, model, views):
+        keys.update(views)
+        return real(settings, model, views)
+
+    monkeypatch.setattr(pretrain, "_loss", watched)
+    pretrain.run(settings, store)
+    monkeypatch.setattr(pretrain, "_loss", real)
+    return keys
+
+
+def test_only_what_a_loss_looks_at_is_computed(tiny, pair_store, monkeypatch):
+    one_each, second = {(0, "a"), (1, "a")}, {(1, "a"), (1, "b")}
+    for overrides, wanted in (
+        ({"method": "decur"}, one_each | {(0, "b"), (1, "b")}),
+        ({"intra": False, "name": "cross"}, one_each),
+        ({"method": "vicreg"}, one_each),
+        ({"method": "clip"}, one_each),
+        ({"method": "simclr"}, one_each),
+        ({"method": "barlow_twins"}, one_each),
+        ({"method": "barlow_twins_single", "single": 2}, second),
+    ):
+        assert seen(monkeypatch, tiny(epochs=1, **overrides), pair_store) == wanted, overrides
+
+
+def test_every_view_has_a_season_of_its_own(tiny, pair_store):
+    store = Store(pair_store)
+    batches = pretrain._batches(tiny(), store, range(4), torch.device("cpu"))
+    drawn = [[], [], [], []]
+    for batch in batches:
+        for k, (m, v) in enumerate(pretrain.VIEWS):
+            name = ("sar", "optical")[m]
+            stored = {store.read(i, name, s).tobytes(): (i, s) for i in range(32) for s in range(2)}
+            drawn[k] += [stored[image.numpy().tobytes()] for image in batch[m, v]]
+    for column in drawn:
+        assert [i for i, _ in column] == [i for i, _ in drawn[0]] and sorted(i for i, _ in column) == [*range(32)]
+    seasons = [tuple(s for _, s in column) for column in drawn]
+    assert len(set(seasons)) == 4 and all(5 < sum(s) < 27 for s in seasons)
+
+
+def test_each_modality_alone_has_a_run_of_its_own(tiny, pair_store):
+    first, second = (tiny(method="barlow_twins_single", single=m, epochs=1) for m in (1, 2))
+    assert [runs.title(s) for s in (first, second)] == [
+        f"sar_optical-barlow_twins_single_{m}-seed0" for m in ("sar", "optical")
+    ]
+    assert runs.label(second) == "Barlow Twins, single modality, optical, seed 0"
+    ends = [final(pretrain.run(s, pair_store)) for s in (first, second)]
+    assert [end["trained"] for end in ends] == [["sar"], ["optical"]]
+    assert not same_weights(*ends)
+    decur = tiny()
+    assert (runs.title(decur), runs.label(decur)) == ("sar_optical-decur-seed0", "DeCUR, seed 0")
+
+
+def test_a_single_modality_sees_the_views_that_decur_gives_it(tiny, pair_store):
+    """The intra-modal term of DeCUR at the first step is the loss of Barlow Twins on one modality."""
+    decur = runs.read_history(pretrain.run(tiny(epochs=1), pair_store))[0]
+    for m in (1, 2):
+        settings = tiny(method="barlow_twins_single", single=m, epochs=1)
+        alone = runs.read_history(pretrain.run(settings, pair_store))[0]
+        assert alone["total"] == pytest.approx(decur[f"intra{m}"], rel=1e-5)
+
+
+def test_without_both_of_its_parts_decur_is_cross_modal_barlow_twins(tiny, pair_store):
+    without = pretrain.run(tiny(intra=False, decoupling=False, name="neither"), pair_store)
+    barlow_twins = pretrain.run(tiny(method="barlow_twins"), pair_store)
+    for a, b in zip(*map(runs.read_history, (without, barlow_twins)), strict=True):
+        assert a["total"] == pytest.approx(b["total"], rel=1e-5) and a["unique"] == a["intra1"] == a["intra2"] == 0
+    one, two = final(without)["model"], final(barlow_twins)["model"]
+    for k, v in one.items():
+        torch.testing.assert_close(two[k], v, rtol=1e-3, atol=1e-5)
+    coupled = runs.read_history(pretrain.run(tiny(decoupling=False, name="coupled", epochs=1), pair_store))
+    assert coupled[0]["unique"] == 0 < coupled[0]["intra1"]
+
+
+def test_without_projector_the_features_are_trained(tiny, pair_store):
+    end = final(pretrain.run(tiny(projector=[], dim_common=112, epochs=1), pair_store))
+    assert not [k for k in end["model"] if k.startswith("projector")]
+    with pytest.raises(config.ConfigError, match=r"dim_common = 129 .* the width of small is 128; allowed: 0 to 128"):
+        pretrain.run(tiny(projector=[], dim_common=129, name="wide"), pair_store)
+    pretrain.run(tiny(projector=[], dim_common=129, method="barlow_twins", epochs=1), pair_store)  # has no such part
+
+
+def test_a_shared_projector_is_trained_by_both(tiny, pair_store):
+    end = final(pretrain.run(tiny(shared_projector=True, epochs=1), pair_store))["model"]
+    assert all(torch.equal(v, end[k.replace("_1", "_2")]) for k, v in end.items() if k.startswith("projector_1"))
+    alone = tiny(shared_projector=True, method="barlow_twins_single", single=2, epochs=1)
+    torch.manual_seed(0)
+    start = pretrain._model(alone).state_dict()
+    end = final(pretrain.run(alone, pair_store))["model"]
+    assert not torch.equal(end["projector_1.0.weight"], start["projector_1.0.weight"])
+    assert all(torch.equal(v, end[k]) for k, v in start.items() if k.startswith("backbone_1"))
+
+
+def stop_after(step: int, monkeypatch):
+    real, calls = pretrain._loss, []
+
+    def counted(*arguments):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(pretrain, "_loss", counted)
+    return calls
+
+
+def test_the_temperature_is_learnt_saved_and_resumed(tiny, pair_store, monkeypatch):
+    rates = {"method": "clip", "learning_rate_biases": 0.05}
+    folder = pretrain.run(tiny(name="whole", **rates), pair_store)
+    scales = [line["scale"] for line in runs.read_history(folder)]
+    assert scales[0] == pytest.approx(1 / 0.07) and len({round(s, 6) for s in scales}) == 16
+    calls = stop_after(7, monkeypatch)
+    with pytest.raises(pretrain.Interrupted):
+        pretrain.run(tiny(name="stopped", **rates), pair_store)
+    resumed = pretrain.run(tiny(name="stopped", **rates), pair_store)
+    assert len(calls) == 16 and same_weights(final(folder), final(resumed))
+
+
+def test_layers_that_draw_resume_exactly(tiny, pair_store, monkeypatch):
+    """Such as the stochastic depth of Mix Transformers."""
+    real = backbones.build
+
+    def with_dropout(name, channels):
+        network, features = real(name, channels)
+        return torch.nn.Sequential(network, torch.nn.Dropout(0.5)), features
+
+    monkeypatch.setattr(backbones, "build", with_dropout)
+    whole = final(pretrain.run(tiny(name="whole"), pair_store))
+    stop_after(7, monkeypatch)
+    with pytest.raises(pretrain.Interrupted):
+        pretrain.run(tiny(name="stopped"), pair_store)
+    assert same_weights(whole, final(pretrain.run(tiny(name="stopped"), pair_store)))
+    assert not same_weights(whole, final(pretrain.run(tiny(name="other", seed=1), pair_store)))
 
 
 def test_a_store_of_another_preprocessing_is_refused(tiny, pair_store, monkeypatch):
@@ -232,4 +423,4 @@ def test_compiled_backbones_train_the_same_run_within_rounding(tiny, pair_store)
     compiled = runs.read_history(folder)
     assert [line["step"] for line in compiled] == [line["step"] for line in plain]
     assert compiled[0]["total"] == pytest.approx(plain[0]["total"], rel=1e-4)
-    assert set(final(folder)["model"]) == set(pretrain.MultimodalModel("small", [2, 13], [16, 16, 8]).state_dict())
+    assert set(final(folder)["model"]) == set(MultimodalModel("small", [2, 13], [16, 16, 8]).state_dict())

@@ -134,7 +134,7 @@ def test_unfinished_stores_are_refused_and_continued(tmp_path, monkeypatch):
     with writer(tmp_path / "store") as target:
         target.put(IDS[0], arrays(IDS[0]))
         target.quarantine(IDS[1], "broken file")
-    with pytest.raises(DataError, match="unfinished; run the same conversion again"):
+    with pytest.raises(DataError, match="no finished store; the same conversion goes on where it stopped"):
         Store(tmp_path / "store")
     with pytest.raises(KeyError), writer(tmp_path / "store") as target:
         target.put(IDS[2], arrays(IDS[2]))
@@ -185,7 +185,7 @@ def test_arrays_of_another_form_are_refused(tmp_path):
 
 
 def test_missing_and_foreign_stores_are_refused(tmp_path):
-    with pytest.raises(DataError, match="no store that can be read; decur_core.data.convert makes one"):
+    with pytest.raises(DataError, match="nothing: no finished store"):
         Store(tmp_path / "nothing")
     (tmp_path / "data.mdb").write_bytes(b"not a database" * 1000)
     with pytest.raises(DataError, match="no store that can be read"):

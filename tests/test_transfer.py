@@ -76,7 +76,7 @@ def test_finetuning_moves_every_weight(pretrained, patch_stores):
 def test_score_does_not_depend_on_the_batch_size(pretrained, patch_stores):
     settings, folder = pretrained
     model, _, _ = transfer.load_pretrained(folder)
-    classifier = transfer.Classifier(model, inputs="both", classes=3, frozen=True)
+    classifier = transfer.Classifier(model, classes=3, frozen=True)
     test = Store(patch_stores["test"])
     small = config.load("start", {"transfer.batch_size": 7, "transfer.crop_size": 20})
     large = config.load("start", {"transfer.batch_size": 64, "transfer.crop_size": 20})

@@ -1,24 +1,72 @@
-"""From a profile to finished stores: which reader, which preprocessing, where the converted data lie."""
+"""From a profile to finished stores: which data set, which reader, where the converted data lie.
 
+``python -m decur_core.data.prepare PROFILE`` converts without a notebook, also one part of several (``--shard``), and
+re-reads what is stored (``--verify``).
+"""
+
+import argparse
 import contextlib
 import shutil
+import sys
 from pathlib import Path
 
+import numpy as np
+import yaml
 from torch.utils.data import ConcatDataset, Subset
 
 from .. import config
 from ..pairs import PAIRS
-from .bigearthnet import BigEarthNetMM
-from .convert import convert
-from .raster import DataError
+from . import convert as conversion
+from . import rooms, synthetic, terrain
+from .bigearthnet import BigEarthNetMM, BigEarthNetV2
+from .geonrw import SPLITS, GeoNRW
+from .hha import depth_to_hha
+from .nyuv2 import NYUv2
+from .raster import DataError, resize
+from .rooms import RoomWorld, write_nyuv2, write_sunrgbd
 from .samples import RealPairs
 from .ssl4eo import SSL4EOS12
 from .store import Store
+from .sunrgbd import SUNRGBD
 from .synthetic import BigEarthNetWorld, World
 from .synthetic_files import write_bigearthnet, write_ssl4eo
+from .terrain import TerrainWorld, write_geonrw
+
+# Pair -> the data set and split it is pretrained on (paper, section 4), and those with labels it is transferred to.
+PRETRAINING = {"sar_optical": ("ssl4eo", "all"), "rgb_dem": ("geonrw", "train"), "rgb_depth": ("sunrgbd", "all")}
+LABELLED = {"sar_optical": ("bigearthnet",), "rgb_dem": ("geonrw",), "rgb_depth": ("sunrgbd", "nyuv2")}
 
 
-def _joined(*readers) -> ConcatDataset:
+class Rooms:
+    """RGB-depth items as they are stored: depth as HHA, image, HHA and mask of one size.
+
+    ``reader`` gives ``rgb, depth, intrinsics, gravity`` and maybe ``mask`` (``SUNRGBD``, ``NYUv2``, ``RoomWorld``);
+    HHA comes before the change of size, so that the camera's intrinsics hold. Items: ``rgb`` and ``hha`` uint8
+    (3, *size), bilinear; ``mask`` uint8 size, nearest.
+    """
+
+    def __init__(self, reader, size: tuple[int, int]):
+        self.reader, self.size, self.ids = reader, size, reader.ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> dict:
+        item = self.reader[i]
+        hha = depth_to_hha(item["depth"][0], item["intrinsics"], item["gravity"]).transpose(2, 0, 1)
+        made = {"id": item["id"]}
+        for name, image in (("rgb", item["rgb"]), ("hha", hha)):
+            made[name] = np.rint(resize(image, self.size)).clip(0, 255).astype(np.uint8)
+        if "mask" in item:
+            mask = item["mask"]
+            rows, columns = (
+                ((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(self.size, mask.shape, strict=True)
+            )
+            made["mask"] = mask[rows[:, None], columns]
+        return made
+
+
+def _joined(*readers):
     """Several readers one after the other, as one."""
     whole = ConcatDataset(readers)
     whole.ids = [i for reader in readers for i in reader.ids]
@@ -36,61 +84,112 @@ def _stores(settings: config.Settings) -> Path:
     return config.ROOT / settings.data.stores / settings.profile
 
 
-def world(settings: config.Settings) -> World:
-    """The miniature world of the profile: known factors and land cover of every pretraining location."""
-    w = settings.world
-    return World(w.locations, tile=w.tile, layout=w.layout, seed=w.seed)
+def world(settings: config.Settings, dataset: str | None = None, split: str = "train"):
+    """The miniature world that stands in for a split of a data set, by default of the one the pair is pretrained on.
 
-
-def pairs(settings: config.Settings):
-    """Reader of the pretraining pairs that ``data.source`` names; items as ``SSL4EOS12`` gives them.
-
-    For the miniature world the first ``world.through_files`` locations are written to disk in the published layout, if
-    they are not there, and read back like any other download; the rest is rendered when asked for.
+    Its ``.factors`` are known; ``splits`` says which of its items belong to the split.
     """
-    data = settings.data
-    if data.source == "samples":
-        return RealPairs(config.ROOT / data.samples)
-    if data.source == "ssl4eo":
-        return SSL4EOS12(config.ROOT / data.ssl4eo)
-    made = world(settings)
-    count = min(settings.world.through_files, len(made))
-    if count == 0:
-        return made
-    root = _written(settings, "ssl4eo-s12", lambda folder: write_ssl4eo(folder, made, range(count)))
-    return _joined(SSL4EOS12(root, ids=made.ids[:count]), _part(made, range(count, len(made))))
+    w, dataset = settings.world, dataset or PRETRAINING[settings.pair][0]
+    room = {"height": w.tile, "width": w.tile * 4 // 3, "seed": w.seed}
+    if dataset == "ssl4eo":
+        return World(w.locations, tile=w.tile, layout=w.layout, seed=w.seed)
+    if dataset == "bigearthnet":
+        return BigEarthNetWorld(w.train + w.test, tile=w.tile, seed=w.seed)
+    if dataset == "geonrw":  # split by city
+        if split == "test":
+            return TerrainWorld(w.test, tile=w.tile, seed=w.seed, stream=1, cities=SPLITS["test"])
+        return TerrainWorld(w.locations, tile=w.tile, seed=w.seed)
+    if dataset == "sunrgbd":
+        return RoomWorld(w.locations + w.test, **room)
+    return RoomWorld(w.train + w.test, stream=1, **room)
 
 
-def patches(settings: config.Settings, split: str):
-    """Reader of labelled patches, ``split`` = train or test; items as ``BigEarthNetMM`` gives them."""
-    data = settings.data
-    if data.source == "samples":
-        return _sample_patches(settings, split)
-    if data.source == "ssl4eo":
-        root = config.ROOT / data.bigearthnet
-        lists = sorted(root.glob("patches_with_*")) if settings.transfer.exclude else []
-        if settings.transfer.exclude and not lists:
-            wanted = "the published lists of patches with snow, cloud or shadow"
-            raise DataError(f"{root}: no patches_with_*, {wanted}; put them there or set transfer: exclude to false")
-        return BigEarthNetMM(root, split, exclude=lists)
+def splits(settings: config.Settings, dataset: str) -> dict[str, range]:
+    """Which items of the miniature world make up each split of a data set."""
     w = settings.world
-    made = BigEarthNetWorld(w.train + w.test, tile=w.tile, seed=w.seed)
-    whole = {"train": range(w.train), "test": range(w.train, w.train + w.test)}
-    if not w.through_files:
-        return _part(made, whole[split])
-    written = {name: part[: w.through_files] for name, part in whole.items()}
-    root = _written(settings, "bigearthnet", lambda folder: write_bigearthnet(folder, made, written))
-    return _joined(BigEarthNetMM(root, split), _part(made, whole[split][w.through_files :]))
+    if dataset == "ssl4eo":
+        return {"all": range(w.locations)}
+    train = w.train if dataset in ("bigearthnet", "nyuv2") else w.locations
+    start = 0 if dataset == "geonrw" else train
+    return {"train": range(train), "test": range(start, start + w.test)}
 
 
-def _sample_patches(settings: config.Settings, split: str):
-    """The real BigEarthNet example patches under the official split lists: the train list's, and all others as test."""
+def _write(settings: config.Settings, dataset: str, root: Path, parts: dict[str, range]) -> None:
+    """These items of the miniature world as files in the published layout of a data set."""
+    if dataset == "geonrw":
+        for split, part in parts.items():
+            write_geonrw(root, world(settings, dataset, split), part)
+    elif dataset == "ssl4eo":
+        write_ssl4eo(root, world(settings, dataset), parts["all"])
+    else:
+        writers = {"bigearthnet": write_bigearthnet, "sunrgbd": write_sunrgbd, "nyuv2": write_nyuv2}
+        writers[dataset](root, world(settings, dataset), parts)
+
+
+def _files(settings: config.Settings, dataset: str, root: Path, split: str, missing: str = "error"):
+    """Reader of a data set's files in the published layout."""
+    if dataset == "ssl4eo":
+        return SSL4EOS12(root)
+    if dataset == "bigearthnet" and not (root / "metadata.parquet").exists():
+        return BigEarthNetMM(root, split, exclude=_excluded(settings, root), missing=missing)
+    readers = {"bigearthnet": BigEarthNetV2, "geonrw": GeoNRW, "sunrgbd": SUNRGBD, "nyuv2": NYUv2}
+    return readers[dataset](root, None if split == "all" else split, missing=missing)
+
+
+def _excluded(settings: config.Settings, root: Path) -> list[Path]:
+    lists = sorted(root.glob("patches_with_*")) if settings.transfer.exclude else []
+    if settings.transfer.exclude and not lists:
+        wanted = "the published lists of patches with snow, cloud or shadow"
+        raise DataError(f"{root}: no patches_with_*, {wanted}; put them there or set transfer: exclude to false")
+    return lists
+
+
+def _samples(settings: config.Settings, dataset: str, split: str):
+    """The real sample files that have the form of a data set."""
     folder = config.ROOT / settings.data.samples
+    if dataset == "ssl4eo":
+        return RealPairs(folder)
+    if dataset == "sunrgbd":
+        return SUNRGBD(folder / "sunrgbd_native_sample")
+    if dataset == "nyuv2":
+        return NYUv2(folder / "nyu_rgbd_sample", split, missing="skip")
+    if dataset != "bigearthnet":
+        raise DataError(f"{folder}: no sample files of {dataset}; choose data.source published or world")
+    # The real example patches under the official split lists: the train list's, and all others as test.
     train = BigEarthNetMM(folder / "bigearthnet_real", folder / "bigearthnet_splits" / "train.csv.bz2", missing="skip")
     if split == "train":
         return train
     everything = BigEarthNetMM(folder / "bigearthnet_real")
     return _part(everything, [i for i, name in enumerate(everything.ids) if name not in train.ids])
+
+
+def reader(settings: config.Settings, dataset: str, split: str):
+    """Reader of a data set as ``data.source`` gives it, with ``.ids``; items in physical units.
+
+    ``dataset``: ssl4eo, bigearthnet, geonrw, sunrgbd, nyuv2; ``split``: train, test or all. For the miniature world the
+    first ``world.through_files`` items of every split are written to disk in the published layout, if they are not
+    there, and read back like any other download; the rest is rendered when asked for.
+    """
+    if settings.data.source == "samples":
+        return _samples(settings, dataset, split)
+    if settings.data.source == "published":
+        return _files(settings, dataset, config.ROOT / getattr(settings.data, dataset), split)
+    parts = splits(settings, dataset)
+    if split == "all" and split not in parts:
+        return _joined(*(reader(settings, dataset, part) for part in parts))
+    whole = 16 if dataset == "geonrw" else 1  # patches of a tile
+    written = {k: part[: min(settings.world.through_files, len(part)) // whole * whole] for k, part in parts.items()}
+    made = world(settings, dataset, split)
+    if not written[split]:
+        return _part(made, parts[split])
+    root = _written(settings, dataset, lambda folder: _write(settings, dataset, folder, written))
+    files = _files(settings, dataset, root, split, missing="skip")
+    return _joined(files, _part(made, parts[split][len(files) :]))
+
+
+def pairs(settings: config.Settings):
+    """Reader of the pretraining pairs."""
+    return reader(settings, *PRETRAINING[settings.pair])
 
 
 def _source(settings: config.Settings) -> str:
@@ -114,20 +213,90 @@ def _written(settings: config.Settings, name: str, write) -> Path:
 
 def pretraining_store(settings: config.Settings) -> Path:
     """The finished store of the pretraining pairs; converts what is missing of it, from the start or from a kill."""
-    return _convert(settings, f"{settings.pair}-{_source(settings)}", pairs)
+    return store(settings, *PRETRAINING[settings.pair])
+
+
+def labelled_stores(settings: config.Settings, dataset: str) -> dict[str, Path]:
+    """The finished stores of a data set with labels, ``train`` and ``test``; converts what is missing."""
+    if dataset not in LABELLED[settings.pair]:
+        allowed = ", ".join(LABELLED[settings.pair])
+        raise config.ConfigError(f"dataset = {dataset!r}; labelled data of pair {settings.pair}: {allowed}")
+    return {split: store(settings, dataset, split) for split in ("train", "test")}
 
 
 def patch_stores(settings: config.Settings) -> dict[str, Path]:
-    """The finished stores of labelled patches, ``train`` and ``test``; converts what is missing."""
-    name = f"bigearthnet-{_source(settings)}"
-    return {split: _convert(settings, f"{name}-{split}", patches, split) for split in ("train", "test")}
+    """``labelled_stores`` of BigEarthNet."""
+    return labelled_stores(settings, "bigearthnet")
 
 
-def _convert(settings: config.Settings, name: str, reader, *split: str) -> Path:
-    """The finished store of that name. One that is there is used as it is: its source files may be gone by then."""
-    target = _stores(settings) / name
+def known_factors(settings: config.Settings) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Factors of the pretraining images of a miniature world, in the store's order, and who sees each of them.
+
+    name -> float32 (n,), uniform in [-1, 1]; name -> ``common`` or the one modality that carries it, without those
+    that the 8-bit mapping removes.
+    """
+    if settings.data.source != "world":
+        raise config.ConfigError(f"data: source = {settings.data.source!r}; factors are known for the miniature world")
+    seen = {"sar_optical": synthetic.FACTORS, "rgb_dem": terrain.FACTORS, "rgb_depth": rooms.FACTORS}[settings.pair]
+    kept = {name: "hha" if who == "depth" else who for name, who in seen.items() if name not in terrain.REMOVED}
+    return world(settings).factors, kept
+
+
+def store(settings: config.Settings, dataset: str, split: str, *, shard: tuple[int, int] = (0, 1)) -> Path:
+    """The finished store of a data set's split; ``shard`` (i, n): converts only the i-th of n parts of it.
+
+    One that is there is used as it is: its source files may be gone by then.
+    """
+    target = _target(settings, dataset, split)
     with contextlib.suppress(DataError):  # unfinished or not there
         return Store(target).path
-    preprocessing = {m.name: m.preprocessing for m in PAIRS[settings.pair]}
-    print(convert(reader(settings, *split), target, preprocessing=preprocessing, workers=settings.data.processes))
+    images = reader(settings, dataset, split)
+    if dataset in ("sunrgbd", "nyuv2"):
+        d, w = settings.data, settings.world
+        world_size = (w.tile, w.tile * 4 // 3)
+        images = Rooms(images, world_size if d.source == "world" else (d.rgbd_height, d.rgbd_width))
+    options = {"preprocessing": {m.name: m.preprocessing for m in PAIRS[settings.pair]}, "shard": shard}
+    print(conversion.convert(images, target, workers=settings.data.processes, **options))
     return target
+
+
+def _target(settings: config.Settings, dataset: str, split: str) -> Path:
+    return _stores(settings) / f"{dataset}-{_source(settings)}-{split}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line; exits with 1 if ``--verify`` finds damage."""
+    parser = argparse.ArgumentParser(
+        prog="python -m decur_core.data.prepare", description="Convert, without a notebook."
+    )
+    parser.add_argument("profile", help="a file in notebooks/profiles, without .yaml")
+    parser.add_argument("--pair", choices=tuple(PRETRAINING), help="by default the profile's")
+    parser.add_argument("--dataset", help="by default the one that the pair is pretrained on")
+    parser.add_argument("--split", default=None, help="train, test or all; by default the one of pretraining")
+    parser.add_argument(
+        "--shard", metavar="I/N", default="0/1", help="convert only part I (0 to N - 1) of N, for job arrays"
+    )
+    parser.add_argument("--verify", action="store_true", help="re-read what is stored and say what is damaged")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="e.g. data.processes=8"
+    )
+    args = parser.parse_args(argv)
+    try:
+        overrides = {k: yaml.safe_load(v) for k, _, v in (item.partition("=") for item in args.set)}
+        settings = config.load(args.profile, overrides, pair=args.pair)
+        dataset, split = PRETRAINING[settings.pair]
+        dataset, split = args.dataset or dataset, args.split or split
+        if args.verify:
+            damaged = conversion.verify(_target(settings, dataset, split))
+            print(*(f"{id}: {reason}\n" for id, reason in damaged.items()), sep="", end="")
+            if damaged:
+                sys.exit(f"{len(damaged)} damaged; remove that store or part of it and convert again")
+            return
+        shard = tuple(int(part) for part in args.shard.split("/"))
+        store(settings, dataset, split, shard=shard)
+    except (config.ConfigError, DataError, OSError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
