@@ -137,7 +137,7 @@ class Settings:
     log_steps: int = setting(20, "steps between lines of the log and checks for non-finite losses", low=1, result=False)
     explain_samples: int = setting(10000, "pairs over which saliency is counted", low=1, result=False)
     runs: str = setting("runs", "folder of results", result=False)
-    sweep: dict = setting({}, "what compared runs vary: a setting to its values, or a name to dictionaries", result=False)
+    sweep: dict = setting({}, "what compared runs vary: setting: values, or name: dictionaries", result=False)
     data: Data = field(default_factory=Data)
     world: World = field(default_factory=World)
     transfer: Transfer = field(default_factory=Transfer)
@@ -168,8 +168,10 @@ def load(
         known = ", ".join(layers["variants"]) or "none"
         raise ConfigError(f"{path.name}: variants: {variant!r} is not there; defined: {known}")
     pair = str(pair or top.get("pair") or values.get("pair") or Settings.pair)
-    for section, name in (("pairs", pair), ("variants", variant)):
-        values = _merge(values, _section(layers[section].get(name), f"{path.name}: {section}: {name}"))
+    chosen = dict(_section(layers["variants"].get(variant), f"{path.name}: variants: {variant}"))
+    inner = _section(chosen.pop("pairs", None), f"{path.name}: variants: {variant}: pairs")  # what it says for a pair
+    for layer in (layers["pairs"].get(pair), chosen, inner.get(pair)):
+        values = _merge(values, _section(layer, f"{path.name}: pairs or variants, {pair}"))
     values = _merge(values, top) | {"pair": pair, "variant": variant}
     settings = dataclasses.replace(_build(Settings, values, path.name), profile=path.stem)
     _check(settings)

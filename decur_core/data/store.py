@@ -247,15 +247,15 @@ class Store:
             which = f" (missing or unfinished: {', '.join(missing)})" if len(folders) > 1 else ""
             raise DataError(f"{self.path}: no finished store{which}; the same conversion goes on where it stopped")
         specs, indices, labels, digests = [], [], [], []
-        try:
-            for folder, env in zip(folders, self._envs, strict=True):
+        for folder, env in zip(folders, self._envs, strict=True):
+            try:
                 with env.begin() as transaction:
                     specs.append(json.loads(transaction.get(b"spec")))
                     indices.append(json.loads(transaction.get(b"index")))
                     labels.append(transaction.get(b"labels"))
                     digests.append(transaction.get(b"digests", b""))
-        except (lmdb.Error, ValueError, TypeError) as error:
-            raise DataError(f"{folder}: damaged; remove it and convert again ({error})") from error
+            except (lmdb.Error, ValueError, TypeError) as error:
+                raise DataError(f"{folder}: damaged; remove it and convert again ({error})") from error
         spec, summary = specs[0], indices[0]["summary"]
         self.ids = [i for index in indices for i in index["ids"]]
         self.digests = b"".join(digests)
