@@ -1,0 +1,163 @@
+"""Segmentation transfer: the right network for every request, exact scores, evaluations that survive a kill."""
+
+import numpy as np
+import pytest
+import torch
+from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
+from decur_core import config, model, pretrain, runs, segmentation, transfer
+from decur_core.data.store import Store, StoreWriter
+from decur_core.pairs import PAIRS
+
+SMALL = {"projector": [16, 8], "dim_common": 6, "crop_size": 20, "batch_size": 8, "epochs": 1, "device": "cpu"}
+TRANSFER = {"epochs": 3, "batch_size": 8, "crop_size": 20, "optimizer": "adamw", "learning_rate_finetune": 0.01}
+
+
+def make(path, pair, count, seed):
+    """Images whose mask follows their brightness; a border of unlabelled pixels."""
+    random, (first, second), k = np.random.default_rng(seed), PAIRS[pair], 12 if pair == "rgb_depth" else 8
+    bands = {m.name: (len(m.preprocessing.bands), 3 * k, 4 * k) for m in (first, second)}
+    meta = {"preprocessing": {m.name: m.preprocessing.to_dict() for m in (first, second)}}
+    shapes, ids = bands | {"mask": (1, 3 * k, 4 * k)}, [f"{i}" for i in range(count)]
+    with StoreWriter(path, ids=ids, shapes=shapes, seasons=1, meta=meta) as writer:
+        for name in ids:
+            truth = np.kron(random.integers(1, 5, (3, 4)), np.ones((k, k))).astype(np.uint8)
+            images = {m: (40 * truth + random.integers(0, 40, shape)).astype(np.uint8) for m, shape in bands.items()}
+            truth[0] = truth[:, 0] = 0
+            writer.put(name, {m: x[None] for m, x in images.items()} | {"mask": truth[None, None]})
+    return path
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("masks")
+    return {
+        pair: {s: make(folder / f"{pair}-{s}", pair, 24, k) for k, s in enumerate(("train", "test"))} for pair in PAIRS
+    }
+
+
+@pytest.fixture
+def settings(tmp_path):
+    def load(pair="rgb_dem", **overrides):
+        base = {**SMALL, "runs": str(tmp_path / "runs"), "transfer": TRANSFER}
+        return config.load("start", {**base, **overrides}, pair=pair)
+
+    return load
+
+
+def test_a_frozen_and_a_fine_tuned_fcn_learn_and_are_scored_over_the_whole_set(settings, stores, monkeypatch):
+    chosen, paths = settings(transfer={**TRANSFER, "epochs": 30}), stores["rgb_dem"]
+    folder, caught = pretrain.run(chosen, paths["train"]), []
+    score = transfer.confusion
+    monkeypatch.setattr(transfer, "confusion", lambda n, *a, **k: caught.append(n) or score(n, *a, **k))
+    for protocol, inputs in (("linear", "both"), ("finetune", "dem")):
+        record = transfer.evaluate(chosen, folder, paths, dataset="geonrw", protocol=protocol, inputs=inputs)
+        network, test = caught[-1], Store(paths["test"])
+        assert isinstance(network, segmentation.FCN) and len(network.encoders) == (2 if inputs == "both" else 1)
+        assert record["network"] == "FCN" and record["metric"] == "mIoU (%)" and record["dataset"] == "GeoNRW"
+        modalities = transfer.given("rgb_dem", inputs).values()
+        whole = [transfer.stored(test, m.name, range(24)).float() / 255 for m in modalities]
+        whole = [x.repeat(1, m.preprocessing.copies, 1, 1) for x, m in zip(whole, modalities, strict=True)]
+        with torch.inference_mode():
+            found = network.eval()(*whole).argmax(1)
+        truth = transfer.stored(test, "mask", range(24))[:, 0].long() - 1
+        kinds = {"num_classes": 10, "ignore_index": -1}
+        seen = sorted(set(found[truth >= 0].tolist()) | set(truth[truth >= 0].tolist()))
+        iou = 100 * MulticlassJaccardIndex(average="none", **kinds)(found, truth)
+        assert record["miou"] == pytest.approx(float(iou[seen].mean()), abs=1e-3)
+        accuracy = 100 * MulticlassAccuracy(average="micro", **kinds)(found, truth)
+        assert record["accuracy"] == pytest.approx(float(accuracy), abs=1e-3)
+    assert record["accuracy"] > 60, "brightness tells the class"
+    start = transfer.load_pretrained(folder)[0].backbone_1.state_dict()
+    assert all(torch.equal(v, start[k]) for k, v in caught[0].encoders[0].state_dict().items())
+    examples = transfer.example_predictions(record, chosen, paths, count=3)
+    assert [e["predicted"].shape for e in examples] == [(24, 32)] * 3 and examples[0]["predicted"].min() >= 1
+
+
+def test_scores_do_not_depend_on_the_batch(settings, stores):
+    network = segmentation.FCN(model.build(config.identity(settings()), [3, 3]), classes=10).eval()
+    test, counts = Store(stores["rgb_dem"]["test"]), []
+    for size in (5, 24):
+        chosen = settings(transfer={**TRANSFER, "batch_size": size})
+        counts.append(transfer.confusion(network, test, chosen, classes=10, inputs="both"))
+    assert torch.equal(*counts) and counts[0].sum() == 24 * 23 * 31
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_score(settings, stores, monkeypatch):
+    chosen, paths = settings(), stores["rgb_dem"]
+    folder, kinds = pretrain.run(chosen, paths["train"]), {"dataset": "geonrw", "protocol": "finetune"}
+    whole = transfer.evaluate(chosen, folder, paths, **kinds)
+    (file,) = runs.path(chosen, "records").glob("*.json")
+    file.unlink()
+
+    loss, calls = segmentation.loss, []
+
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) == 8:  # in the third epoch of three steps each
+            raise KeyboardInterrupt
+        return loss(*arguments)
+
+    monkeypatch.setattr(transfer, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(segmentation, "loss", killed)
+    with pytest.raises(KeyboardInterrupt):
+        transfer.evaluate(chosen, folder, paths, **kinds)
+    again = transfer.evaluate(chosen, folder, paths, **kinds)
+    assert len(calls) == 8 + 3, "the first two epochs are not repeated"
+    assert [again[k] for k in ("miou", "accuracy", "per_class")] == [
+        whole[k] for k in ("miou", "accuracy", "per_class")
+    ]
+    assert not list(runs.path(chosen, "transfer").glob("*.pt"))
+
+
+def test_cmx_starts_from_the_pretrained_transformers_and_refuses_what_it_cannot_do(settings, stores, monkeypatch):
+    options = {"backbone": "mit_b0", "method": "random", "transfer": {**TRANSFER, "segmenter": "cmx", "epochs": 1}}
+    chosen, paths, built = settings("rgb_depth", **options), stores["rgb_depth"], []
+    folder = pretrain.run(chosen, paths["train"])
+    fit = transfer._fit
+    monkeypatch.setattr(
+        transfer,
+        "_fit",
+        lambda n, *a, **k: built.append({k: v.clone() for k, v in n.state_dict().items()}) or fit(n, *a, **k),
+    )
+    record = transfer.evaluate(chosen, folder, paths, dataset="sunrgbd", protocol="finetune")
+    assert record["network"] == "CMX" and 0 <= record["miou"] <= 100
+    start = transfer.load_pretrained(folder)[0].backbone_2.state_dict()
+    assert all(torch.equal(built[0][f"backbone.extra_{k}"], v) for k, v in start.items())
+    for kinds in ({"protocol": "linear"}, {"protocol": "finetune", "inputs": "rgb"}):
+        with pytest.raises(config.ConfigError, match="segmenter = 'cmx'.*needs finetune and both"):
+            transfer.evaluate(chosen, folder, paths, dataset="nyuv2", **kinds)
+
+
+def test_rows_that_say_nothing_are_left_out(settings, stores):
+    sweep = {"method": ["decur", "random", "supervised", "barlow_twins_single"]}
+    both = {**TRANSFER, "protocols": ["linear", "finetune"], "inputs": ["both", "rgb"], "epochs": 1}
+    chosen = settings(sweep=sweep, transfer=both)
+    folders = pretrain.run_members(chosen, stores["rgb_dem"]["train"])
+    records = transfer.evaluate_members(chosen, folders, stores["rgb_dem"], dataset="geonrw")
+    found = {(r["method"], r["protocol"], r["inputs"]) for r in records}
+    expected = {("decur", p, i) for p in ("linear", "finetune") for i in ("both", "rgb")}
+    expected |= {("random", "linear", i) for i in ("both", "rgb")} | {
+        ("supervised", "finetune", i) for i in ("both", "rgb")
+    }
+    assert found == expected | {("barlow_twins_single", p, "rgb") for p in ("linear", "finetune")}
+
+
+def test_rates_follow_the_schedules_of_the_paper_and_of_cmx():
+    def rates(**transfer_settings):
+        s = config.load("start", {"transfer": transfer_settings})
+        return [transfer._rate(s, step, 10, 100) for step in (0, 5, 59, 60, 80, 99)]
+
+    assert rates(schedule="steps", milestones=[6, 8]) == pytest.approx([1, 1, 1, 0.1, 0.01, 0.01])
+    assert rates(schedule="constant") == [1] * 6
+    expected = [0, 0.5, 0.41**0.9, 0.4**0.9, 0.2**0.9, 0.01**0.9]
+    assert rates(schedule="polynomial", warmup_epochs=1) == pytest.approx(expected)
+
+
+def test_a_store_without_masks_is_refused_before_any_work(settings, stores, pair_store, tiny):
+    chosen = tiny(epochs=1)
+    folder = pretrain.run(chosen, pair_store)
+    with pytest.raises(config.ConfigError, match="holds no masks"):
+        transfer.evaluate(
+            chosen, folder, {"train": pair_store, "test": pair_store}, dataset="geonrw", protocol="linear"
+        )
