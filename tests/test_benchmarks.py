@@ -27,7 +27,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def module(name: str):
-    if name in ("loader", "step"):
+    if name in ("convert", "loader", "step"):
         pytest.importorskip("cv2", reason="opencv-python-headless is an extra of the benchmarks")
     return importlib.import_module(f"benchmarks.{name}")
 
@@ -131,6 +131,8 @@ def test_peak_memory_is_that_of_a_fresh_process():
 
 
 COMMANDS = {
+    "convert": "--locations 2 --side 36 --count 4 --turns 1 --processes 1",
+    "hha": "--height 60 --width 80 --repeats 1",
     "lars": "--backbone small --width 16 --repeats 1",
     "loader": "--locations 4 --side 24 --size 20 --batch 2 --seconds .05 --turns 1",
     "step": "--backbone small --side 24 --size 20 --batch 8 --k 32 --repeats 1 --workers 1",

@@ -380,7 +380,7 @@ TORCHRUN = """--nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-id=test -
 
 def nodes(settings, port: int) -> list[subprocess.Popen]:
     """Two launchers, each as it would run on a node of its own."""
-    plain = {k: v for k, v in config.to_dict(settings).items() if k not in ("profile", "sweep")}
+    plain = {k: v for k, v in config.to_dict(settings).items() if k != "profile"}
     chosen = [f"{name}={json.dumps(value)}" for name, value in plain.items()]
     command = [sys.executable, "-m", "torch.distributed.run", f"--rdzv-endpoint=localhost:{port}", *TORCHRUN.split()]
     Path(settings.runs).mkdir(exist_ok=True)  # where torchrun leaves its log folders too
@@ -392,7 +392,7 @@ def nodes(settings, port: int) -> list[subprocess.Popen]:
 def world_settings(place: Path):
     data = {"data.source": "world", "data.processes": 0, "data.stores": str(place / "stores")}
     world = {"world.locations": 32, "world.through_files": 0, "world.tile": 24}
-    return settings_in(place / "nodes", epochs=4, **data, **world)
+    return settings_in(place / "nodes", epochs=4, sweep={}, **data, **world)
 
 
 def test_two_launchers_train_one_run_and_the_notebook_finds_it(place):

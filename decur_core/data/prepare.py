@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 from torch.utils.data import ConcatDataset, Subset
 
-from .. import config
+from .. import config, runs
 from ..pairs import PAIRS
 from . import convert as conversion
 from . import rooms, synthetic, terrain
@@ -205,9 +205,10 @@ def _written(settings: config.Settings, name: str, write) -> Path:
     root = _stores(settings) / "world" / _source(settings) / name
     if not root.exists():
         temporary = root.with_name(f"{name}.part")
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
-        write(temporary)
-        temporary.rename(root)
+        with runs.locked(root.parent):
+            shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+            write(temporary)
+            temporary.rename(root)
     return root
 
 
@@ -294,7 +295,12 @@ def main(argv: list[str] | None = None) -> None:
             return
         shard = tuple(int(part) for part in args.shard.split("/"))
         store(settings, dataset, split, shard=shard)
-    except (config.ConfigError, DataError, OSError) as error:
+    except (
+        config.ConfigError,
+        DataError,
+        OSError,
+        RuntimeError,
+    ) as error:  # RuntimeError: another process has the store
         sys.exit(str(error))
 
 
