@@ -27,12 +27,15 @@ from . import common, lars, loader, loss
 
 CHANNELS = tuple(m.channels for m in common.PAIR)
 
+COMPILED = "ours, compiled"
+
 
 def build(*, way: str, backbone: str, side: int, size: int, batch: int, k: int, workers: int, threads: int, device):
     """What one way works with: model, `network(views)`, which leaves gradients, and name -> call of step and parts."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    ours, kind = way == "ours", torch.device(device).type
+    ours, compiled, kind = way != "published", way == COMPILED, torch.device(device).type
+    way = "ours" if ours else way
     gpu, pieces = kind == "cuda", math.gcd(batch, 16) if workers else 1
     images = [torch.randint(256, (batch, c, side, side), dtype=torch.uint8) for c in 2 * CHANNELS]
     opencv, generator = loader.Views(batch, side, size), torch.Generator().manual_seed(0)
@@ -44,6 +47,8 @@ def build(*, way: str, backbone: str, side: int, size: int, batch: int, k: int, 
         images = [x.pin_memory() for x in images]
     model = MultimodalModel(backbone, CHANNELS, (k, k, k))
     model.to(device, memory_format=torch.channels_last if ours else torch.contiguous_format).train()
+    for backbone_m in (model.backbone_1, model.backbone_2) if compiled else ():
+        backbone_m.compile()
     optimizer = lars.WAYS[way](parameter_groups(model, lr=0.2, lr_biases=0.0048), lr=0.2)
     scaler = torch.amp.GradScaler(device, enabled=gpu and not ours)
     low = torch.bfloat16 if ours else torch.float16
@@ -94,9 +99,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     known |= {"workers": (0, max(1, (os.cpu_count() or 1) - 1), "processes that make the published views")}
     known |= {"threads": (1, 1, "CPU threads"), "repeats": (2, 10, "steps in a turn; each way has three")}
     known |= {"peak": (0.0, common.peak_arithmetic(), "TFLOP/s the device reaches at most, 0 if not known")}
+    known |= {"compiled": (0, 1, "1: also with the setting compile: default")}
     o = common.arguments(__doc__, argv, **known)
-    sizes = {name: value for name, value in vars(o).items() if name not in ("repeats", "peak")}
-    made = {way: build(way=way, **sizes)[2] for way in lars.WAYS}
+    sizes = {name: value for name, value in vars(o).items() if name not in ("repeats", "peak", "compiled")}
+    ways = (*lars.WAYS, *([COMPILED] if o.compiled else ()))
+    made = {way: build(way=way, **sizes)[2] for way in ways}
     calls = {(way, part): call for way, parts in made.items() for part, call in parts.items()}
     times = common.pace(calls, repeats=o.repeats, warm=3 if o.workers else 1, device=o.device)
     operations, rows = arithmetic(o.backbone, o.size, o.batch, o.k), []

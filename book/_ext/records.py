@@ -109,8 +109,20 @@ FIGURES = {
     ),
     "loader": (("loader",), {"pairs/s": "pairs/s"}, "pairs/s", True, "Pairs from one worker"),
     "scaling": (("processes",), {"pairs/s": "pairs/s"}, "pairs/s", False, "Pairs per second over processes"),
-    "convert": (("way",), {"locations/s": "locations/s"}, "locations/s", False, "Locations converted per second"),
-    "hha": (("way",), {"ms": "ms"}, "ms", True, "Time of one HHA image"),
+    "convert": (
+        ("way", "workers"),
+        {"locations/s": "locations/s"},
+        "locations/s",
+        False,
+        "Locations converted per second",
+    ),
+    "hha": (
+        (),
+        {"published ms": "published", "ours ms": "ours", "given ms": "ours, gravity given"},
+        "ms",
+        True,
+        "Time of an HHA",
+    ),
 }
 
 
