@@ -131,6 +131,7 @@ def test_peak_memory_is_that_of_a_fresh_process():
 
 
 COMMANDS = {
+    "explain": "--k 24 --samples 32 --pairs 4 --side 24 --steps 2",
     "convert": "--locations 2 --side 36 --count 4 --turns 1 --processes 1",
     "hha": "--height 60 --width 80 --repeats 1",
     "lars": "--backbone small --width 16 --repeats 1",
