@@ -201,7 +201,7 @@ def history(runs: dict[str, Sequence[dict]], *, smooth: int = 1) -> Figure:
                 axis.plot(steps[width - 1 :], mean, color=color, lw=1.5, label=label)
         axis.set(xlabel="step", ylabel="loss", yscale="log")
         axis.set_title(title, fontsize=9)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, framealpha=0.5)
     return figure
 
 
