@@ -6,6 +6,7 @@ standardised dimension is 0 in every batch, and one image's attribution would de
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from .model import MultimodalModel
 from .pairs import PAIRS
 
 PARTS = ("common", "unique")
+FLOOR = math.log(1e-12)
 
 
 def _batches(
@@ -168,9 +170,9 @@ def _unit(maps: Tensor) -> Tensor:
 def overlap(map1: Tensor, map2: Tensor) -> Tensor:
     """How much two saliency maps of the same places agree: log of the mean product of the maps, each scaled to 0 to 1.
 
-    ``map1, map2``: N x H x W; N values, at most 0 (-27.6 where the product vanishes).
+    ``map1, map2``: N x H x W; N values, at most 0, and FLOOR where the product vanishes, as for an empty map.
     """
-    return (_unit(map1) * _unit(map2)).mean((1, 2)).clamp_min(1e-12).log()
+    return (_unit(map1) * _unit(map2)).mean((1, 2)).clamp_min(math.exp(FLOOR)).log()
 
 
 def _stream(file: Path, about: dict, rows: range, size: int, compute: Callable[[int, int], dict]) -> list[dict]:
@@ -202,9 +204,9 @@ def statistics(
     """Saliency over a whole data set (Fig. 5), with bounded memory; an interrupted call resumes, a finished one reads.
 
     Returns ``overlap common`` and ``overlap unique``: a score for each of the first ``samples`` pairs (``overlap``),
-    scaled together to 0 to 1 (section 7); ``bands <modality> common|unique``: mean attribution of each input band by
-    Integrated Gradients, as shares of the sum of absolute values; ``completeness``: the largest error of these
-    attributions, relative to the change of the output over the data set.
+    scaled together to 0 to 1 (section 7), not a number where a map is empty; ``bands <modality> common|unique``: mean
+    attribution of each input band by Integrated Gradients, as shares of the sum of absolute values; ``completeness``:
+    the largest error of these attributions, relative to the change of the output over the data set.
     """
     store, device = Store(store_path), pretrain.device_of(settings)
     pair, samples = PAIRS[settings.pair], min(samples, len(store))
@@ -230,7 +232,8 @@ def statistics(
     with runs.locked(file.parent):
         lines = _stream(file, about, range(samples), batch_size, compute)
     made = {f"overlap {part}": np.concatenate([line[f"overlap {part}"] for line in lines]) for part in PARTS}
-    low, high = (f(np.concatenate(list(made.values()))) for f in (np.min, np.max))
+    made = {name: np.where(values < FLOOR + 1, np.nan, values) for name, values in made.items()}
+    low, high = (f(np.concatenate(list(made.values()))) for f in (np.nanmin, np.nanmax))
     made = {name: (values - low) / max(high - low, 1e-12) for name, values in made.items()}
     worst = 0.0
     for name in (f"{m.name} {part}" for m in pair for part in PARTS):

@@ -341,7 +341,10 @@ def saliency(rows: Sequence[dict[str, np.ndarray]], columns: Sequence[str]) -> F
 
 
 def overlaps(values: dict[str, np.ndarray]) -> Figure:
-    """Histograms of saliency overlap over the pairs of a data set, common and unique (Fig. 5a); scores of 0 to 1."""
+    """Histograms of saliency overlap over the pairs of a data set, common and unique (Fig. 5a); scores of 0 to 1.
+
+    Pairs with an empty map have no score (not a number); the legend says how many.
+    """
     figure, ((axis,),) = _figure(1, 1, height=2.8, width=5)
     for name, scores in values.items():
         label, colour = STYLES[name]
