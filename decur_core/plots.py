@@ -223,7 +223,7 @@ def scores(rows: Sequence[dict], *, reference: float | None = None, unit: str = 
     groups = list(dict.fromkeys((r["fraction"], r["protocol"]) for r in rows))
     methods = list(dict.fromkeys(r["method"] for r in rows))
     figure, axes = _figure(len(panels), 1, height=2 * len(panels) + 0.8, width=7, sharex=True, sharey=True)
-    width = 0.8 / max(1, len(methods))
+    width, handles = 0.8 / max(1, len(methods)), {}
     for axis, inputs in zip(axes.flat, panels, strict=True):
         for k, method in enumerate(methods):
             found = {
@@ -233,13 +233,14 @@ def scores(rows: Sequence[dict], *, reference: float | None = None, unit: str = 
             }
             at = [i + (k - (len(methods) - 1) / 2) * width for i in found]
             spread, (label, color) = [r["deviation"] or 0 for r in found.values()], STYLES[method]
-            axis.bar(at, [r["mean"] for r in found.values()], width, yerr=spread, color=color, label=label, capsize=2)
+            axis.bar(at, [r["mean"] for r in found.values()], width, yerr=spread, color=color, capsize=2)
+            handles[label] = Patch(color=color, label=label)  # also of methods that have no bar in the first panel
         if reference is not None:
-            axis.axhline(reference, color="black", ls=":", lw=1, label="guessing")
+            handles["guessing"] = axis.axhline(reference, color="black", ls=":", lw=1, label="guessing")
         axis.set_title(STYLES[inputs][0], fontsize=9, loc="right")
         axis.set_ylabel(unit, fontsize=8)
     axis.set_xticks(range(len(groups)), [f"{p}\n{100 * f:g} % labels" for f, p in groups], fontsize=8)
-    axes[0, 0].legend(ncols=4, **ABOVE)
+    axes[0, 0].legend(handles=list(handles.values()), ncols=4, **ABOVE)
     return figure
 
 
