@@ -375,11 +375,12 @@ def matrix(tables: dict[str, dict[str, dict[str, float]]], *, unit: str) -> Figu
 
 
 def curves(series: dict[str, dict[float, Sequence[float]]], *, xlabel: str, ylabel: str) -> Figure:
-    """Means over seeds against a setting, with the spread of the seeds as whiskers: series -> x -> values of seeds."""
+    """Means over seeds against a setting, whiskers for the deviation over seeds: series -> x -> values of seeds."""
     figure, ((axis,),) = _figure(1, 1, height=3, width=6)
     for k, (name, points) in enumerate(series.items()):
         at = sorted(points)
-        mean, spread = ([f(points[x]) for x in at] for f in (np.mean, np.std))
+        mean = [np.mean(points[x]) for x in at]
+        spread = [np.std(points[x], ddof=1) if len(points[x]) > 1 else 0 for x in at]
         axis.errorbar(at, mean, spread, marker="o", ms=4, capsize=2, color=plt.get_cmap("tab10")(k), label=name)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.legend(fontsize=7)
