@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -291,6 +291,14 @@ def check_dim_common(settings: Settings, width: int) -> None:
         source = "the last width of projector" if settings.projector else f"the width of {settings.backbone}"
         found = f"dim_common = {settings.dim_common} is more than the embedding has"
         raise ConfigError(f"{found}: {source} is {width}; allowed: 0 to {width}")
+
+
+def overrides(items: Iterable[str]) -> dict:
+    """The ``KEY=VALUE`` items of a command line as overrides for ``load``; values are YAML."""
+    for item in items:
+        if "=" not in item:
+            raise ConfigError(f"--set {item}: expected KEY=VALUE")
+    return {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in items)}
 
 
 def check_world_size(settings: Settings, world_size: int) -> None:

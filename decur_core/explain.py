@@ -117,10 +117,9 @@ class CommonUnique(nn.Module):
 
 def targets(folder: Path, store: Store, *, samples: int = 1024, device="cpu") -> tuple[list[CommonUnique], dict]:
     """What attributions explain: a ``CommonUnique`` for each modality of a finished run, and the run's settings."""
-    made = []
+    made, (model, _, settings) = [], transfer.load_pretrained(folder)
+    decoupled = settings["method"] == "decur" and settings.get("decoupling", True)
     for m, z in enumerate(embeddings(folder, store, samples=samples, device=device), start=1):
-        model, _, settings = transfer.load_pretrained(folder)
-        decoupled = settings["method"] == "decur" and settings.get("decoupling", True)
         dim_common = settings["dim_common"] if decoupled else z.shape[1]
         made.append(CommonUnique(model, m, dim_common, z.mean(0), z.std(0)).to(device))
     return made, settings

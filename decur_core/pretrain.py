@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 
 from . import backbones, config, distributed, losses, runs
@@ -375,8 +374,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="e.g. epochs=5")
     args = parser.parse_args(argv)
     try:
-        overrides = {k: yaml.safe_load(v) for k, _, v in (item.partition("=") for item in args.set)}
-        settings = config.load(args.profile, overrides)
+        settings = config.load(args.profile, config.overrides(args.set))
         with distributed.joined(device_of(settings)) if "RANK" in os.environ else contextlib.nullcontext():
             if distributed.place()[0] == 0:
                 prepare.pretraining_store(settings)  # the others find it finished

@@ -12,7 +12,8 @@ COLUMNS = {f"{100 * f:g} % {p}": (f, p) for f in (0.01, 1.0) for p in ("linear",
 KEYS = ("method", "protocol", "inputs", "fraction")  # what tells one measurement from another, seeds aside
 SCORES = {"mAP (%)": ("micro", "macro"), "mIoU (%)": ("miou", "accuracy")}  # metric: its two numbers in a record
 NAMES = {"both": "both", "sar": "SAR", "optical": "optical", "rgb": "RGB", "dem": "elevation", "hha": "depth"}
-ONLY = {"random": "linear", "supervised": "finetune"}  # rows without pretraining have one protocol
+# A row without pretraining is one protocol: the frozen random encoder, or everything trained from scratch.
+ONLY = {"random": "linear", "supervised": "finetune"}
 DATA = {"published": "the published data sets", "world": "the miniature world (not real data)"}
 DATA["samples"] = "a handful of real sample tiles"
 

@@ -245,9 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--grace", type=float, default=60, help="seconds for a checkpoint after a signal (%(default)s)")
     args = parser.parse_args(argv)
     try:
-        if wrong := [item for item in args.set if "=" not in item]:
-            raise ValueError(f"--set {wrong[0]}: expected KEY=VALUE")
-        overrides = {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in args.set)}
+        overrides = config.overrides(args.set)
         settings = config.load(args.profile, overrides)
         paths = find(args.notebooks, config.ROOT / "notebooks")
     except (ValueError, yaml.YAMLError) as error:

@@ -14,22 +14,23 @@ from torch import Tensor, nn
 
 from . import augment, backbones
 from .data.raster import DataError
-from .model import MultimodalModel
+from .model import MultimodalModel, OnEncoders
+from .pairs import GEOMETRY
 
 IGNORE = -1
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of images in the training of the published CMX
 # Nothing but a crop and perhaps a flip.
-_CROP = augment.Policy(p_jitter=0.0, p_gray=0.0, p_blur=0.0, p_solarize=0.0, p_vflip=0.0)
+_CROP = augment.Policy(**GEOMETRY, p_vflip=0.0)
 
 
-class FCN(nn.Module):
+class FCN(OnEncoders):
     """A fully convolutional network on the last three feature maps of each encoder (paper, appendix B).
 
     For each of the three stages, the maps of the encoders side by side, a 1x1 convolution to ``classes`` channels, and
     upsampling to the input size; the sum of the three are the logits. (The paper upsamples first; the two commute.)
 
-    ``model``: a MultimodalModel, or its encoders in order; ``branches``: the modalities given, 1, 2 or both. Frozen
-    encoders stay in eval mode, so that their BatchNorm statistics keep still; only ``heads`` is trained.
+    ``model``: a MultimodalModel, or its encoders in order; ``branches``: the modalities given, 1, 2 or both. With
+    ``frozen`` encoders only ``heads`` is trained.
 
     The published script has another linear layer (128, 256, 512 channels) before each classifier and a channel for the
     unlabelled; it classifies the upsampled maps. On two ResNet-50s and 224 x 224 pixels it has 49,779,361 parameters in
@@ -40,23 +41,14 @@ class FCN(nn.Module):
     def __init__(
         self, model: MultimodalModel | Sequence[nn.Module], *, branches=(1, 2), classes: int, frozen: bool = False
     ):
-        super().__init__()
         encoders = [model.backbone_1, model.backbone_2] if isinstance(model, MultimodalModel) else model
-        self.encoders = nn.ModuleList([encoders[branch - 1] for branch in branches])
+        super().__init__([encoders[branch - 1] for branch in branches], frozen=frozen)
         widths = zip(*(encoder.widths[-3:] for encoder in self.encoders), strict=True)
         self.heads = nn.ModuleList([nn.Conv2d(sum(each), classes, 1) for each in widths])
-        self.frozen = frozen
-        self.encoders.requires_grad_(not frozen)
-
-    def train(self, mode: bool = True) -> "FCN":
-        super().train(mode)
-        if self.frozen:
-            self.encoders.eval()
-        return self
 
     def forward(self, *images: Tensor) -> Tensor:
         """Float images of each given modality (N x C x H x W) to float32 logits, N x classes x H x W."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+        with self.encoding():
             pyramids = [backbones.feature_maps(e, x)[-3:] for e, x in zip(self.encoders, images, strict=True)]
         logits = 0
         for head, maps in zip(self.heads, zip(*pyramids, strict=True), strict=True):

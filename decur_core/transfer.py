@@ -24,9 +24,10 @@ from .data.geonrw import CLASSES as CLASSES_GEONRW
 from .data.nyuv2 import CLASSES_40
 from .data.store import Store
 from .data.sunrgbd import CLASSES_37
-from .model import MultimodalModel
-from .pairs import PAIRS, Modality
+from .model import MultimodalModel, OnEncoders
+from .pairs import GEOMETRY, PAIRS, Modality
 from .preprocess import Preprocessing
+from .results import ONLY
 
 # Data set: its name in tables, and its classes (of masks: those of the values from 1 on).
 DATASETS = {
@@ -35,41 +36,28 @@ DATASETS = {
     "sunrgbd": ("SUN RGB-D", CLASSES_37),
     "nyuv2": ("NYU Depth v2", CLASSES_40),
 }
-# A row without pretraining is one protocol: the frozen random encoder, or everything trained from scratch.
-PROTOCOLS = {"random": "linear", "supervised": "finetune"}
 SAVE_SECONDS = 60.0  # between two checkpoints of an evaluation
 EXAMPLES = 8  # test images whose predicted masks are kept for pictures
 
 
 def plain(size: int) -> Policy:
     """The augmentation that changes nothing: whole images resized to ``size`` px."""
-    off = dict.fromkeys(("p_jitter", "p_gray", "p_blur", "p_solarize", "p_hflip", "p_vflip"), 0.0)
-    return Policy(size=size, crop_scale=(1, 1), crop_ratio=(1, 1), **off)
+    return Policy(size=size, crop_scale=(1, 1), crop_ratio=(1, 1), **GEOMETRY, p_hflip=0.0, p_vflip=0.0)
 
 
-class Classifier(nn.Module):
+class Classifier(OnEncoders):
     """Late fusion: the features of the given encoders side by side, then one linear layer (paper, section 5.1).
 
-    ``branches``: 1, 2 or both, the modalities given. Frozen encoders stay in eval mode, so that their BatchNorm
-    statistics keep still; only ``head`` is trained.
+    ``branches``: 1, 2 or both, the modalities given. With ``frozen`` encoders only ``head`` is trained.
     """
 
     def __init__(self, model: MultimodalModel, *, branches: Iterable[int] = (1, 2), classes: int, frozen: bool):
-        super().__init__()
-        self.encoders = nn.ModuleList([getattr(model, f"backbone_{m}") for m in branches])
+        super().__init__([getattr(model, f"backbone_{m}") for m in branches], frozen=frozen)
         self.head = nn.Linear(model.features * len(self.encoders), classes)
-        self.frozen = frozen
-        self.encoders.requires_grad_(not frozen)
-
-    def train(self, mode: bool = True) -> "Classifier":
-        super().train(mode)
-        if self.frozen:
-            self.encoders.eval()
-        return self
 
     def forward(self, *images: Tensor) -> Tensor:
         """Float images of each given modality (N x C x H x W) to N x classes logits."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+        with self.encoding():
             features = torch.cat([e(x) for e, x in zip(self.encoders, images, strict=True)], dim=1)
         return self.head(features)
 
@@ -189,15 +177,12 @@ def evaluate_members(
     """
     t, todo = settings.transfer, []
     for folder in folders.values():
-        about = json.loads((Path(folder) / "run.json").read_text())["settings"]
-        trained = given(settings.pair, "both")
-        if about["method"] == "barlow_twins_single":
-            trained = {about["single"]: trained[about["single"]]}
+        about = json.loads((Path(folder) / "run.json").read_text())
+        only = ONLY.get(about["settings"]["method"])
+        trained = set(about.get("trained") or config.MODALITIES[settings.pair])  # without pretraining any will do
         for inputs, fraction, protocol in itertools.product(t.inputs, t.fractions, t.protocols):
-            if (
-                protocol == PROTOCOLS.get(about["method"], protocol)
-                and given(settings.pair, inputs).keys() <= trained.keys()
-            ):
+            names = {m.name for m in given(settings.pair, inputs).values()}
+            if protocol == (only or protocol) and names <= trained:
                 todo.append({"folder": folder, "protocol": protocol, "inputs": inputs, "fraction": fraction})
     return [
         evaluate(settings, stores=stores, dataset=dataset, **one) for one in runs.progress(todo, desc="evaluations")

@@ -7,10 +7,10 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from admission import supervised_r2
 from PIL import Image
 from scipy.ndimage import maximum_filter, minimum_filter
 
-from decur_core.backbones import build
 from decur_core.data.hha import depth_to_hha
 from decur_core.data.nyuv2 import NYUv2
 from decur_core.data.rooms import (
@@ -50,27 +50,10 @@ def encoded(height: int, locations: int) -> tuple[dict[str, torch.Tensor], torch
 
 
 def read_factors(images: torch.Tensor, target: torch.Tensor, train: int, *, steps: int) -> dict[str, float]:
-    """R2 of every factor on held-out locations, by a supervised network of the mini backbone's size."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        backbone, width = build("small", images.shape[1])
-        network = torch.nn.Sequential(backbone, torch.nn.Linear(width, target.shape[1]))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=5e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
-    for step in range(steps):
-        batch = torch.randint(train, (64,), generator=generator)
-        view = images[batch].flip(-1) if step % 2 else images[batch]  # rooms are not turned upside down
-        loss = (network(view / 255) - target[batch]).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    network.eval()
-    with torch.no_grad():
-        error = network(images[train:] / 255) - target[train:]
-    r2 = 1 - error.square().mean(0) / target[train:].var(0, correction=0)
-    return dict(zip(FACTORS, r2.tolist(), strict=True))
+    def view(rows, step, generator):
+        return images[rows].flip(-1) if step % 2 else images[rows]  # rooms are not turned upside down
+
+    return supervised_r2(FACTORS, view, images[train:], target, train, steps=steps)
 
 
 def check_admission(modality: str, height: int, *, train: int, test: int, steps: int) -> None:

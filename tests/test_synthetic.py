@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import rasterio
 import torch
+from admission import supervised_r2
 
-from decur_core.backbones import build
 from decur_core.data.bigearthnet import CLASS_OF, CLASSES_19, BigEarthNetMM
 from decur_core.data.ssl4eo import SSL4EOS12
 from decur_core.data.synthetic import (
@@ -47,30 +47,13 @@ def encoded(layout: str, locations: int) -> tuple[dict[str, torch.Tensor], torch
 
 
 def read_factors(images: torch.Tensor, target: torch.Tensor, train: int, *, steps: int) -> dict[str, float]:
-    """R2 of every factor on held-out locations, by a supervised network of the mini backbone's size."""
-    seasons = images.shape[1]
-    generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        backbone, width = build("small", images.shape[2])
-        network = torch.nn.Sequential(backbone, torch.nn.Linear(width, target.shape[1]))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=5e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
-    for step in range(steps):
-        batch = torch.randint(train, (64,), generator=generator)
+    seasons, rest = images.shape[1], torch.arange(train, len(images))
+
+    def view(rows, step, generator):
         season = torch.randint(seasons, (64,), generator=generator)
-        flips = [axis for bit, axis in ((1, -1), (2, -2)) if step & bit]
-        loss = (network(images[batch, season].flip(flips) / 255) - target[batch]).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    network.eval()
-    rest = torch.arange(train, len(images))
-    with torch.no_grad():
-        error = network(images[rest, rest % seasons] / 255) - target[rest]
-    r2 = 1 - error.square().mean(0) / target[rest].var(0, correction=0)
-    return dict(zip(FACTORS, r2.tolist(), strict=True))
+        return images[rows, season].flip([axis for bit, axis in ((1, -1), (2, -2)) if step & bit])
+
+    return supervised_r2(FACTORS, view, images[rest, rest % seasons], target, train, steps=steps)
 
 
 def check_admission(layout: str, modality: str, *, train: int, test: int, steps: int) -> None:

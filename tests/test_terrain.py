@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import rasterio
 import torch
+from admission import supervised_r2
 from PIL import Image
 
-from decur_core.backbones import build
 from decur_core.data.geonrw import CLASSES, SPLITS, GeoNRW
 from decur_core.data.terrain import (
     BUILDING,
@@ -45,30 +45,14 @@ def encoded(locations: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
 
 
 def read_factors(images: torch.Tensor, target: torch.Tensor, train: int, *, steps: int) -> dict[str, float]:
-    """R2 of every factor on held-out locations, by a supervised network of the mini backbone's size."""
     images = images.contiguous(memory_format=torch.channels_last)
-    generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        backbone, width = build("small", 3)
-        network = torch.nn.Sequential(backbone, torch.nn.Linear(width, target.shape[1]))
-    network.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
-    for step in range(steps):
-        batch = torch.randint(train, (80,), generator=generator)
-        views = images[batch].flip([axis for bit, axis in ((1, -1), (2, -2)) if step & bit])
-        views = views.mT if step & 4 else views
-        loss = (network(views / 255) - target[batch]).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    network.eval()
-    with torch.no_grad():
-        error = network(images[train:] / 255) - target[train:]
-    r2 = 1 - error.square().mean(0) / target[train:].var(0, correction=0)
-    return dict(zip(FACTORS, r2.tolist(), strict=True))
+
+    def view(rows, step, generator):
+        views = images[rows].flip([axis for bit, axis in ((1, -1), (2, -2)) if step & bit])
+        return views.mT if step & 4 else views
+
+    options = {"batch": 80, "rate": 1e-2, "memory_format": torch.channels_last}
+    return supervised_r2(FACTORS, view, images[train:], target, train, steps=steps, **options)
 
 
 def check_admission(modality: str, *, train: int, test: int, steps: int) -> None:

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import yaml
 from torch.utils.data import ConcatDataset, Subset
 
 from .. import config, runs
@@ -283,8 +282,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     try:
-        overrides = {k: yaml.safe_load(v) for k, _, v in (item.partition("=") for item in args.set)}
-        settings = config.load(args.profile, overrides, pair=args.pair)
+        settings = config.load(args.profile, config.overrides(args.set), pair=args.pair)
         dataset, split = PRETRAINING[settings.pair]
         dataset, split = args.dataset or dataset, args.split or split
         if args.verify:
@@ -295,12 +293,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         shard = tuple(int(part) for part in args.shard.split("/"))
         store(settings, dataset, split, shard=shard)
-    except (
-        config.ConfigError,
-        DataError,
-        OSError,
-        RuntimeError,
-    ) as error:  # RuntimeError: another process has the store
+    except (config.ConfigError, DataError, OSError, RuntimeError) as error:  # the last: another process has the store
         sys.exit(str(error))
 
 
