@@ -357,30 +357,50 @@ def overlaps(values: dict[str, np.ndarray]) -> Figure:
 
 
 def matrix(tables: dict[str, dict[str, dict[str, float]]], *, unit: str) -> Figure:
-    """Heat maps of row -> column -> value of 0 to 1, with the values written in, one panel per entry."""
-    columns = list(next(iter(next(iter(tables.values())).values())))
-    rows = len(next(iter(tables.values())))
-    figure, axes = _figure(len(tables), 1, height=(0.32 * rows + 1.1) * len(tables), width=0.75 * len(columns) + 2.5)
+    """Heat maps of row -> column -> value of 0 to 1, with the values written in, one panel per entry.
+
+    All panels have the same columns; each may have rows of its own.
+    """
+    columns, rows = list(next(iter(next(iter(tables.values())).values()))), [len(t) for t in tables.values()]
+    size = {"height": 0.32 * sum(rows) + 1.1 * len(rows), "width": 0.75 * len(columns) + 2.5}
+    figure, axes = _figure(len(tables), 1, **size, gridspec_kw={"height_ratios": rows})
     for axis, (title, table) in zip(axes.flat, tables.items(), strict=True):
         values = np.array([[row[c] for c in columns] for row in table.values()])
         shown = axis.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         for (i, j), value in np.ndenumerate(values):
             axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color="w" if value < 0.6 else "k")
         axis.set_xticks(range(len(columns)), columns, rotation=20, fontsize=7)
-        axis.set_yticks(range(rows), list(table), fontsize=7)
+        axis.set_yticks(range(len(table)), list(table), fontsize=7)
         axis.set_title(title, fontsize=9)
     figure.colorbar(shown, ax=axes.ravel().tolist(), label=unit, shrink=0.7)
     return figure
 
 
-def curves(series: dict[str, dict[float, Sequence[float]]], *, xlabel: str, ylabel: str) -> Figure:
-    """Means over seeds against a setting, whiskers for the deviation over seeds: series -> x -> values of seeds."""
-    figure, ((axis,),) = _figure(1, 1, height=3, width=6)
+def _curves(axis: plt.Axes, series: dict[str, dict[float, Sequence[float]]]) -> None:
     for k, (name, points) in enumerate(series.items()):
         at = sorted(points)
         mean = [np.mean(points[x]) for x in at]
         spread = [np.std(points[x], ddof=1) if len(points[x]) > 1 else 0 for x in at]
         axis.errorbar(at, mean, spread, marker="o", ms=4, capsize=2, color=plt.get_cmap("tab10")(k), label=name)
+
+
+def curves(series: dict[str, dict[float, Sequence[float]]], *, xlabel: str, ylabel: str) -> Figure:
+    """Means over seeds against a setting, whiskers for the deviation over seeds: series -> x -> values of seeds."""
+    figure, ((axis,),) = _figure(1, 1, height=3, width=6)
+    _curves(axis, series)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.legend(fontsize=7)
+    return figure
+
+
+def curve_panels(panels: dict[str, dict], *, xlabel: str, ylabel: str) -> Figure:
+    """``curves`` side by side on one scale of 0 to 1: title -> series, which are the same in every panel."""
+    figure, (axes,) = _figure(1, len(panels), height=3.2, width=4 * len(panels), sharey=True)
+    for axis, (title, series) in zip(axes, panels.items(), strict=True):
+        _curves(axis, series)
+        axis.set(xlabel=xlabel, ylim=(-0.03, 1.05))
+        axis.set_title(title, fontsize=9)
+    axes[0].set_ylabel(ylabel)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=2, fontsize=7, frameon=False, loc="outside lower center")
     return figure

@@ -1,16 +1,32 @@
 """What an embedding's dimensions know: known factors read from blocks of them by linear and by kernel regression.
 
 Only for the miniature worlds, whose factors are known. A linear probe sees what is decorrelated, a kernel probe what is
-independent: DeCUR's loss asks for the first alone.
+independent: DeCUR's loss asks for the first alone. The ceiling is what a network of the same size reads from the images
+when it is told the factors.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
+from . import backbones, config, pretrain, runs, transfer
 from .config import Settings
+from .data.store import Store
+from .pairs import PAIRS
 
 PENALTIES = np.logspace(-4, 3, 15)
+# Where they belong, then where they do not.
+HELD = (
+    "common factors, common block",
+    "own factors, unique block",
+    "common factors, unique block",
+    "own factors, common block",
+)
 WIDTHS = (0.3, 1.0, 3.0)  # of the radial kernel, in units of the median distance between samples
 
 
@@ -97,11 +113,126 @@ def tables(
     return made
 
 
-def first(
-    by_run: dict[str, dict[str, dict]], kernel: str, methods: Sequence[str] = ("DeCUR", "Barlow Twins", "Random")
-) -> dict[str, dict]:
-    """The R2 matrices of the first seed of some methods, by run label."""
-    return {k: v[kernel] for k, v in by_run.items() if k.startswith(tuple(methods)) and k.endswith("seed 0")}
+def supervised_r2(
+    view: Callable[[Tensor, int, torch.Generator], Tensor],
+    held_out: Tensor,
+    target: Tensor,
+    train: int,
+    *,
+    steps: int,
+    backbone: str = "small",
+    batch: int = 64,
+    rate: float = 5e-3,
+    seed: int = 0,
+) -> np.ndarray:
+    """R2 (F,) of every factor on held-out images, by a network that is trained with the factors as labels.
+
+    ``view(rows, step, generator)``: float images (batch, C, H, W) of some of the first ``train`` samples, augmented;
+    ``held_out``: those of all others, in order, float; ``target``: factors of all, (N, F). ``rate``: the highest of one
+    cycle of AdamW.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        encoder, width = backbones.build(backbone, held_out.shape[1])
+        network = nn.Sequential(encoder, nn.Linear(width, target.shape[1]))
+    network.to(held_out.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    for step in range(steps):
+        rows = torch.randint(train, (batch,), generator=generator)
+        loss = (network(view(rows, step, generator)) - target[rows].to(held_out.device)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    network.eval()
+    with torch.no_grad():
+        error = network(held_out).cpu() - target[train:]
+    return (1 - error.square().mean(0) / target[train:].var(0, correction=0)).numpy()
+
+
+def ceiling(
+    settings: Settings, store_path: Path | str, factors: dict[str, np.ndarray], *, samples: int = 1024
+) -> dict[str, dict[str, list[float]]]:
+    """``supervised_r2`` of every modality: modality -> factor -> R2 of each seed of the profile.
+
+    The network is the profile's backbone, trained for as many steps and images as a pretraining, on whole images of all
+    locations but those that probes of the first ``samples`` embeddings are tested on. ``factors``: of the store's
+    locations, in order. What has been computed with the same settings is read from the profile's folder ``ceiling``.
+    """
+    store, device = Store(store_path), pretrain.device_of(settings)
+    size = min(samples, len(store))
+    held, rows = range(size // 2, size), [*range(size // 2), *range(size, len(store))]
+    target = torch.from_numpy(np.stack(list(factors.values()), 1)[[*rows, *held]])
+    steps = settings.epochs * (len(store) // settings.batch_size)
+    seeds = sorted({member.seed for member in config.members(settings)})
+    todo = [(m, seed) for m in PAIRS[settings.pair] for seed in seeds]
+    found: dict[str, dict[str, list[float]]] = {}
+    for m, seed in runs.progress(todo, desc=f"{settings.pair}, supervised"):
+        about = {"backbone": settings.backbone, "steps": steps, "batch": settings.batch_size, "samples": size}
+        about |= {"size": settings.crop_size, "store": store.meta["summary"]["sha256"], "factors": list(factors)}
+        file = runs.path(settings, "ceiling", f"{settings.pair}-{m.name}-seed{seed}.json")
+        if not file.exists() or (kept := json.loads(file.read_text()))["settings"] != about:
+            policy = transfer.plain(settings.crop_size)
+            flips = replace(policy, p_hflip=m.policy.p_hflip, p_vflip=m.policy.p_vflip)
+
+            def view(picked: Tensor, step: int, generator: torch.Generator, m=m, flips=flips) -> Tensor:
+                chosen = [rows[k] for k in picked.tolist()]
+                draw = torch.randint(store.seasons, (len(chosen),), generator=generator).tolist()
+                images = [torch.from_numpy(store.read(i, m.name, s).copy()) for i, s in zip(chosen, draw, strict=True)]
+                images = torch.stack(images).to(device)
+                return m.view(images, size=flips.size, policy=flips, generator=generator)
+
+            options = {"steps": steps, "backbone": settings.backbone, "batch": settings.batch_size, "seed": seed}
+            (images,) = transfer.views(store, [m], held, policy, device=device)
+            kept = {"settings": about, "r2": supervised_r2(view, images, target, len(rows), **options).tolist()}
+            runs.write_json(file, kept)
+        for name, value in zip(factors, kept["r2"], strict=True):
+            found.setdefault(m.name, {}).setdefault(name, []).append(value)
+    return found
+
+
+def normalised(
+    by_run: dict[str, dict[str, dict]],
+    ceilings: dict[str, dict[str, Sequence[float]]],
+    seen_by: dict[str, str],
+    modalities: Sequence[str],
+) -> dict[str, dict[str, dict]]:
+    """``tables`` with each R2 divided by what a supervised network reads of the factor from the block's modality.
+
+    ``ceilings``: of ``ceiling``, whose mean over seeds counts. 1 means that nothing readable is missing. What a
+    modality does not carry is not there to be read either: such entries, the impossible ones, stay as they are.
+    """
+
+    def share(block: str, factor: str, value: float) -> float:
+        modality = modalities[int(block[-1]) - 1]
+        carried = seen_by.get(factor) in ("common", modality)
+        return value / float(np.mean(ceilings[modality][factor])) if carried else value
+
+    return {
+        label: {
+            kernel: {block: {f: share(block, f, v) for f, v in row.items()} for block, row in table.items()}
+            for kernel, table in by_kernel.items()
+        }
+        for label, by_kernel in by_run.items()
+    }
+
+
+def panels(
+    by_run: dict[str, dict[str, dict]],
+    ceilings: dict[str, dict[str, Sequence[float]]],
+    kernel: str = "linear",
+    methods: Sequence[str] = ("DeCUR", "Barlow Twins", "Random initialisation"),
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Means over seeds for ``plots.matrix``: the ceiling, a row per modality, then a table for each of some methods."""
+
+    def mean(tables: Sequence[dict]) -> dict[str, dict[str, float]]:
+        return {row: {f: float(np.mean([t[row][f] for t in tables])) for f in tables[0][row]} for row in tables[0]}
+
+    by_method = {m: [t[kernel] for label, t in by_run.items() if label.partition(", seed")[0] == m] for m in methods}
+    found = {method: mean(tables) for method, tables in by_method.items() if tables}
+    return {"Supervised network: the ceiling, $R^2$": mean([ceilings])} | found
 
 
 def over_shares(
@@ -109,16 +240,19 @@ def over_shares(
     members: Sequence[Settings],
     seen_by: dict[str, str],
     modalities: Sequence[str],
-) -> dict[str, dict[float, list[float]]]:
-    """Mean R2 of the right and of the wrong block over the share of common dimensions: series -> percent -> seeds."""
-    series: dict[str, dict[float, list[float]]] = {}
-    for table, member in zip(by_run.values(), members, strict=True):
+) -> dict[str, dict[str, dict[float, list[float]]]]:
+    """What each kind of block holds of each kind of factor, over the share of common dimensions.
+
+    Kernel -> one of HELD, such as ``own factors, unique block`` -> percent -> mean R2 of each seed.
+    """
+    panels: dict[str, dict[str, dict[float, list[float]]]] = {}
+    for by_kernel, member in zip(by_run.values(), members, strict=True):
         share = 100 * member.dim_common / member.projector[-1]
-        for kernel, values in table.items():
-            found = scores(values, seen_by, modalities)
-            for side in ("right", "wrong"):
-                series.setdefault(f"{side} block, {kernel}", {}).setdefault(share, []).append(found[side])
-    return series
+        for kernel, table in by_kernel.items():
+            found = scores(table, seen_by, modalities)
+            for name in HELD:
+                panels.setdefault(kernel, {}).setdefault(name, {}).setdefault(share, []).append(found[name])
+    return panels
 
 
 def report(by_run: dict[str, dict[str, dict]], seen_by: dict[str, str], modalities: Sequence[str]) -> str:
@@ -127,34 +261,37 @@ def report(by_run: dict[str, dict[str, dict]], seen_by: dict[str, str], modaliti
     for label, table in by_run.items():
         for kernel, values in table.items():
             found.setdefault((label.partition(", seed")[0], kernel), []).append(scores(values, seen_by, modalities))
-    names = ("right", "wrong", "block score", "impossible")
-    lines = ["| Method | Probe | " + " | ".join(names) + " |", "|---" * 6 + "|"]
-    for (method, kernel), runs in found.items():
-        cells = [[run[name] for run in runs] for name in names]
+    names = {"right": "right block", "wrong": "wrong block (leakage)", "block score": "block score"}
+    names["impossible"] = "impossible"
+    lines = ["| Method | Probe | " + " | ".join(names.values()) + " |", "|---" * 6 + "|"]
+    for (method, kernel), seeds in found.items():
+        cells = [[each[name] for each in seeds] for name in names]
         texts = [f"{np.mean(c):.2f}" + (f" ± {np.std(c, ddof=1):.2f}" if len(c) > 1 else "") for c in cells]
         lines.append(f"| {method} | {kernel} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
 
 def scores(table: dict[str, dict[str, float]], seen_by: dict[str, str], modalities: Sequence[str]) -> dict[str, float]:
-    """Summary of an R2 matrix: mean R2 of the ``right`` and of the ``wrong`` block, their difference, the impossible.
+    """Summary of an R2 matrix, negative values counting as 0.
 
-    ``seen_by``: factor -> "common" or the one modality that carries it. Right: common factors from common dimensions,
-    a modality's own factors from its unique dimensions; wrong: the same factors from the modality's other block.
-    ``block score`` is right - wrong, 1 at best. ``impossible``: the largest R2 of a modality's own factor from the
-    other modality's blocks, where nothing can be found; how far it lies above 0 is the error of the measurement.
+    ``seen_by``: factor -> "common" or the one modality that carries it. Keys: each of HELD, the mean R2 of common
+    factors, or of a modality's own, in its common or unique block; ``right``: the mean of common factors in common
+    blocks and own factors in unique ones; ``wrong``: of the same factors in the other block of the modality;
+    ``block score``: right - wrong, 1 at best; ``impossible``: the largest R2 of a modality's own factor from the other
+    modality's blocks, where nothing can be found; how far it lies above 0 is the error of the measurement.
     """
-    right, wrong, impossible = [], [], []
+    held: dict[str, list[float]] = {name: [] for name in HELD}
+    impossible = []
     for factor, who in seen_by.items():
-        for m, name in enumerate(modalities, start=1):
-            common, unique = max(0, table[f"common {m}"][factor]), max(0, table[f"unique {m}"][factor])
-            if who == "common":
-                right.append(common)
-                wrong.append(unique)
-            elif who == name:
-                right.append(unique)
-                wrong.append(common)
-            else:
-                impossible += [table[f"common {m}"][factor], table[f"unique {m}"][factor]]
-    found = {"right": np.mean(right), "wrong": np.mean(wrong), "impossible": np.max(impossible)}
-    return {k: float(v) for k, v in found.items()} | {"block score": float(np.mean(right) - np.mean(wrong))}
+        for m, modality in enumerate(modalities, start=1):
+            for block in ("common", "unique"):
+                value = table[f"{block} {m}"][factor]
+                if who in ("common", modality):
+                    kind = "common" if who == "common" else "own"
+                    held[f"{kind} factors, {block} block"].append(max(0, value))
+                else:
+                    impossible.append(value)
+    right, wrong = (np.mean(held[first] + held[second]) for first, second in (HELD[:2], HELD[2:]))
+    found = {name: np.mean(values) for name, values in held.items()}
+    found |= {"right": right, "wrong": wrong, "block score": right - wrong, "impossible": np.max(impossible)}
+    return {name: float(value) for name, value in found.items()}

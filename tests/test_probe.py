@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from sklearn.linear_model import Ridge
 
-from decur_core import probe
+from decur_core import config, plots, probe, runs
+from decur_core.data import prepare
+from decur_core.data.store import Store
 
 
 @pytest.fixture
@@ -67,3 +70,98 @@ def test_what_cannot_be_probed_is_refused(random):
         probe.r2(np.zeros((4, 2)), np.zeros((4, 1)))
     with pytest.raises(ValueError, match="kernel 'cubic'"):
         probe.r2(np.zeros((20, 2)), np.zeros((20, 1)), kernel="cubic")
+
+
+SEEN_BY = {"c": "common", "a": "sar", "b": "optical"}
+
+
+def table(held: dict[str, tuple]) -> dict:
+    return {block: dict(zip("cab", values, strict=True)) for block, values in held.items()}
+
+
+def test_scores_follow_from_the_entries_one_by_one():
+    found = probe.scores(
+        table(
+            {
+                "common 1": (0.9, 0.5, 0.02),
+                "unique 1": (0.1, 0.7, -0.04),
+                "common 2": (0.8, 0.01, 0.4),
+                "unique 2": (-0.3, 0.03, 0.6),
+            }
+        ),
+        SEEN_BY,
+        ("sar", "optical"),
+    )
+    assert found["common factors, common block"] == pytest.approx((0.9 + 0.8) / 2)
+    assert found["common factors, unique block"] == pytest.approx((0.1 + 0) / 2)  # below 0 nothing is held
+    assert found["own factors, unique block"] == pytest.approx((0.7 + 0.6) / 2)
+    assert found["own factors, common block"] == pytest.approx((0.5 + 0.4) / 2)
+    assert found["right"] == pytest.approx((0.9 + 0.8 + 0.7 + 0.6) / 4)
+    assert found["wrong"] == pytest.approx((0.1 + 0 + 0.5 + 0.4) / 4)
+    assert found["block score"] == pytest.approx(found["right"] - found["wrong"])
+    assert found["impossible"] == 0.03
+
+
+def test_shares_of_the_ceiling_leave_alone_what_a_modality_does_not_carry():
+    held = table({"common 1": (0.4, 0.3, 0.02), "unique 2": (0.4, 0.03, 0.3)})
+    ceilings = {"sar": {"c": [0.7, 0.9], "a": [0.6], "b": [-0.1]}, "optical": {"c": [0.5], "a": [0.01], "b": [0.75]}}
+    found = probe.normalised({"DeCUR, seed 0": {"linear": held}}, ceilings, SEEN_BY, ("sar", "optical"))
+    shares = found["DeCUR, seed 0"]["linear"]
+    assert shares["common 1"] == pytest.approx({"c": 0.5, "a": 0.5, "b": 0.02})
+    assert shares["unique 2"] == pytest.approx({"c": 0.8, "a": 0.03, "b": 0.4})
+    panels = probe.panels(found | {"DeCUR, seed 1": {"linear": held}}, ceilings)
+    ceiling, decur = panels.values()
+    assert list(panels)[1] == "DeCUR" and ceiling["sar"] == pytest.approx({"c": 0.8, "a": 0.6, "b": -0.1})
+    assert decur["common 1"]["c"] == pytest.approx((0.5 + 0.4) / 2)
+    assert len(plots.matrix(panels, unit="").axes) == 3  # two panels and the scale
+
+
+def test_over_shares_has_a_point_for_every_share_and_seed():
+    settings = config.load("mini", {"sweep": {"dim_common": [16, 64], "seed": [0, 1]}})
+    members = config.members(settings)
+    by_run = {
+        f"run {k}": {
+            "linear": table({f"{b} {m}": (k / 10, k / 10, k / 10) for b in ("common", "unique") for m in (1, 2)})
+        }
+        for k in range(4)
+    }
+    lines = probe.over_shares(by_run, members, SEEN_BY, ("sar", "optical"))["linear"]
+    assert list(lines) == list(probe.HELD)
+    assert lines["own factors, common block"] == {25: pytest.approx([0, 0.1]), 100: pytest.approx([0.2, 0.3])}
+    assert len(plots.curve_panels({"linear": lines, "rbf": lines}, xlabel="", ylabel="").axes) == 2
+
+
+def test_a_supervised_network_reads_what_is_in_the_images_and_nothing_else():
+    random = torch.Generator().manual_seed(0)
+    target = torch.rand(600, 2, generator=random) * 2 - 1
+    images = 0.5 + 0.3 * target[:, :1, None, None] + 0.05 * torch.randn(600, 3, 16, 16, generator=random)
+    state = torch.get_rng_state()
+    r2 = probe.supervised_r2(lambda rows, step, generator: images[rows], images[500:], target, 500, steps=80)
+    assert r2[0] > 0.9 and r2[1] < 0.1
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_ceiling_is_computed_once_and_not_on_images_that_it_is_tested_on(tmp_path, monkeypatch):
+    small = {"world": {"locations": 32, "train": 8, "test": 8, "through_files": 0}, "batch_size": 8, "epochs": 1}
+    small |= {"runs": str(tmp_path / "runs"), "data.stores": str(tmp_path / "stores"), "data.processes": 0}
+    settings = config.load("mini", small | {"sweep": {"seed": [0, 3]}})
+    store = prepare.pretraining_store(settings)
+    factors, _ = prepare.known_factors(settings)
+    calls = []
+
+    def spy(view, held_out, target, train, **options):
+        calls.append((train, len(held_out), options["steps"], options["seed"]))
+        wanted = np.stack(list(factors.values()), 1)
+        assert np.array_equal(target[train:], wanted[8:16]) and np.array_equal(target[:8], wanted[:8])
+        assert np.array_equal(target[8:train], wanted[16:])
+        assert view(torch.arange(4), 0, torch.Generator()).shape == (4, held_out.shape[1], 32, 32)
+        return np.full(len(factors), 0.5 + len(calls))
+
+    monkeypatch.setattr(probe, "supervised_r2", spy)
+    found = probe.ceiling(settings, store, factors, samples=16)
+    assert calls == [(24, 8, 4, 0), (24, 8, 4, 3)] * 2 and list(found) == ["sar", "optical"]
+    assert found["sar"]["water"] == [1.5, 2.5] and found["optical"]["ratio"] == [3.5, 4.5]
+    assert probe.ceiling(settings, store, factors, samples=16) == found and len(calls) == 4  # from the files
+    runs.path(settings, "ceiling", "sar_optical-sar-seed3.json").unlink()
+    probe.ceiling(settings, store, factors, samples=16)
+    assert len(calls) == 5 and len(Store(store)) == 32

@@ -7,7 +7,6 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from admission import supervised_r2
 from PIL import Image
 from scipy.ndimage import maximum_filter, minimum_filter
 
@@ -26,6 +25,7 @@ from decur_core.data.rooms import (
     write_sunrgbd,
 )
 from decur_core.data.sunrgbd import SUNRGBD
+from decur_core.probe import supervised_r2
 
 SPLITS = {"train": range(3, 12), "test": [0, 15, 1]}
 
@@ -50,10 +50,13 @@ def encoded(height: int, locations: int) -> tuple[dict[str, torch.Tensor], torch
 
 
 def read_factors(images: torch.Tensor, target: torch.Tensor, train: int, *, steps: int) -> dict[str, float]:
+    images = (images / 255).contiguous(memory_format=torch.channels_last)
+
     def view(rows, step, generator):
         return images[rows].flip(-1) if step % 2 else images[rows]  # rooms are not turned upside down
 
-    return supervised_r2(FACTORS, view, images[train:], target, train, steps=steps)
+    r2 = supervised_r2(view, images[train:], target, train, steps=steps)
+    return dict(zip(FACTORS, r2.tolist(), strict=True))
 
 
 def check_admission(modality: str, height: int, *, train: int, test: int, steps: int) -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import rasterio
 import torch
-from admission import supervised_r2
 
 from decur_core.data.bigearthnet import CLASS_OF, CLASSES_19, BigEarthNetMM
 from decur_core.data.ssl4eo import SSL4EOS12
@@ -25,6 +24,7 @@ from decur_core.data.synthetic import (
 )
 from decur_core.data.synthetic_files import write_bigearthnet, write_ssl4eo
 from decur_core.preprocess import OPTICAL, SAR
+from decur_core.probe import supervised_r2
 
 MODALITIES = {"sar": SAR, "optical": OPTICAL}
 
@@ -51,9 +51,10 @@ def read_factors(images: torch.Tensor, target: torch.Tensor, train: int, *, step
 
     def view(rows, step, generator):
         season = torch.randint(seasons, (64,), generator=generator)
-        return images[rows, season].flip([axis for bit, axis in ((1, -1), (2, -2)) if step & bit])
+        return images[rows, season].flip([axis for bit, axis in ((1, -1), (2, -2)) if step & bit]) / 255
 
-    return supervised_r2(FACTORS, view, images[rest, rest % seasons], target, train, steps=steps)
+    r2 = supervised_r2(view, images[rest, rest % seasons] / 255, target, train, steps=steps)
+    return dict(zip(FACTORS, r2.tolist(), strict=True))
 
 
 def check_admission(layout: str, modality: str, *, train: int, test: int, steps: int) -> None:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import rasterio
 import torch
-from admission import supervised_r2
 from PIL import Image
 
 from decur_core.data.geonrw import CLASSES, SPLITS, GeoNRW
@@ -26,6 +25,7 @@ from decur_core.data.terrain import (
     write_geonrw,
 )
 from decur_core.preprocess import DEM, RGB
+from decur_core.probe import supervised_r2
 
 MODALITIES = {"rgb": RGB, "dem": DEM}
 
@@ -45,14 +45,14 @@ def encoded(locations: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
 
 
 def read_factors(images: torch.Tensor, target: torch.Tensor, train: int, *, steps: int) -> dict[str, float]:
-    images = images.contiguous(memory_format=torch.channels_last)
+    images = (images / 255).contiguous(memory_format=torch.channels_last)
 
     def view(rows, step, generator):
         views = images[rows].flip([axis for bit, axis in ((1, -1), (2, -2)) if step & bit])
         return views.mT if step & 4 else views
 
-    options = {"batch": 80, "rate": 1e-2, "memory_format": torch.channels_last}
-    return supervised_r2(FACTORS, view, images[train:], target, train, steps=steps, **options)
+    r2 = supervised_r2(view, images[train:], target, train, steps=steps, batch=80, rate=1e-2)
+    return dict(zip(FACTORS, r2.tolist(), strict=True))
 
 
 def check_admission(modality: str, *, train: int, test: int, steps: int) -> None:
