@@ -18,8 +18,10 @@ from . import backbones, config, pretrain, runs, transfer
 from .config import Settings
 from .data.store import Store
 from .pairs import PAIRS
+from .results import NAMES
 
 PENALTIES = np.logspace(-4, 3, 15)
+STEPS = 200  # from which on a small network reads every factor of the miniature worlds
 # Where they belong, then where they do not.
 HELD = (
     "common factors, common block",
@@ -157,15 +159,15 @@ def ceiling(
 ) -> dict[str, dict[str, list[float]]]:
     """``supervised_r2`` of every modality: modality -> factor -> R2 of each seed of the profile.
 
-    The network is the profile's backbone, trained for as many steps and images as a pretraining, on whole images of all
-    locations but those that probes of the first ``samples`` embeddings are tested on. ``factors``: of the store's
+    The network is the profile's backbone, trained for as many steps as a pretraining, at least STEPS, on whole images
+    of all locations but those that probes of the first ``samples`` embeddings are tested on. ``factors``: of the store's
     locations, in order. What has been computed with the same settings is read from the profile's folder ``ceiling``.
     """
     store, device = Store(store_path), pretrain.device_of(settings)
     size = min(samples, len(store))
     held, rows = range(size // 2, size), [*range(size // 2), *range(size, len(store))]
     target = torch.from_numpy(np.stack(list(factors.values()), 1)[[*rows, *held]])
-    steps = settings.epochs * (len(store) // settings.batch_size)
+    steps = max(STEPS, settings.epochs * (len(store) // settings.batch_size))
     seeds = sorted({member.seed for member in config.members(settings)})
     todo = [(m, seed) for m in PAIRS[settings.pair] for seed in seeds]
     found: dict[str, dict[str, list[float]]] = {}
@@ -203,12 +205,19 @@ def normalised(
 
     ``ceilings``: of ``ceiling``, whose mean over seeds counts. 1 means that nothing readable is missing. What a
     modality does not carry is not there to be read either: such entries, the impossible ones, stay as they are.
+    A ValueError for a ceiling so low (below 0.1) that shares of it say nothing.
     """
 
     def share(block: str, factor: str, value: float) -> float:
         modality = modalities[int(block[-1]) - 1]
-        carried = seen_by.get(factor) in ("common", modality)
-        return value / float(np.mean(ceilings[modality][factor])) if carried else value
+        if seen_by.get(factor) not in ("common", modality):
+            return value
+        if not (top := float(np.mean(ceilings[modality][factor]))) >= 0.1:
+            found = f"a supervised network reads {factor} from {modality} with R2 = {top:.2f}"
+            raise ValueError(
+                f"{found}: no ceiling to measure against; give it more images (world: locations) or epochs"
+            )
+        return value / top
 
     return {
         label: {
@@ -227,12 +236,16 @@ def panels(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Means over seeds for ``plots.matrix``: the ceiling, a row per modality, then a table for each of some methods."""
 
+    names = [NAMES[modality] for modality in ceilings]
+
     def mean(tables: Sequence[dict]) -> dict[str, dict[str, float]]:
         return {row: {f: float(np.mean([t[row][f] for t in tables])) for f in tables[0][row]} for row in tables[0]}
 
-    by_method = {m: [t[kernel] for label, t in by_run.items() if label.partition(", seed")[0] == m] for m in methods}
-    found = {method: mean(tables) for method, tables in by_method.items() if tables}
-    return {"Supervised network: the ceiling, $R^2$": mean([ceilings])} | found
+    panels = {"Supervised network: the ceiling, $R^2$": dict(zip(names, mean([ceilings]).values(), strict=True))}
+    for method in methods:
+        if found := [t[kernel] for label, t in by_run.items() if label.partition(", seed")[0] == method]:
+            panels[method] = {f"{row[:-2]}, {names[int(row[-1]) - 1]}": values for row, values in mean(found).items()}
+    return panels
 
 
 def over_shares(

@@ -109,10 +109,14 @@ def test_shares_of_the_ceiling_leave_alone_what_a_modality_does_not_carry():
     shares = found["DeCUR, seed 0"]["linear"]
     assert shares["common 1"] == pytest.approx({"c": 0.5, "a": 0.5, "b": 0.02})
     assert shares["unique 2"] == pytest.approx({"c": 0.8, "a": 0.03, "b": 0.4})
+    with pytest.raises(ValueError, match="reads a from sar with R2 = 0.05: no ceiling"):
+        probe.normalised(
+            {"x": {"linear": held}}, ceilings | {"sar": {"c": [1], "a": [0.05]}}, SEEN_BY, ("sar", "optical")
+        )
     panels = probe.panels(found | {"DeCUR, seed 1": {"linear": held}}, ceilings)
     ceiling, decur = panels.values()
-    assert list(panels)[1] == "DeCUR" and ceiling["sar"] == pytest.approx({"c": 0.8, "a": 0.6, "b": -0.1})
-    assert decur["common 1"]["c"] == pytest.approx((0.5 + 0.4) / 2)
+    assert list(panels)[1] == "DeCUR" and ceiling["SAR"] == pytest.approx({"c": 0.8, "a": 0.6, "b": -0.1})
+    assert decur["common, SAR"]["c"] == pytest.approx((0.5 + 0.4) / 2)
     assert len(plots.matrix(panels, unit="").axes) == 3  # two panels and the scale
 
 
@@ -159,7 +163,7 @@ def test_the_ceiling_is_computed_once_and_not_on_images_that_it_is_tested_on(tmp
 
     monkeypatch.setattr(probe, "supervised_r2", spy)
     found = probe.ceiling(settings, store, factors, samples=16)
-    assert calls == [(24, 8, 4, 0), (24, 8, 4, 3)] * 2 and list(found) == ["sar", "optical"]
+    assert calls == [(24, 8, 200, 0), (24, 8, 200, 3)] * 2 and list(found) == ["sar", "optical"]
     assert found["sar"]["water"] == [1.5, 2.5] and found["optical"]["ratio"] == [3.5, 4.5]
     assert probe.ceiling(settings, store, factors, samples=16) == found and len(calls) == 4  # from the files
     runs.path(settings, "ceiling", "sar_optical-sar-seed3.json").unlink()
