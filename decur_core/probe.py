@@ -6,6 +6,7 @@ when it is told the factors.
 """
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -160,8 +161,8 @@ def ceiling(
     """``supervised_r2`` of every modality: modality -> factor -> R2 of each seed of the profile.
 
     The network is the profile's backbone, trained for as many steps as a pretraining, at least STEPS, on whole images
-    of all locations but those that probes of the first ``samples`` embeddings are tested on. ``factors``: of the store's
-    locations, in order. What has been computed with the same settings is read from the profile's folder ``ceiling``.
+    of all locations but those that probes of the first ``samples`` embeddings are tested on. ``factors``: of the
+    store's locations, in order. What was computed with the same settings is read from the profile's ``ceiling``.
     """
     store, device = Store(store_path), pretrain.device_of(settings)
     size = min(samples, len(store))
@@ -205,19 +206,17 @@ def normalised(
 
     ``ceilings``: of ``ceiling``, whose mean over seeds counts. 1 means that nothing readable is missing. What a
     modality does not carry is not there to be read either: such entries, the impossible ones, stay as they are.
-    A ValueError for a ceiling so low (below 0.1) that shares of it say nothing.
+    Not a number, with a warning, where the ceiling is too low (below 0.1) to measure against: too few images or steps.
     """
+    top = {name: {f: float(np.mean(values)) for f, values in found.items()} for name, found in ceilings.items()}
+    carried = [(m, f) for f, who in seen_by.items() for m in modalities if who in ("common", m)]
+    if low := [(m, f) for m, f in carried if not top[m][f] >= 0.1]:
+        listed = ", ".join(f"{f} from {m} with R2 = {top[m][f]:.2f}" for m, f in low)
+        warnings.warn(f"a supervised network reads {listed}: no ceiling to measure against, left out", stacklevel=2)
 
     def share(block: str, factor: str, value: float) -> float:
-        modality = modalities[int(block[-1]) - 1]
-        if seen_by.get(factor) not in ("common", modality):
-            return value
-        if not (top := float(np.mean(ceilings[modality][factor]))) >= 0.1:
-            found = f"a supervised network reads {factor} from {modality} with R2 = {top:.2f}"
-            raise ValueError(
-                f"{found}: no ceiling to measure against; give it more images (world: locations) or epochs"
-            )
-        return value / top
+        place = (modalities[int(block[-1]) - 1], factor)
+        return np.nan if place in low else value / top[place[0]][factor] if place in carried else value
 
     return {
         label: {
@@ -285,7 +284,7 @@ def report(by_run: dict[str, dict[str, dict]], seen_by: dict[str, str], modaliti
 
 
 def scores(table: dict[str, dict[str, float]], seen_by: dict[str, str], modalities: Sequence[str]) -> dict[str, float]:
-    """Summary of an R2 matrix, negative values counting as 0.
+    """Summary of an R2 matrix, negative values counting as 0, what is not a number left out.
 
     ``seen_by``: factor -> "common" or the one modality that carries it. Keys: each of HELD, the mean R2 of common
     factors, or of a modality's own, in its common or unique block; ``right``: the mean of common factors in common
@@ -301,10 +300,12 @@ def scores(table: dict[str, dict[str, float]], seen_by: dict[str, str], modaliti
                 value = table[f"{block} {m}"][factor]
                 if who in ("common", modality):
                     kind = "common" if who == "common" else "own"
-                    held[f"{kind} factors, {block} block"].append(max(0, value))
+                    held[f"{kind} factors, {block} block"].append(np.maximum(0, value))
                 else:
                     impossible.append(value)
-    right, wrong = (np.mean(held[first] + held[second]) for first, second in (HELD[:2], HELD[2:]))
-    found = {name: np.mean(values) for name, values in held.items()}
+    with warnings.catch_warnings():  # of what has no ceiling there may be nothing else
+        warnings.filterwarnings("ignore", "Mean of empty slice")
+        right, wrong = (np.nanmean(held[first] + held[second]) for first, second in (HELD[:2], HELD[2:]))
+        found = {name: np.nanmean(values) for name, values in held.items()}
     found |= {"right": right, "wrong": wrong, "block score": right - wrong, "impossible": np.max(impossible)}
     return {name: float(value) for name, value in found.items()}

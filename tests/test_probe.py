@@ -100,6 +100,9 @@ def test_scores_follow_from_the_entries_one_by_one():
     assert found["wrong"] == pytest.approx((0.1 + 0 + 0.5 + 0.4) / 4)
     assert found["block score"] == pytest.approx(found["right"] - found["wrong"])
     assert found["impossible"] == 0.03
+    unread = {f"{block} {m}": (0.5, np.nan, np.nan) for block in ("common", "unique") for m in (1, 2)}
+    found = probe.scores(table(unread), SEEN_BY, ("sar", "optical"))
+    assert found["right"] == 0.5 and np.isnan(found["own factors, common block"])
 
 
 def test_shares_of_the_ceiling_leave_alone_what_a_modality_does_not_carry():
@@ -109,10 +112,10 @@ def test_shares_of_the_ceiling_leave_alone_what_a_modality_does_not_carry():
     shares = found["DeCUR, seed 0"]["linear"]
     assert shares["common 1"] == pytest.approx({"c": 0.5, "a": 0.5, "b": 0.02})
     assert shares["unique 2"] == pytest.approx({"c": 0.8, "a": 0.03, "b": 0.4})
-    with pytest.raises(ValueError, match="reads a from sar with R2 = 0.05: no ceiling"):
-        probe.normalised(
-            {"x": {"linear": held}}, ceilings | {"sar": {"c": [1], "a": [0.05]}}, SEEN_BY, ("sar", "optical")
-        )
+    low = ceilings | {"sar": {"c": [1], "a": [0.05], "b": [0]}}
+    with pytest.warns(UserWarning, match="reads a from sar with R2 = 0.05: no ceiling"):
+        rest = probe.normalised({"x": {"linear": held}}, low, SEEN_BY, ("sar", "optical"))["x"]["linear"]
+    assert np.isnan(rest["common 1"]["a"]) and rest["common 1"]["c"] == 0.4 and rest["unique 2"]["a"] == 0.03
     panels = probe.panels(found | {"DeCUR, seed 1": {"linear": held}}, ceilings)
     ceiling, decur = panels.values()
     assert list(panels)[1] == "DeCUR" and ceiling["SAR"] == pytest.approx({"c": 0.8, "a": 0.6, "b": -0.1})
