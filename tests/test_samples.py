@@ -108,6 +108,8 @@ def test_other_bands_units_and_sizes_are_refused(floods):
 def test_missing_folders_and_files_are_named(floods):
     with pytest.raises(DataError, match="sen12mscr_pair: missing"):
         RealPairs(floods)
+    with pytest.raises(ValueError, match="tile = 0: at least one pixel"):
+        RealPairs(floods, 0, sources=["sen1floods11"])
     with pytest.raises(ValueError, match="sources has 'geonrw'"):
         RealPairs(floods, sources=["geonrw"])
     (floods / "sen1floods11_sample" / "S2" / "Spain_7370579_S2Hand.tif").unlink()

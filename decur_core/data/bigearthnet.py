@@ -107,7 +107,7 @@ def _present(partners: dict, here: dict, root: Path, missing: str) -> dict[str, 
 
 def _only(folder: Path | str, pattern: str) -> Path:
     """The one file of a folder that fits a pattern (some patches have files with irregular names)."""
-    hits = list(Path(folder).glob(pattern))
+    hits = [path for path in Path(folder).glob(pattern) if path.name[0] != "."]
     if len(hits) != 1:
         raise DataError(f"{folder}: {len(hits)} files fit {pattern}, expected 1")
     return hits[0]
@@ -147,7 +147,7 @@ class BigEarthNetMM:
             folder = next((self.root / name for name in names if (self.root / name).is_dir()), None)
             if folder is None:
                 raise DataError(f"{self.root}: no folder {' or '.join(names)} ({sensor} patches)")
-            self.folders[sensor], here[sensor] = folder, {patch.name for patch in folder.glob("*/")}
+            self.folders[sensor], here[sensor] = folder, {patch.name for patch in folder.glob("S*/")}
         if split is None:
             partners = dict.fromkeys(sorted(here["S2"]))
         else:
@@ -192,8 +192,10 @@ class BigEarthNetMM:
         path = _only(self.folders[sensor] / patch, "*_labels_metadata.json")
         try:
             metadata = json.loads(path.read_text())
-            names = list(metadata["labels"])
-        except (ValueError, KeyError, TypeError) as error:
+            names, partner = metadata["labels"], metadata.get("corresponding_s2_patch")
+            if not all(isinstance(value, str) for value in [*names, partner or ""]):
+                raise ValueError(f"{names}, {partner}")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{path}: expected JSON with the key 'labels': {error!r}") from error
         return metadata, labels_19(names, source=path)
 
@@ -239,7 +241,7 @@ def _read_parquet(path: Path) -> list[tuple[str, str, str, list[str]]]:
     """Rows (S2 patch, S1 patch, split, names of labels) of a metadata.parquet."""
     import pyarrow.parquet  # 0.3 s that only this release needs
 
-    columns, known = ["patch_id", "s1_name", "split", "labels"], set(CLASSES_19)
+    columns = ["patch_id", "s1_name", "split", "labels"]
     try:
         table = pyarrow.parquet.read_table(path, columns=columns)
         rows = list(zip(*(table[column].to_pylist() for column in columns), strict=True))
@@ -247,6 +249,6 @@ def _read_parquet(path: Path) -> list[tuple[str, str, str, list[str]]]:
         state = "cannot be read" if path.exists() else "missing"
         raise DataError(f"{path}: {state}; expected a Parquet file with {', '.join(columns)}: {error!r}") from error
     for s2, *_, names in rows:
-        if names is None or not known.issuperset(names):
+        if not isinstance(names, list) or not all(name in CLASSES_19 for name in names):
             raise DataError(f"{path}: {s2} has the labels {names}, expected some of the 19 names of BigEarthNet")
     return rows

@@ -63,7 +63,7 @@ class NYUv2:
         if hha and not ((self.root / "RGB").is_dir() and (self.root / "HHA").is_dir()):
             raise DataError(f"{self.root}: no tree with RGB and HHA; leave hha=False, and use depth_to_hha")
         if (self.root / "RGB").is_dir():
-            here = {path.stem for path in (self.root / "RGB").glob("*.jpg")}
+            here = {path.stem for path in (self.root / "RGB").glob("*.jpg") if path.name[0] != "."}
         else:
             with reading(path := self.root / _MAT, _WANTED), h5py.File(path) as file:
                 here = set(map(str, range(len(file["images"]))))
@@ -91,8 +91,8 @@ class NYUv2:
         if self._to_40 is None:
             folders = {"rgb": "RGB/{}.jpg", "depth": "Depth/{}.npy", "mask": "Label/{}.png", "hha": "HHA/{}.jpg"}
             files = {k: self.root / path.format(name) for k, path in folders.items() if k != "hha" or self._hha}
-            with reading(files["depth"], "an array of depth in metres"):
-                depth = np.load(files["depth"])
+            with reading(files["depth"], "an array of depth in metres"), open(files["depth"], "rb") as file:
+                depth = np.lib.format.read_array(file, allow_pickle=False)
             item |= {k: read_image(path, *_MODES[k]) for k, path in files.items() if k in _MODES}
         else:
             with reading(files["rgb"], _WANTED), h5py.File(files["rgb"]) as file:

@@ -62,7 +62,7 @@ def _read(path: Path | str, *, count: int, kind: str, driver: str = "GTiff") -> 
             if kind == "fui":
                 values = values.astype(np.float32).filled(np.nan)
             return _Raster(values, source.crs, tuple(source.bounds))
-    except (rasterio.errors.RasterioError, OSError) as error:
+    except (rasterio.errors.RasterioError, OSError, MemoryError) as error:  # the last: a header with an absurd size
         state = "cannot be read (damaged or truncated?)" if Path(path).exists() else "missing"
         raise DataError(f"{path}: {state}; expected {count} band(s) as {driver}: {error}") from error
 

@@ -30,6 +30,8 @@ class RealPairs:
     """
 
     def __init__(self, root: Path | str, tile: int = 120, *, sources: Sequence[str] = tuple(FOLDERS)):
+        if tile < 1:
+            raise ValueError(f"tile = {tile}: at least one pixel is needed")
         self.tile, self._items = tile, {}
         for source in sources:
             if source not in FOLDERS:

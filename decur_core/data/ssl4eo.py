@@ -51,7 +51,7 @@ class SSL4EOS12:
         for folder in (self.root / "s1", self.root / "s2c"):
             if not folder.is_dir():
                 raise DataError(f"{folder}: missing; the root of SSL4EO-S12 holds the folders s1 and s2c")
-            found[folder.name] = {entry.name for entry in folder.iterdir() if entry.is_dir()}
+            found[folder.name] = {entry.name for entry in _folders(folder)}
         both = found["s1"] & found["s2c"]
         if absent := [i for i in ids or () if i not in both]:
             state = ", ".join(f"{'in' if absent[0] in names else 'not in'} {name}" for name, names in found.items())
@@ -89,7 +89,7 @@ class SSL4EOS12:
         place, scenes = self.root / folder / location, []
         if not place.is_dir():
             raise DataError(f"{place}: missing; the location must be in both s1 and s2c")
-        for scene in filter(Path.is_dir, place.iterdir()):
+        for scene in _folders(place):
             if not (match := _SCENE_DATES[folder].match(scene.name)):
                 raise DataError(f"{scene}: no date in the name; expected {_SCENE_DATES[folder].pattern}")
             scenes.append((match[1], str(scene)))
@@ -97,3 +97,8 @@ class SSL4EOS12:
             raise DataError(f"{place}: {len(scenes)} season directories, expected {self.seasons}")
         dates, paths = zip(*sorted(scenes), strict=True)
         return list(dates), list(paths)
+
+
+def _folders(place: Path) -> list[Path]:
+    """Folders in a folder, without hidden ones, which are of other programs."""
+    return [path for path in place.iterdir() if path.is_dir() and path.name[0] != "."]

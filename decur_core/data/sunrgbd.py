@@ -8,6 +8,7 @@ How to get it: SUNRGBD.zip and SUNRGBDtoolbox.zip (masks, lists) from rgbd.cs.pr
 files in github.com/ankurhanda/sunrgbd-meta-data. No licence comes with the files. 1,449 frames are those of NYUv2.
 """
 
+import os
 import re
 from collections import Counter
 from contextlib import contextmanager
@@ -113,8 +114,8 @@ class SUNRGBD:
             if count != len(frames):
                 raise DataError(f"{path}: {count} masks, but {len(frames)} frames in the lists; take both as published")
             self._rows = {frame: row for row, frame in enumerate(frames)}
-        here = (path.parent.relative_to(self._top).as_posix() for path in self._top.glob("**/image/"))
-        wanted = lists[split] if split else sorted(here)
+        here = (Path(at) for at, folders, _ in os.walk(self._top, followlinks=True) if "image" in folders)
+        wanted = lists[split] if split else sorted(frame.relative_to(self._top).as_posix() for frame in here)
         self.ids = [frame for frame in wanted if (self._top / frame / "image").is_dir()]
         self.left_out = {"absent": len(wanted) - len(self.ids)}
         if not self.ids or self.left_out["absent"] and missing == "error":
