@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from decur_core.data.raster import DataError, read_pair
+from decur_core.data.raster import DataError, Reader, read_pair, reading
 from decur_core.preprocess import OPTICAL, SAR
 
 # The 19 classes of BigEarthNet-MM in index order, each with its CORINE level-3 names, the labels in the files.
@@ -78,12 +78,9 @@ def labels_19(names: Sequence[str], *, source: Path | str) -> np.ndarray:
 
 def read_list(path: Path | str) -> dict[str, str | None]:
     """S2 patch -> S1 patch (None where the list has one column) of a .csv or .csv.bz2 without header, in its order."""
-    try:
-        with (bz2.open if Path(path).suffix == ".bz2" else open)(path, "rt") as file:
-            rows = [line.split(",") for line in file.read().split()]
-    except (OSError, EOFError, UnicodeError) as error:
-        state = "cannot be read" if Path(path).exists() else "missing"
-        raise DataError(f"{path}: {state}; expected a list of S2 patches (.csv or .csv.bz2): {error}") from error
+    opened = bz2.open if Path(path).suffix == ".bz2" else open
+    with reading(path, "a list of S2 patches (.csv or .csv.bz2)"), opened(path, "rt") as file:
+        rows = [line.split(",") for line in file.read().split()]
     if wrong := [row for row in rows if len(row) > 2 or not row[0].startswith("S2")]:
         found = ",".join(wrong[0])
         raise DataError(f"{path}: expected '<S2 patch>' or '<S2 patch>,<S1 patch>' per line, found {found!r}")
@@ -120,7 +117,7 @@ def _item(s2: str, optical: Path | str, sar: Path | str, labels: np.ndarray) -> 
     return {"id": s2, "sar": images[1], "optical": images[0], "labels": labels.copy()}
 
 
-class BigEarthNetMM:
+class BigEarthNetMM(Reader):
     """SAR-optical patches with 19 labels.
 
     `root` holds the two patch folders (also under the names of the published example) and the split lists; `split`:
@@ -173,9 +170,6 @@ class BigEarthNetMM:
         self._partners = {s2: present[s2] for s2 in self.ids}
         self.labels = np.stack([labels[s2] for s2 in self.ids])
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
     def __getitem__(self, i: int) -> dict:
         s2 = self.ids[i]
         if s2 in self._broken:
@@ -200,7 +194,7 @@ class BigEarthNetMM:
         return metadata, labels_19(names, source=path)
 
 
-class BigEarthNetV2:
+class BigEarthNetV2(Reader):
     """SAR-optical patches of the second release, with 19 labels.
 
     `root` holds `BigEarthNet-S2`, `BigEarthNet-S1` and `metadata.parquet`, whose column `s1_name` alone pairs the
@@ -228,9 +222,6 @@ class BigEarthNetV2:
         if not self.ids:
             raise DataError(f"{path}: no patch is left of {len(rows)} in split {split}: {self.left_out}")
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
     def __getitem__(self, i: int) -> dict:
         s2, s1 = self.ids[i], self._partners[self.ids[i]]
         optical = self.root / "BigEarthNet-S2" / s2.rsplit("_", 2)[0] / s2
@@ -242,12 +233,9 @@ def _read_parquet(path: Path) -> list[tuple[str, str, str, list[str]]]:
     import pyarrow.parquet  # 0.3 s that only this release needs
 
     columns = ["patch_id", "s1_name", "split", "labels"]
-    try:
+    with reading(path, f"a Parquet file with {', '.join(columns)}"):
         table = pyarrow.parquet.read_table(path, columns=columns)
         rows = list(zip(*(table[column].to_pylist() for column in columns), strict=True))
-    except (OSError, ValueError, KeyError) as error:
-        state = "cannot be read" if path.exists() else "missing"
-        raise DataError(f"{path}: {state}; expected a Parquet file with {', '.join(columns)}: {error!r}") from error
     for s2, *_, names in rows:
         if not isinstance(names, list) or not all(name in CLASSES_19 for name in names):
             raise DataError(f"{path}: {s2} has the labels {names}, expected some of the 19 names of BigEarthNet")

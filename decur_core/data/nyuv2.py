@@ -10,15 +10,14 @@ How to get it: the .mat (2.8 GB) from cs.nyu.edu/~silberman/datasets/nyu_depth_v
 from github.com/ankurhanda/nyuv2-meta-data. No licence is stated.
 """
 
-from collections import Counter
 from pathlib import Path
 
 import h5py
 import numpy as np
 import scipy.io
 
-from decur_core.data.raster import DataError
-from decur_core.data.sunrgbd import CLASSES_37, checked, read_image, reading
+from decur_core.data.raster import DataError, Reader, reading, repeated
+from decur_core.data.sunrgbd import CLASSES_37, checked, read_image
 
 _NAMES = {"fridge": "refridgerator", "tv": "television"}  # the other 35 of the first 37 are those of SUN RGB-D
 CLASSES_40: tuple[str, ...] = (  # values 1 to 40 of masks
@@ -38,7 +37,7 @@ def intrinsics(height: int, width: int) -> np.ndarray:
     return np.array([[fx * sx, 0, (cx - 0.5) * sx + 0.5], [0, fy * sy, (cy - 0.5) * sy + 0.5], [0, 0, 1]])
 
 
-class NYUv2:
+class NYUv2(Reader):
     """RGB-depth images with masks.
 
     `root` holds the tree, or else the .mat and its two companions; `split`: "train", "test" or None for every image;
@@ -82,9 +81,6 @@ class NYUv2:
             if wrong := [i for i in self.ids if not (i.isdecimal() and int(i) < len(rotations))]:
                 raise DataError(f"{path}: {len(rotations)} rotations, none for {wrong[0]}; take both as published")
             self._down = rotations[:, 2, [0, 2, 1]] * [-1, 1, -1]
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     def __getitem__(self, i: int) -> dict:
         item, files = {"id": (name := self.ids[i])}, dict.fromkeys(("rgb", "depth", "mask"), self.root / _MAT)
@@ -130,6 +126,6 @@ class NYUv2:
             lists[name] = [min(stem) for stem in stems if stem]
             if official and {*lists[name]} != {*official[name]}:
                 raise DataError(f"{path}: not the images of splits.mat, which has {len(official[name])}; remove one")
-        if twice := [name for name, count in Counter(lists["train"] + lists["test"]).items() if count > 1]:
+        if twice := repeated(lists["train"] + lists["test"]):
             raise DataError(f"{self.root}: train.txt and test.txt name {twice[0]} twice; take both as published")
         return lists[split]

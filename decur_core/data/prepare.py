@@ -21,7 +21,7 @@ from .bigearthnet import BigEarthNetMM, BigEarthNetV2
 from .geonrw import SPLITS, GeoNRW
 from .hha import depth_to_hha
 from .nyuv2 import NYUv2
-from .raster import DataError, resize
+from .raster import DataError, Reader, resize
 from .rooms import RoomWorld, write_nyuv2, write_sunrgbd
 from .samples import RealPairs
 from .ssl4eo import SSL4EOS12
@@ -36,7 +36,7 @@ PRETRAINING = {"sar_optical": ("ssl4eo", "all"), "rgb_dem": ("geonrw", "train"),
 LABELLED = {"sar_optical": ("bigearthnet",), "rgb_dem": ("geonrw",), "rgb_depth": ("sunrgbd", "nyuv2")}
 
 
-class Rooms:
+class Rooms(Reader):
     """RGB-depth items as they are stored: depth as HHA, image, HHA and mask of one size.
 
     ``reader`` gives ``rgb, depth, intrinsics, gravity`` and maybe ``mask`` (``SUNRGBD``, ``NYUv2``, ``RoomWorld``);
@@ -46,9 +46,6 @@ class Rooms:
 
     def __init__(self, reader, size: tuple[int, int]):
         self.reader, self.size, self.ids = reader, size, reader.ids
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     def __getitem__(self, i: int) -> dict:
         item = self.reader[i]

@@ -10,13 +10,13 @@ import numpy as np
 import rasterio
 
 from decur_core.data.bigearthnet import BigEarthNetMM
-from decur_core.data.raster import DataError, read
+from decur_core.data.raster import DataError, Reader, read
 from decur_core.preprocess import OPTICAL, SAR, Preprocessing
 
 FOLDERS = {"sen1floods11": "sen1floods11_sample", "sen12mscr": "sen12mscr_pair", "bigearthnet": "bigearthnet_real"}
 
 
-class RealPairs:
+class RealPairs(Reader):
     """Tiles of co-located real SAR and optical images, as items of the form that `SSL4EOS12` gives, with one season.
 
     `root` holds the folders in FOLDERS, of which `sources` are used; `tile`: height and width in pixels of 10 m. Tiles
@@ -44,9 +44,6 @@ class RealPairs:
             if len(self._items) == before:
                 raise DataError(f"{folder}: no tile of {tile} x {tile} pixels fits; leave {source} out of sources")
         self.ids = list(self._items)
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     def __getitem__(self, i: int) -> dict:
         return {"id": self.ids[i], **self._items[self.ids[i]], "dates": {}}

@@ -12,7 +12,6 @@ import json
 import os
 import re
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from pathlib import Path
 import lmdb
 import numpy as np
 
-from decur_core.data.raster import DataError
+from decur_core.data.raster import DataError, repeated
 
 _BATCH = 64 * 2**20  # bytes per transaction: each one waits for the disk
 _MAP = 2**30  # bytes of addresses to begin with
@@ -89,7 +88,7 @@ def _check_ids(ids: Sequence[str], modalities: Iterable[str]) -> None:
     for id in ids:
         if not (isinstance(id, str) and _ID.fullmatch(id) and len(id.encode()) <= longest):
             raise DataError(f"id {id!r}: expected text of one line, at most {longest} bytes of UTF-8")
-    if twice := [id for id, count in Counter(ids).items() if count > 1]:
+    if twice := repeated(ids):
         raise DataError(f"{len(twice)} of {len(ids)} ids are given more than once, first {twice[0]!r}")
 
 

@@ -10,8 +10,6 @@ files in github.com/ankurhanda/sunrgbd-meta-data. No licence comes with the file
 
 import os
 import re
-from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
@@ -19,7 +17,7 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
-from decur_core.data.raster import DataError
+from decur_core.data.raster import DataError, Reader, reading, repeated
 
 _NAMES = """\
 wall floor cabinet bed chair sofa table door window bookshelf picture counter blinds desk shelves curtain dresser \
@@ -37,16 +35,6 @@ def decode_depth(png_uint16: np.ndarray) -> np.ndarray:
     if png_uint16.dtype != np.uint16:
         raise DataError(f"depth of SUN RGB-D is uint16, found {png_uint16.dtype}; read the png with all its 16 bits")
     return (png_uint16 >> 3 | png_uint16 << 13) / np.float32(1000)
-
-
-@contextmanager
-def reading(path: Path, expected: str):
-    """What libraries raise for a damaged file becomes a DataError that says what was expected."""
-    try:
-        yield
-    except Exception as error:
-        state = "cannot be read" if path.exists() else "missing"
-        raise DataError(f"{path}: {state}; expected {expected}: {error!r}") from error
 
 
 def read_image(path: Path, *modes: str) -> np.ndarray:
@@ -76,7 +64,7 @@ def checked(item: dict, files: dict[str, Path], classes: int) -> dict:
     return item
 
 
-class SUNRGBD:
+class SUNRGBD(Reader):
     """RGB-depth frames, with masks where they are there.
 
     `root` holds SUNRGBD/, or is it; `split`: "train", "test" (text lists beside SUNRGBD/, else the toolbox's
@@ -106,7 +94,7 @@ class SUNRGBD:
         has_masks = (self.root / _MASKS).is_file() if labels is None else labels
         lists = {name: self._list(name) for name in _LISTS} if split or has_masks else {}
         frames = sum(lists.values(), [])
-        if twice := [frame for frame, count in Counter(frames).items() if count > 1]:
+        if twice := repeated(frames):
             raise DataError(f"{self.root}: the split lists name {twice[0]} twice; take both as published")
         if has_masks:
             with reading(path := self.root / _MASKS, _WANTED), h5py.File(path) as file:
@@ -121,9 +109,6 @@ class SUNRGBD:
         if not self.ids or self.left_out["absent"] and missing == "error":
             state = f"{len(self.ids)} of {len(wanted)} frames, lacks {min({*wanted} - {*self.ids}, default='any')}"
             raise DataError(f"{self._top}: {state}; unpack SUNRGBD.zip, or use what is there with missing='skip'")
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     def __getitem__(self, i: int) -> dict:
         frame = self._top / self.ids[i]
