@@ -251,6 +251,18 @@ def test_a_store_that_is_being_written_is_not_called_truncated(tmp_path, monkeyp
     assert Store(tmp_path).ids == IDS
 
 
+def test_a_truncated_file_may_be_completed(tmp_path):
+    data = fill(tmp_path / "store") / "data.mdb"
+    whole = data.read_bytes()
+    with open(data, "r+b") as file:
+        file.truncate(len(whole) // 2)
+    with pytest.raises(DataError, match="data.mdb is truncated") as error:
+        Store(tmp_path / "store")
+    with open(data, "r+b") as file:  # a copy that goes on, while this process still has the error and its frames
+        file.write(whole)
+    assert error.value and Store(tmp_path / "store").ids == IDS
+
+
 def test_folders_of_other_names_are_no_parts(tmp_path):
     fill(tmp_path)
     (tmp_path / "part-0000-of-0002.bak").mkdir()

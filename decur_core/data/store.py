@@ -119,20 +119,21 @@ def _map(path: Path) -> lmdb.Environment | None:
             return None
         key = (stat.st_dev, stat.st_ino)
         env = _MAPS.get(key) or lmdb.open(str(path), readonly=True, lock=False, readahead=False)
-        used = env.stat()["psize"] * (env.info()["last_pgno"] + 1)
-        if (size := os.path.getsize(path / "data.mdb")) < used:  # asked for now: a writer may make it grow meanwhile
-            # Reading behind the end of a file would kill the process.
-            raise DataError(f"{path}: data.mdb is truncated, {size} of {used} bytes; remove it, convert again")
-        with env.begin() as transaction:
-            finished = transaction.get(b"index") is not None
+        try:
+            used, finished = env.stat()["psize"] * (env.info()["last_pgno"] + 1), False
+            if (size := os.path.getsize(path / "data.mdb")) < used:  # asked for now: a writer may have made it grow
+                # Reading behind the end of a file would kill the process.
+                raise DataError(f"{path}: data.mdb is truncated, {size} of {used} bytes; remove it, convert again")
+            with env.begin() as transaction:
+                finished = transaction.get(b"index") is not None
+        finally:
+            if not finished and key not in _MAPS:  # an open one could not be opened again, in this process
+                env.close()
     except FileNotFoundError:
         return None
     except (OSError, lmdb.Error) as error:
         raise DataError(f"{path}: no store that can be read; remove it and convert again ({error})") from error
-    if finished:
-        return _MAPS.setdefault(key, env)
-    env.close()
-    return None
+    return _MAPS.setdefault(key, env) if finished else None
 
 
 class StoreWriter:
