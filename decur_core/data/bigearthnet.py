@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from decur_core.data.raster import DataError, Reader, read_pair, reading
+from decur_core.data.raster import DataError, Reader, read_pair, reading, visible
 from decur_core.preprocess import OPTICAL, SAR
 
 # The 19 classes of BigEarthNet-MM in index order, each with its CORINE level-3 names, the labels in the files.
@@ -104,7 +104,7 @@ def _present(partners: dict, here: dict, root: Path, missing: str) -> dict[str, 
 
 def _only(folder: Path | str, pattern: str) -> Path:
     """The one file of a folder that fits a pattern (some patches have files with irregular names)."""
-    hits = [path for path in Path(folder).glob(pattern) if path.name[0] != "."]
+    hits = visible(folder, pattern)
     if len(hits) != 1:
         raise DataError(f"{folder}: {len(hits)} files fit {pattern}, expected 1")
     return hits[0]
@@ -144,7 +144,7 @@ class BigEarthNetMM(Reader):
             folder = next((self.root / name for name in names if (self.root / name).is_dir()), None)
             if folder is None:
                 raise DataError(f"{self.root}: no folder {' or '.join(names)} ({sensor} patches)")
-            self.folders[sensor], here[sensor] = folder, {patch.name for patch in folder.glob("S*/")}
+            self.folders[sensor], here[sensor] = folder, {patch.name for patch in visible(folder, "*/")}
         if split is None:
             partners = dict.fromkeys(sorted(here["S2"]))
         else:
@@ -207,7 +207,7 @@ class BigEarthNetV2(Reader):
         for sensor in ("S2", "S1"):
             if not (folder := self.root / f"BigEarthNet-{sensor}").is_dir():
                 raise DataError(f"{folder}: missing; version 2 has it beside metadata.parquet")
-            here[sensor] = {patch.name for patch in folder.glob("*/*/")}
+            here[sensor] = {patch.name for patch in visible(folder, "*/*/")}
         wanted, path = {"val": "validation"}.get(split, split), self.root / "metadata.parquet"
         rows = [row for row in _read_parquet(path) if wanted in (None, row[2])]
         partners = {s2: s1 for s2, s1, _, _ in rows}

@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 import scipy.io
 
-from decur_core.data.raster import DataError, Reader, reading, repeated
+from decur_core.data.raster import DataError, Reader, reading, repeated, visible
 from decur_core.data.sunrgbd import CLASSES_37, checked, read_image
 
 _NAMES = {"fridge": "refridgerator", "tv": "television"}  # the other 35 of the first 37 are those of SUN RGB-D
@@ -62,7 +62,7 @@ class NYUv2(Reader):
         if hha and not ((self.root / "RGB").is_dir() and (self.root / "HHA").is_dir()):
             raise DataError(f"{self.root}: no tree with RGB and HHA; leave hha=False, and use depth_to_hha")
         if (self.root / "RGB").is_dir():
-            here = {path.stem for path in (self.root / "RGB").glob("*.jpg") if path.name[0] != "."}
+            here = {path.stem for path in visible(self.root / "RGB", "*.jpg")}
         else:
             with reading(path := self.root / _MAT, _WANTED), h5py.File(path) as file:
                 here = set(map(str, range(len(file["images"]))))

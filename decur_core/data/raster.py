@@ -35,6 +35,11 @@ def repeated(names: Iterable[str]) -> list[str]:
     return [name for name, count in Counter(names).items() if count > 1]
 
 
+def visible(folder: Path | str, pattern: str) -> list[Path]:
+    """Files or folders in a folder, in any order, without hidden ones, which are of other programs."""
+    return [path for path in Path(folder).glob(pattern) if not path.name.startswith(".")]
+
+
 @contextmanager
 def reading(path: Path | str, expected: str):
     """What libraries raise for a damaged file becomes a DataError that says what was expected."""

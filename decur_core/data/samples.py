@@ -10,7 +10,7 @@ import numpy as np
 import rasterio
 
 from decur_core.data.bigearthnet import BigEarthNetMM
-from decur_core.data.raster import DataError, Reader, read
+from decur_core.data.raster import DataError, Reader, read, visible
 from decur_core.preprocess import OPTICAL, SAR, Preprocessing
 
 FOLDERS = {"sen1floods11": "sen1floods11_sample", "sen12mscr": "sen12mscr_pair", "bigearthnet": "bigearthnet_real"}
@@ -73,13 +73,13 @@ def _read(path: Path, setting: Preprocessing, kind: str) -> np.ndarray:
 
 
 def _sen1floods11(folder: Path):
-    for path in sorted(folder.glob("S1/*_S1Hand.tif")):
+    for path in sorted(visible(folder, "S1/*_S1Hand.tif")):
         name = path.name.removesuffix("_S1Hand.tif")
         yield name, _read(path, SAR, "f"), _read(folder / "S2" / f"{name}_S2Hand.tif", OPTICAL, "ui")
 
 
 def _sen12mscr(folder: Path):
-    for path in sorted(folder.glob("*_s1_*.tif")):
+    for path in sorted(visible(folder, "*_s1_*.tif")):
         partner = folder / path.name.replace("_s1_", "_s2_cloudy_")
         yield path.stem.replace("_s1_", "_"), _read(path, SAR, "f"), _read(partner, OPTICAL, "ui")
 

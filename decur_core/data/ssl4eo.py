@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from decur_core.data.raster import DataError, Reader, read_pair, repeated
+from decur_core.data.raster import DataError, Reader, read_pair, repeated, visible
 from decur_core.preprocess import OPTICAL, SAR
 
 # Scene names: S1A_IW_GRDH_1SDV_20200329T001515_... and 20200323T162931_20200323T163750_T15QXA
@@ -50,7 +50,7 @@ class SSL4EOS12(Reader):
         for folder in (self.root / "s1", self.root / "s2c"):
             if not folder.is_dir():
                 raise DataError(f"{folder}: missing; the root of SSL4EO-S12 holds the folders s1 and s2c")
-            found[folder.name] = {entry.name for entry in _folders(folder)}
+            found[folder.name] = {entry.name for entry in visible(folder, "*/")}
         both = found["s1"] & found["s2c"]
         if absent := [i for i in ids or () if i not in both]:
             state = ", ".join(f"{'in' if absent[0] in names else 'not in'} {name}" for name, names in found.items())
@@ -85,7 +85,7 @@ class SSL4EOS12(Reader):
         place, scenes = self.root / folder / location, []
         if not place.is_dir():
             raise DataError(f"{place}: missing; the location must be in both s1 and s2c")
-        for scene in _folders(place):
+        for scene in visible(place, "*/"):
             if not (match := _SCENE_DATES[folder].match(scene.name)):
                 raise DataError(f"{scene}: no date in the name; expected {_SCENE_DATES[folder].pattern}")
             scenes.append((match[1], str(scene)))
@@ -93,8 +93,3 @@ class SSL4EOS12(Reader):
             raise DataError(f"{place}: {len(scenes)} season directories, expected {self.seasons}")
         dates, paths = zip(*sorted(scenes), strict=True)
         return list(dates), list(paths)
-
-
-def _folders(place: Path) -> list[Path]:
-    """Folders in a folder, without hidden ones, which are of other programs."""
-    return [path for path in place.iterdir() if path.is_dir() and path.name[0] != "."]

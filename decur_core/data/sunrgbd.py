@@ -17,7 +17,7 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
-from decur_core.data.raster import DataError, Reader, reading, repeated
+from decur_core.data.raster import DataError, Reader, reading, repeated, visible
 
 _NAMES = """\
 wall floor cabinet bed chair sofa table door window bookshelf picture counter blinds desk shelves curtain dresser \
@@ -151,7 +151,7 @@ class SUNRGBD(Reader):
 
 def _file(folder: Path, pattern: str, *, last: bool = False) -> Path:
     """First or last file of a folder that fits a pattern."""
-    if not (found := sorted(path for path in folder.glob(pattern) if path.name[0] != ".")):
+    if not (found := sorted(visible(folder, pattern))):
         raise DataError(f"{folder}: no file {pattern}; unpack the frame again")
     return found[-last]
 
