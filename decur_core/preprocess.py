@@ -31,9 +31,8 @@ class Preprocessing:
         needs = {
             "bytes": True,
             "reflectance_8bit": (self.scale or 0) > 0,
-            "outliers_range_8bit": 0 <= (self.outliers or 0) < 1,
-            "outliers_mean_std_8bit": 0 <= (-1 if self.outliers is None else self.outliers) < 1
-            and len(self.mean or ()) == len(self.std or ()) == len(self.bands),
+            "outliers_range_8bit": (share := self.outliers is not None and 0 <= self.outliers < 1),
+            "outliers_mean_std_8bit": share and len(self.mean or ()) == len(self.std or ()) == len(self.bands),
         }
         if not needs.get(self.scheme) or self.copies < 1:
             known = "reflectance_8bit, with scale > 0, outliers_*_8bit, with outliers in [0, 1) (and, for mean_std, one"
@@ -46,7 +45,7 @@ class Preprocessing:
         of one place) that as a whole belongs to another unit. An image of one value (no data) passes.
         """
         expected = f"{self.modality}: expected {self.unit} of {len(self.bands)} bands ({' '.join(self.bands)})"
-        if images.ndim < 3 or images.shape[-3] != len(self.bands):
+        if images.ndim < 3 or images.shape[-3] != len(self.bands) or not images.size:
             raise DataError(f"{expected}, shape (…, {len(self.bands)}, H, W); found shape {images.shape}")
         if images.dtype.kind not in "fui" or (images.dtype == np.uint8) != (self.scheme == "bytes"):
             raise DataError(f"{expected}; found {images.dtype} values")

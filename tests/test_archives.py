@@ -2,6 +2,7 @@
 
 import filecmp
 import gc
+import gzip
 import hashlib
 import io
 import shutil
@@ -147,6 +148,32 @@ def test_damage_behind_the_last_member_is_noticed(tmp_path):
     (tmp_path / "a.tar.gz").write_bytes(data)
     with pytest.raises(DataError, match="CRC"):
         run([tmp_path / "a.tar.gz"], tmp_path / "out")
+
+
+@pytest.mark.parametrize("cut", [1024, 1100, 2048])  # before and within the second header, and before the end mark
+def test_an_archive_that_was_cut_before_it_was_packed_is_noticed(tmp_path, cut):
+    whole = gzip.decompress(tar({"a.txt": b"content", "b.txt": b"content"}))
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(whole[:cut]))
+    with pytest.raises(DataError, match="a.tar.gz: damaged"):
+        run([tmp_path / "a.tar.gz"], tmp_path / "out")
+
+
+def test_a_damaged_header_is_not_the_end(tmp_path):
+    whole = bytearray(gzip.decompress(tar({"a.txt": b"content", "b.txt": b"content"})))
+    whole[1024:1030] = b"x" * 6
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(whole))
+    with pytest.raises(DataError, match="a.tar.gz: damaged.*checksum"):
+        run([tmp_path / "a.tar.gz"], tmp_path / "out")
+
+
+def test_archives_of_one_name_are_not_taken_for_parts(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.tar.gz").write_bytes(tar({f"{name}.txt": b"content"}))
+    with pytest.raises(DataError, match="x.tar.gz: 2 files, but 1 name"):
+        run(tmp_path.glob("*/x.tar.gz"), tmp_path / "out")
+    with pytest.raises(DataError, match="nothing.tar.gz missing"):
+        run([tmp_path / "nothing.tar.gz"], tmp_path / "out")
 
 
 def link(kind: bytes, to: str) -> tarfile.TarInfo:

@@ -338,6 +338,36 @@ def test_unreadable_json_is_named(tree, damage, folder):
     assert data.ids == PATCHES and data[0]["id"] == PATCHES[0]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"labels": [["Pastures"]]}, {"labels": [{}]}, {"corresponding_s2_patch": ["S2A"]}, {"labels": "Pastures"}],
+)
+def test_json_of_another_form_is_named(tree, changes):
+    s1 = BigEarthNetMM(tree)._partners[PATCHES[1]]
+    path = edit_json(tree / "BigEarthNet-S1-v1.0" / s1, **changes)
+    with pytest.raises(DataError, match=re.escape(str(path))):
+        BigEarthNetMM(tree)
+
+
+def test_a_folder_in_the_place_of_a_json_costs_its_patch_only(tree):
+    (path,) = (tree / "BigEarthNet-v1.0" / PATCHES[1]).glob("*.json")
+    path.unlink()
+    path.mkdir()
+    data = BigEarthNetMM(tree)
+    with pytest.raises(DataError, match=re.escape(str(path))):
+        data[1]
+    assert data.ids == PATCHES and data[0]["id"] == PATCHES[0]
+
+
+def test_hidden_files_and_folders_are_of_other_programs(tree):
+    for folder in ("BigEarthNet-v1.0", "BigEarthNet-S1-v1.0"):
+        (tree / folder / ".ipynb_checkpoints").mkdir()
+    for path in [*tree.glob("*/*/*.json"), *tree.glob("*/*/*_VV.tif")]:
+        path.with_name(f"._{path.name}").write_bytes(b"left by an archiver")
+    data = BigEarthNetMM(tree)
+    assert data.ids == PATCHES and data[3]["id"] == PATCHES[3]
+
+
 def test_unreadable_lists_and_repeated_patches_are_refused(tree):
     (tree / "bigearthnet-val.csv").write_text(f"{PATCHES[0]}\n{PATCHES[1]}\n{PATCHES[0]}\n")
     with pytest.raises(DataError, match="bigearthnet-val.csv: 1 of 3 lines name a patch for a second time"):
@@ -430,6 +460,8 @@ def test_table_of_the_second_release_is_checked(tree_v2):
     wrong = {
         "unknown": ([rows[0] | {"labels": ["Pastures", "Pasture"]}], r"has the labels \['Pastures', 'Pasture'\]"),
         "43 names": ([rows[0] | {"labels": ["Vineyards"]}], "expected some of the 19 names"),
+        "numbers": ([row | {"labels": 3} for row in rows], "has the labels 3"),
+        "nested": ([row | {"labels": [["Pastures"]]} for row in rows], r"has the labels \[\['Pastures'\]\]"),
         "null": ([*rows[1:], rows[0] | {"labels": None}], "has the labels None"),
         "twice": ([*rows, rows[0]], "metadata.parquet: 1 of 5 rows name a patch for a second time"),
         "column": ([{key: row[key] for key in row if key != "s1_name"} for row in rows], "metadata.parquet: cannot"),

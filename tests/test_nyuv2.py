@@ -225,6 +225,7 @@ def save(path, pixels):
         ("Label/3.png", lambda p: p.write_bytes(p.read_bytes()[:-400]), "3.png: cannot be read"),
         ("Depth/3.npy", lambda p: p.write_bytes(p.read_bytes()[:-40]), "3.npy: cannot be read"),
         ("Depth/3.npy", lambda p: np.save(p, np.array([{}])), "3.npy: cannot be read.*pickle"),
+        ("Depth/3.npy", lambda p: np.savez(p.open("wb"), np.ones(SIZE)), "3.npy: cannot be read"),
         ("Depth/3.npy", lambda p: np.save(p, np.ones(SIZE, np.uint16)), r"3.npy: uint16 \(48, 64\), expected .*metres"),
         ("Depth/3.npy", lambda p: np.save(p, np.ones((1, *SIZE))), r"3.npy: float64 \(1, 48, 64\), expected"),
         (
@@ -248,6 +249,12 @@ def test_a_bad_image_is_refused_by_name_and_others_stay(tree, path, damage, mess
     with pytest.raises(DataError, match=message):
         data[1]
     assert data[0]["id"] == "2" and data[2]["id"] == "4"
+
+
+def test_hidden_files_are_no_images(tree):
+    ids = NYUv2(tree).ids
+    (tree / "RGB" / "._3.jpg").write_bytes(b"left by an archiver")
+    assert NYUv2(tree).ids == ids
 
 
 def test_bad_lists_and_settings_are_refused(tree):

@@ -1,5 +1,6 @@
 """From a profile to stores: the published path and the miniature world's end in the same form."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,41 @@ def test_command_line_converts_in_parts_and_verifies(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         prepare.main(["start", "--verify", "--set", *options])
     assert caught.value.code not in (0, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--dataset", "cifar"], "dataset = 'cifar'.*data sets of pair sar_optical: bigearthnet, ssl4eo"),
+        (["--dataset", "geonrw", "--verify"], "data sets of pair sar_optical"),
+        (["--split", "train"], "split = 'train'.*splits: all"),
+        (["--dataset", "bigearthnet", "--split", "val"], "splits: train, test, all"),
+    ],
+)
+def test_what_a_pair_does_not_have_is_named(tmp_path, options, words):
+    with pytest.raises(SystemExit, match=words):
+        prepare.main(["start", *options, "--set", f"data.stores={tmp_path}"])
+
+
+@pytest.mark.parametrize("shard", ["1", "a/b", "1/2/3"])
+def test_a_shard_of_another_form_is_named(capsys, shard):
+    with pytest.raises(SystemExit):
+        prepare.main(["start", "--shard", shard])
+    assert "--shard" in capsys.readouterr().err
+
+
+def test_a_tree_that_another_process_has_just_written_is_taken(settings, monkeypatch):
+    locked = prepare.runs.locked
+
+    @contextlib.contextmanager
+    def later(folder):  # the other one ends between the look and the lock
+        monkeypatch.setattr(prepare.runs, "locked", locked)
+        prepare.pairs(settings)
+        with locked(folder):
+            yield
+
+    monkeypatch.setattr(prepare.runs, "locked", later)
+    assert prepare.pairs(settings).ids == prepare.world(settings).ids
 
 
 def test_real_samples_split_by_the_official_list(tmp_path):

@@ -73,6 +73,8 @@ def test_outliers_are_cut_per_image_and_band():
         (OPTICAL, np.random.default_rng(0).random((13, 6, 6)), ["optical", "0 to 1", "multiply by 10000"]),
         (OPTICAL, np.arange(468.0).reshape(13, 6, 6) * 255 / 468, ["optical", "8 bits"]),
         (OPTICAL, np.arange(468, dtype=np.uint8).reshape(13, 6, 6), ["optical", "uint8"]),
+        (SAR, np.zeros((0, 2, 6, 6), np.float32), ["sar", "(0, 2, 6, 6)"]),
+        (OPTICAL, np.zeros((13, 6, 0), np.uint16), ["optical", "(13, 6, 0)"]),
         (OPTICAL, np.full((13, 6, 6), 1 + 2j), ["optical", "complex128"]),
     ],
 )
@@ -111,6 +113,7 @@ def test_dictionary_survives_json_and_refuses_other_fields():
         (SAR, {"std": None}),
         (SAR, {"outliers": 1.0}),
         (SAR, {"outliers": None}),
+        (DEM, {"outliers": None}),
         (OPTICAL, {"scale": None}),
         (OPTICAL, {"scale": 0.0}),
     ],

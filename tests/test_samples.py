@@ -86,6 +86,12 @@ def test_tiles_with_pixels_without_data_are_left_out(floods):
     assert RealPairs(floods, sources=["sen1floods11"]).ids == pairs.ids
 
 
+def test_hidden_files_are_no_scenes(floods):
+    ids = RealPairs(floods, sources=["sen1floods11"]).ids
+    (floods / "sen1floods11_sample" / "S1" / "._Spain_7370579_S1Hand.tif").write_bytes(b"left by an archiver")
+    assert RealPairs(floods, sources=["sen1floods11"]).ids == ids
+
+
 def test_other_bands_units_and_sizes_are_refused(floods):
     path = floods / "sen1floods11_sample" / "S1" / "Spain_7370579_S1Hand.tif"
 
@@ -108,6 +114,8 @@ def test_other_bands_units_and_sizes_are_refused(floods):
 def test_missing_folders_and_files_are_named(floods):
     with pytest.raises(DataError, match="sen12mscr_pair: missing"):
         RealPairs(floods)
+    with pytest.raises(ValueError, match="tile = 0: at least one pixel"):
+        RealPairs(floods, 0, sources=["sen1floods11"])
     with pytest.raises(ValueError, match="sources has 'geonrw'"):
         RealPairs(floods, sources=["geonrw"])
     (floods / "sen1floods11_sample" / "S2" / "Spain_7370579_S2Hand.tif").unlink()

@@ -1,6 +1,7 @@
 import itertools
 import re
 import shutil
+import struct
 from datetime import datetime
 from pathlib import Path
 
@@ -265,6 +266,24 @@ def test_corrupt_real_tiff_is_refused_and_its_intact_twin_read():
     with pytest.raises(DataError, match="corrupt.tif.*damaged"):
         read(SHARED / "rasterio_tests" / "corrupt.tif", count=3, kind="ui")
     assert read(SHARED / "rasterio_tests" / "cogeo.tif", count=3, kind="ui").shape == (3, 1024, 1024)
+
+
+def test_a_header_that_claims_more_pixels_than_memory_holds_is_refused(tree):
+    path = scene(tree, "s1", 0) / "VV.tif"
+    damaged = bytearray(path.read_bytes())
+    entry = damaged.index(struct.pack("<HHI", 257, 3, 1))  # the height, of 16 bits; after it the width of strips
+    damaged[entry : entry + 12] = struct.pack("<HHII", 257, 4, 1, 2_000_000_000)
+    path.write_bytes(damaged)
+    with pytest.raises(DataError, match="VV.tif: cannot be read"):
+        SSL4EOS12(tree)[0]
+
+
+def test_hidden_folders_are_of_other_programs(tree):
+    for folder in ("s1", "s2c"):
+        (tree / folder / ".ipynb_checkpoints").mkdir()
+    (tree / "s1" / "0000000" / ".ipynb_checkpoints").mkdir()
+    data = SSL4EOS12(tree)
+    assert data.ids == ["0000000"] and data[0]["sar"].shape[0] == 4
 
 
 def test_missing_bands_leave_a_row_of_zeros(tree):

@@ -1,6 +1,7 @@
 import multiprocessing
 import os
 import pickle
+import resource
 import shutil
 import tempfile
 
@@ -182,6 +183,91 @@ def test_arrays_of_another_form_are_refused(tmp_path):
                 target.put(IDS[0], wrong)
         assert IDS[0] not in target.done
         target.put(IDS[0], good, np.ones(3))
+
+
+def test_what_is_stored_is_not_replaced(tmp_path):
+    with writer(tmp_path) as target:
+        target.put(IDS[0], arrays(IDS[0]))
+        with pytest.raises(DataError, match="0000005 is already in the store"):
+            target.put(IDS[0], arrays(IDS[1]))
+        for id in IDS[1:]:
+            target.put(id, arrays(id))
+    assert (Store(tmp_path).read(0, "sar", 2) == arrays(IDS[0])["sar"][2]).all()
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        (["a", "b", "a"], "1 of 3 ids are given more than once, first 'a'"),
+        (["a", "ü" * 250], "ü': expected text of one line, at most 4.. bytes"),
+        (["a", 7], "id 7: expected text"),
+        (["a\nb"], "expected text"),
+        (["a\0b"], "expected text"),
+        (["a\udcff"], "expected text"),
+    ],
+)
+def test_ids_that_cannot_be_stored_are_refused(tmp_path, ids, words):
+    with pytest.raises(DataError, match=words):
+        writer(tmp_path / "store", ids=ids)
+    assert not (tmp_path / "store").exists()
+
+
+def test_ids_may_be_long_and_of_any_language(tmp_path):
+    ids = ["", "..", "/a b", "日本", "ü" * 240]
+    with writer(tmp_path, ids=ids) as target:
+        for id, name in zip(ids, IDS, strict=True):
+            target.put(id, arrays(name))
+    found = Store(tmp_path)
+    assert found.ids == ids and (found.read(4, "optical", 3) == arrays(IDS[4])["optical"][3]).all()
+
+
+@pytest.mark.parametrize("limit", [1, 60_000])  # at the first page, and between two transactions
+def test_a_disk_that_fills_up_costs_nothing_that_is_stored(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(store, "_BATCH", 10_000)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
+    try:
+        with pytest.raises(OSError, match=f"{tmp_path}.*: cannot be written .* goes on where it stopped") as failed:
+            fill(tmp_path / "store")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    with pytest.raises(DataError, match="no finished store"):
+        Store(tmp_path / "store")
+    with writer(tmp_path / "store") as target:  # in the process that still has the error and its frames
+        assert failed.value and bool(target.done) == (limit > 1)
+    assert content(fill(tmp_path / "store")) == content(fill(tmp_path / "whole"))
+
+
+def test_a_store_that_is_being_written_is_not_called_truncated(tmp_path, monkeypatch):
+    fill(tmp_path, ids=IDS[:1])
+    open_ = lmdb.open
+
+    def later(*args, **options):  # a transaction ends after the first look at the file
+        monkeypatch.setattr(lmdb, "open", open_)
+        fill(tmp_path)
+        return open_(*args, **options)
+
+    monkeypatch.setattr(lmdb, "open", later)
+    assert Store(tmp_path).ids == IDS
+
+
+def test_a_truncated_file_may_be_completed(tmp_path):
+    data = fill(tmp_path / "store") / "data.mdb"
+    whole = data.read_bytes()
+    with open(data, "r+b") as file:
+        file.truncate(len(whole) // 2)
+    with pytest.raises(DataError, match="data.mdb is truncated") as error:
+        Store(tmp_path / "store")
+    with open(data, "r+b") as file:  # a copy that goes on, while this process still has the error and its frames
+        file.write(whole)
+    assert error.value and Store(tmp_path / "store").ids == IDS
+
+
+def test_folders_of_other_names_are_no_parts(tmp_path):
+    fill(tmp_path)
+    (tmp_path / "part-0000-of-0002.bak").mkdir()
+    (tmp_path / "part-of-something-else").mkdir()
+    assert Store(tmp_path).ids == IDS
 
 
 def test_missing_and_foreign_stores_are_refused(tmp_path):

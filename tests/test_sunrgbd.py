@@ -271,6 +271,14 @@ def test_of_several_files_those_count_that_the_toolbox_takes(tree):
     assert np.array_equal(np.rint(1000 * item["depth"][0].astype(float)), truth[TRAIN[0]]["mm"])
 
 
+def test_frames_behind_links_are_found(tree):
+    root, _ = tree
+    everything = SUNRGBD(root, labels=False).ids
+    (root / "SUNRGBD" / "kv2").rename(root / "elsewhere")
+    (root / "SUNRGBD" / "kv2").symlink_to(root / "elsewhere")
+    assert SUNRGBD(root, labels=False).ids == everything == sorted(TRAIN + TEST)
+
+
 def test_bad_masks_are_refused(tree):
     root, truth = tree
     masks = [truth[frame]["mask"].astype(float) for frame in TEST + TRAIN]

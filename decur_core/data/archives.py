@@ -63,9 +63,12 @@ def unpack(parts: Sequence, target: Path | str, *, md5: Mapping[str, str] | None
     md5, paths = md5 or {}, sorted(map(Path, parts))
     if len(archives := {_archive(path) for path in paths}) != 1:
         raise DataError(f"expected the parts of one archive, found {len(archives)}: {', '.join(sorted(archives))}")
-    (archive,), there = archives, {path.name for path in paths if path.is_file()}
+    (archive,), names = archives, {path.name for path in paths}
+    if len(names) < len(paths):
+        raise DataError(f"{archive}: {len(paths)} files, but {len(names)} names; unpack them one by one")
+    there = {path.name for path in paths if path.is_file()}
     pairs = itertools.islice(itertools.product(string.ascii_lowercase, repeat=2), len(paths))
-    needed = {archive} if there == {archive} else {archive + "".join(pair) for pair in pairs}
+    needed = {archive} if names == {archive} else {archive + "".join(pair) for pair in pairs}
     needed |= {name for name in md5 if re.fullmatch(re.escape(archive) + "([a-z]{2})?", name)}
     if absent := sorted(needed - there):
         raise DataError(f"{paths[0].parent}: {', '.join(absent)} missing; found {', '.join(sorted(there))}")
@@ -84,13 +87,26 @@ def unpack(parts: Sequence, target: Path | str, *, md5: Mapping[str, str] | None
                 raise DataError(f"{path}: md5 {found.hexdigest()}, expected {md5[path.name]}; download it again")
         stream = gzip.GzipFile(fileobj=_Joined(files, bar.update), mode="rb")
         try:
-            with tarfile.open(fileobj=stream, mode="r|", bufsize=_BLOCK) as tar:
+            with tarfile.open(fileobj=stream, mode="r|", bufsize=_BLOCK, tarinfo=_Member) as tar:
                 written = sum(_extract(tar, member, Path(target)) for member in iter(tar.next, None))
             while stream.read(_BLOCK):  # a checksum of everything stands at the end
                 pass
         except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as error:
             raise DataError(f"{paths[0].with_name(archive)}: damaged, or the last part is missing ({error})") from error
     return written
+
+
+class _Member(tarfile.TarInfo):
+    """A member; where Python takes an archive to end at a damaged header, or without its end mark, an error."""
+
+    @classmethod
+    def frombuf(cls, *args) -> tarfile.TarInfo:
+        try:
+            return super().frombuf(*args)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from error
 
 
 def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> bool:

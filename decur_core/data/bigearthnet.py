@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from decur_core.data.raster import DataError, read_pair
+from decur_core.data.raster import DataError, Reader, read_pair, reading, visible
 from decur_core.preprocess import OPTICAL, SAR
 
 # The 19 classes of BigEarthNet-MM in index order, each with its CORINE level-3 names, the labels in the files.
@@ -78,12 +78,9 @@ def labels_19(names: Sequence[str], *, source: Path | str) -> np.ndarray:
 
 def read_list(path: Path | str) -> dict[str, str | None]:
     """S2 patch -> S1 patch (None where the list has one column) of a .csv or .csv.bz2 without header, in its order."""
-    try:
-        with (bz2.open if Path(path).suffix == ".bz2" else open)(path, "rt") as file:
-            rows = [line.split(",") for line in file.read().split()]
-    except (OSError, EOFError, UnicodeError) as error:
-        state = "cannot be read" if Path(path).exists() else "missing"
-        raise DataError(f"{path}: {state}; expected a list of S2 patches (.csv or .csv.bz2): {error}") from error
+    opened = bz2.open if Path(path).suffix == ".bz2" else open
+    with reading(path, "a list of S2 patches (.csv or .csv.bz2)"), opened(path, "rt") as file:
+        rows = [line.split(",") for line in file.read().split()]
     if wrong := [row for row in rows if len(row) > 2 or not row[0].startswith("S2")]:
         found = ",".join(wrong[0])
         raise DataError(f"{path}: expected '<S2 patch>' or '<S2 patch>,<S1 patch>' per line, found {found!r}")
@@ -107,7 +104,7 @@ def _present(partners: dict, here: dict, root: Path, missing: str) -> dict[str, 
 
 def _only(folder: Path | str, pattern: str) -> Path:
     """The one file of a folder that fits a pattern (some patches have files with irregular names)."""
-    hits = list(Path(folder).glob(pattern))
+    hits = visible(folder, pattern)
     if len(hits) != 1:
         raise DataError(f"{folder}: {len(hits)} files fit {pattern}, expected 1")
     return hits[0]
@@ -120,7 +117,7 @@ def _item(s2: str, optical: Path | str, sar: Path | str, labels: np.ndarray) -> 
     return {"id": s2, "sar": images[1], "optical": images[0], "labels": labels.copy()}
 
 
-class BigEarthNetMM:
+class BigEarthNetMM(Reader):
     """SAR-optical patches with 19 labels.
 
     `root` holds the two patch folders (also under the names of the published example) and the split lists; `split`:
@@ -147,7 +144,7 @@ class BigEarthNetMM:
             folder = next((self.root / name for name in names if (self.root / name).is_dir()), None)
             if folder is None:
                 raise DataError(f"{self.root}: no folder {' or '.join(names)} ({sensor} patches)")
-            self.folders[sensor], here[sensor] = folder, {patch.name for patch in folder.glob("*/")}
+            self.folders[sensor], here[sensor] = folder, {patch.name for patch in visible(folder, "*/")}
         if split is None:
             partners = dict.fromkeys(sorted(here["S2"]))
         else:
@@ -173,9 +170,6 @@ class BigEarthNetMM:
         self._partners = {s2: present[s2] for s2 in self.ids}
         self.labels = np.stack([labels[s2] for s2 in self.ids])
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
     def __getitem__(self, i: int) -> dict:
         s2 = self.ids[i]
         if s2 in self._broken:
@@ -192,13 +186,15 @@ class BigEarthNetMM:
         path = _only(self.folders[sensor] / patch, "*_labels_metadata.json")
         try:
             metadata = json.loads(path.read_text())
-            names = list(metadata["labels"])
-        except (ValueError, KeyError, TypeError) as error:
+            names, partner = metadata["labels"], metadata.get("corresponding_s2_patch")
+            if not all(isinstance(value, str) for value in [*names, partner or ""]):
+                raise ValueError(f"{names}, {partner}")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{path}: expected JSON with the key 'labels': {error!r}") from error
         return metadata, labels_19(names, source=path)
 
 
-class BigEarthNetV2:
+class BigEarthNetV2(Reader):
     """SAR-optical patches of the second release, with 19 labels.
 
     `root` holds `BigEarthNet-S2`, `BigEarthNet-S1` and `metadata.parquet`, whose column `s1_name` alone pairs the
@@ -211,7 +207,7 @@ class BigEarthNetV2:
         for sensor in ("S2", "S1"):
             if not (folder := self.root / f"BigEarthNet-{sensor}").is_dir():
                 raise DataError(f"{folder}: missing; version 2 has it beside metadata.parquet")
-            here[sensor] = {patch.name for patch in folder.glob("*/*/")}
+            here[sensor] = {patch.name for patch in visible(folder, "*/*/")}
         wanted, path = {"val": "validation"}.get(split, split), self.root / "metadata.parquet"
         rows = [row for row in _read_parquet(path) if wanted in (None, row[2])]
         partners = {s2: s1 for s2, s1, _, _ in rows}
@@ -226,9 +222,6 @@ class BigEarthNetV2:
         if not self.ids:
             raise DataError(f"{path}: no patch is left of {len(rows)} in split {split}: {self.left_out}")
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
     def __getitem__(self, i: int) -> dict:
         s2, s1 = self.ids[i], self._partners[self.ids[i]]
         optical = self.root / "BigEarthNet-S2" / s2.rsplit("_", 2)[0] / s2
@@ -239,14 +232,11 @@ def _read_parquet(path: Path) -> list[tuple[str, str, str, list[str]]]:
     """Rows (S2 patch, S1 patch, split, names of labels) of a metadata.parquet."""
     import pyarrow.parquet  # 0.3 s that only this release needs
 
-    columns, known = ["patch_id", "s1_name", "split", "labels"], set(CLASSES_19)
-    try:
+    columns = ["patch_id", "s1_name", "split", "labels"]
+    with reading(path, f"a Parquet file with {', '.join(columns)}"):
         table = pyarrow.parquet.read_table(path, columns=columns)
         rows = list(zip(*(table[column].to_pylist() for column in columns), strict=True))
-    except (OSError, ValueError, KeyError) as error:
-        state = "cannot be read" if path.exists() else "missing"
-        raise DataError(f"{path}: {state}; expected a Parquet file with {', '.join(columns)}: {error!r}") from error
     for s2, *_, names in rows:
-        if names is None or not known.issuperset(names):
+        if not isinstance(names, list) or not all(name in CLASSES_19 for name in names):
             raise DataError(f"{path}: {s2} has the labels {names}, expected some of the 19 names of BigEarthNet")
     return rows

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from decur_core.data.raster import DataError, read
+from decur_core.data.raster import DataError, Reader, read
 
 SPLITS = {
     "train": (
@@ -40,7 +40,7 @@ _FILES = {
 _NAME = re.compile(rf"(\d+_\d+)_(?:.*_)?({'|'.join(map(re.escape, _FILES))})")
 
 
-class GeoNRW:
+class GeoNRW(Reader):
     """RGB-DEM patches with land-cover masks.
 
     `root` holds a folder per city; `split`: "train", "test" or None for every city found; `parts`: every tile is cut
@@ -71,9 +71,6 @@ class GeoNRW:
         if not self._files:
             raise DataError(f"{self.root}: no files <city>/<E>_<N>_rgb.jp2 for split {split}")
         self.ids = [f"{tile}_{k}" for tile in self._files for k in range(1, self.chunk + 1)]
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     def __getitem__(self, i: int) -> dict:
         tile, number = self.ids[i].rsplit("_", 1)

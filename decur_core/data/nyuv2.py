@@ -10,15 +10,14 @@ How to get it: the .mat (2.8 GB) from cs.nyu.edu/~silberman/datasets/nyu_depth_v
 from github.com/ankurhanda/nyuv2-meta-data. No licence is stated.
 """
 
-from collections import Counter
 from pathlib import Path
 
 import h5py
 import numpy as np
 import scipy.io
 
-from decur_core.data.raster import DataError
-from decur_core.data.sunrgbd import CLASSES_37, checked, read_image, reading
+from decur_core.data.raster import DataError, Reader, reading, repeated, visible
+from decur_core.data.sunrgbd import CLASSES_37, checked, read_image
 
 _NAMES = {"fridge": "refridgerator", "tv": "television"}  # the other 35 of the first 37 are those of SUN RGB-D
 CLASSES_40: tuple[str, ...] = (  # values 1 to 40 of masks
@@ -38,7 +37,7 @@ def intrinsics(height: int, width: int) -> np.ndarray:
     return np.array([[fx * sx, 0, (cx - 0.5) * sx + 0.5], [0, fy * sy, (cy - 0.5) * sy + 0.5], [0, 0, 1]])
 
 
-class NYUv2:
+class NYUv2(Reader):
     """RGB-depth images with masks.
 
     `root` holds the tree, or else the .mat and its two companions; `split`: "train", "test" or None for every image;
@@ -63,7 +62,7 @@ class NYUv2:
         if hha and not ((self.root / "RGB").is_dir() and (self.root / "HHA").is_dir()):
             raise DataError(f"{self.root}: no tree with RGB and HHA; leave hha=False, and use depth_to_hha")
         if (self.root / "RGB").is_dir():
-            here = {path.stem for path in (self.root / "RGB").glob("*.jpg")}
+            here = {path.stem for path in visible(self.root / "RGB", "*.jpg")}
         else:
             with reading(path := self.root / _MAT, _WANTED), h5py.File(path) as file:
                 here = set(map(str, range(len(file["images"]))))
@@ -83,16 +82,13 @@ class NYUv2:
                 raise DataError(f"{path}: {len(rotations)} rotations, none for {wrong[0]}; take both as published")
             self._down = rotations[:, 2, [0, 2, 1]] * [-1, 1, -1]
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
     def __getitem__(self, i: int) -> dict:
         item, files = {"id": (name := self.ids[i])}, dict.fromkeys(("rgb", "depth", "mask"), self.root / _MAT)
         if self._to_40 is None:
             folders = {"rgb": "RGB/{}.jpg", "depth": "Depth/{}.npy", "mask": "Label/{}.png", "hha": "HHA/{}.jpg"}
             files = {k: self.root / path.format(name) for k, path in folders.items() if k != "hha" or self._hha}
-            with reading(files["depth"], "an array of depth in metres"):
-                depth = np.load(files["depth"])
+            with reading(files["depth"], "an array of depth in metres"), open(files["depth"], "rb") as file:
+                depth = np.lib.format.read_array(file, allow_pickle=False)
             item |= {k: read_image(path, *_MODES[k]) for k, path in files.items() if k in _MODES}
         else:
             with reading(files["rgb"], _WANTED), h5py.File(files["rgb"]) as file:
@@ -130,6 +126,6 @@ class NYUv2:
             lists[name] = [min(stem) for stem in stems if stem]
             if official and {*lists[name]} != {*official[name]}:
                 raise DataError(f"{path}: not the images of splits.mat, which has {len(official[name])}; remove one")
-        if twice := [name for name, count in Counter(lists["train"] + lists["test"]).items() if count > 1]:
+        if twice := repeated(lists["train"] + lists["test"]):
             raise DataError(f"{self.root}: train.txt and test.txt name {twice[0]} twice; take both as published")
         return lists[split]

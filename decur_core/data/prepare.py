@@ -21,7 +21,7 @@ from .bigearthnet import BigEarthNetMM, BigEarthNetV2
 from .geonrw import SPLITS, GeoNRW
 from .hha import depth_to_hha
 from .nyuv2 import NYUv2
-from .raster import DataError, resize
+from .raster import DataError, Reader, resize
 from .rooms import RoomWorld, write_nyuv2, write_sunrgbd
 from .samples import RealPairs
 from .ssl4eo import SSL4EOS12
@@ -36,7 +36,7 @@ PRETRAINING = {"sar_optical": ("ssl4eo", "all"), "rgb_dem": ("geonrw", "train"),
 LABELLED = {"sar_optical": ("bigearthnet",), "rgb_dem": ("geonrw",), "rgb_depth": ("sunrgbd", "nyuv2")}
 
 
-class Rooms:
+class Rooms(Reader):
     """RGB-depth items as they are stored: depth as HHA, image, HHA and mask of one size.
 
     ``reader`` gives ``rgb, depth, intrinsics, gravity`` and maybe ``mask`` (``SUNRGBD``, ``NYUv2``, ``RoomWorld``);
@@ -46,9 +46,6 @@ class Rooms:
 
     def __init__(self, reader, size: tuple[int, int]):
         self.reader, self.size, self.ids = reader, size, reader.ids
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     def __getitem__(self, i: int) -> dict:
         item = self.reader[i]
@@ -205,9 +202,10 @@ def _written(settings: config.Settings, name: str, write) -> Path:
     if not root.exists():
         temporary = root.with_name(f"{name}.part")
         with runs.locked(root.parent):
-            shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
-            write(temporary)
-            temporary.rename(root)
+            if not root.exists():  # another process may just have finished it
+                shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+                write(temporary)
+                temporary.rename(root)
     return root
 
 
@@ -261,7 +259,16 @@ def store(settings: config.Settings, dataset: str, split: str, *, shard: tuple[i
 
 
 def _target(settings: config.Settings, dataset: str, split: str) -> Path:
+    known = sorted({PRETRAINING[settings.pair][0], *LABELLED[settings.pair]})
+    if dataset not in known or split not in (allowed := {**splits(settings, dataset), "all": None}):
+        state = f"dataset = {dataset!r}, split = {split!r}; data sets of pair {settings.pair}: {', '.join(known)}"
+        raise config.ConfigError(state + (f"; splits: {', '.join(allowed)}" if dataset in known else ""))
     return _stores(settings) / f"{dataset}-{_source(settings)}-{split}"
+
+
+def _shard(text: str) -> tuple[int, int]:
+    part, count = map(int, text.split("/"))  # argparse names the option and what was given
+    return part, count
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -274,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dataset", help="by default the one that the pair is pretrained on")
     parser.add_argument("--split", default=None, help="train, test or all; by default the one of pretraining")
     parser.add_argument(
-        "--shard", metavar="I/N", default="0/1", help="convert only part I (0 to N - 1) of N, for job arrays"
+        "--shard", metavar="I/N", type=_shard, default="0/1", help="convert part I (0 to N - 1) of N, for job arrays"
     )
     parser.add_argument("--verify", action="store_true", help="re-read what is stored and say what is damaged")
     parser.add_argument(
@@ -291,8 +298,7 @@ def main(argv: list[str] | None = None) -> None:
             if damaged:
                 sys.exit(f"{len(damaged)} damaged; remove that store or part of it and convert again")
             return
-        shard = tuple(int(part) for part in args.shard.split("/"))
-        store(settings, dataset, split, shard=shard)
+        store(settings, dataset, split, shard=args.shard)
     except (config.ConfigError, DataError, OSError, RuntimeError) as error:  # the last: another process has the store
         sys.exit(str(error))
 

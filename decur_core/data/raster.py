@@ -1,6 +1,8 @@
-"""GeoTIFF (and JPEG 2000) bands as arrays on one grid, with errors that name the file."""
+"""GeoTIFF (and JPEG 2000) bands as arrays on one grid, and what all readers share, first errors that name the file."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +19,35 @@ _KINDS = {"f": "floating-point numbers", "ui": "integers", "fui": "real numbers"
 
 class DataError(ValueError):
     """A file of a data set is missing, damaged or not of the published form."""
+
+
+class Reader:
+    """A data set: `.ids`, in its order, and by position the sample of each."""
+
+    ids: list[str]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+    """Those that are given more than once."""
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
+def visible(folder: Path | str, pattern: str) -> list[Path]:
+    """Files or folders in a folder, in any order, without hidden ones, which are of other programs."""
+    return [path for path in Path(folder).glob(pattern) if not path.name.startswith(".")]
+
+
+@contextmanager
+def reading(path: Path | str, expected: str):
+    """What libraries raise for a damaged file becomes a DataError that says what was expected."""
+    try:
+        yield
+    except Exception as error:
+        state = "cannot be read" if Path(path).exists() else "missing"
+        raise DataError(f"{path}: {state}; expected {expected}: {error!r}") from error
 
 
 class _Raster(NamedTuple):
@@ -62,7 +93,7 @@ def _read(path: Path | str, *, count: int, kind: str, driver: str = "GTiff") -> 
             if kind == "fui":
                 values = values.astype(np.float32).filled(np.nan)
             return _Raster(values, source.crs, tuple(source.bounds))
-    except (rasterio.errors.RasterioError, OSError) as error:
+    except (rasterio.errors.RasterioError, OSError, MemoryError) as error:  # the last: a header with an absurd size
         state = "cannot be read (damaged or truncated?)" if Path(path).exists() else "missing"
         raise DataError(f"{path}: {state}; expected {count} band(s) as {driver}: {error}") from error
 

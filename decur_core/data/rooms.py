@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from decur_core.data.nyuv2 import intrinsics
+from decur_core.data.synthetic import Locations
 
 # name: who sees it. What each one does is written where it is used, in `scene`, `_photograph` and `_sensed`.
 FACTORS = {
@@ -93,7 +94,7 @@ def _furniture(rng, yaw: float, room: np.ndarray) -> tuple[np.ndarray, ...]:
     return centre[:, chosen], half[:, chosen], rng.uniform(-0.6, 0.6, _TRIES)[chosen], kind[chosen]
 
 
-class RoomWorld:
+class RoomWorld(Locations):
     """Views of the miniature world, as `SUNRGBD` and `NYUv2` read them from the written files.
 
     Location i depends on (seed, stream, i) and on the size only, never on how many there are or on the order of asking.
@@ -101,28 +102,14 @@ class RoomWorld:
     """
 
     def __init__(self, locations: int, *, height: int = 48, width: int = 64, seed: int = 0, stream: int = 0):
-        for name, value, low in (("locations", locations, 1), ("seed", seed, 0), ("stream", stream, 0)):
-            if not isinstance(value, (int, np.integer)) or value < low:
-                raise ValueError(f"{name} = {value!r}: an integer from {low} on is needed")
+        super().__init__(FACTORS, locations, seed=seed, stream=stream)
         if not isinstance(height, (int, np.integer)) or height < 24 or height % 6 or 4 * height != 3 * width:
             raise ValueError(f"height = {height!r}, width = {width!r}: 3:4 with a height of 24, 30, 36, … is needed")
-        self.size, self.seed, self.stream = (int(height), int(width)), int(seed), int(stream)
+        self.size = int(height), int(width)
         self.intrinsics = intrinsics(*self.size)
         v, u = np.indices(self.size).reshape(2, -1) + 1  # the first pixel has its centre at (1, 1)
         self._pixels = np.linalg.solve(self.intrinsics, np.stack([u, v, np.ones(u.size)])).astype(np.float32)
-        values = np.random.default_rng((seed, stream)).uniform(-1, 1, (locations, len(FACTORS))).astype(np.float32)
-        self.factors = dict(zip(FACTORS, values.T, strict=True))
         self.ids = [f"{SOURCES[i % len(SOURCES)]}/{i:07d}" for i in range(locations)]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def _draw(self, i: int, part: int) -> tuple[np.random.Generator, dict[str, float]]:
-        """Random numbers for one part of location i, and its factors scaled to 0..1."""
-        if not 0 <= i < len(self):
-            raise IndexError(f"location {i} of a world of {len(self)}")
-        rng = np.random.default_rng((self.seed, self.stream, int(i), part))
-        return rng, {name: (float(values[i]) + 1) / 2 for name, values in self.factors.items()}
 
     def scene(self, i: int) -> Scene:
         """The geometry of location i, without any flaw of a sensor."""

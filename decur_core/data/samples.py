@@ -10,13 +10,13 @@ import numpy as np
 import rasterio
 
 from decur_core.data.bigearthnet import BigEarthNetMM
-from decur_core.data.raster import DataError, read
+from decur_core.data.raster import DataError, Reader, read, visible
 from decur_core.preprocess import OPTICAL, SAR, Preprocessing
 
 FOLDERS = {"sen1floods11": "sen1floods11_sample", "sen12mscr": "sen12mscr_pair", "bigearthnet": "bigearthnet_real"}
 
 
-class RealPairs:
+class RealPairs(Reader):
     """Tiles of co-located real SAR and optical images, as items of the form that `SSL4EOS12` gives, with one season.
 
     `root` holds the folders in FOLDERS, of which `sources` are used; `tile`: height and width in pixels of 10 m. Tiles
@@ -30,6 +30,8 @@ class RealPairs:
     """
 
     def __init__(self, root: Path | str, tile: int = 120, *, sources: Sequence[str] = tuple(FOLDERS)):
+        if tile < 1:
+            raise ValueError(f"tile = {tile}: at least one pixel is needed")
         self.tile, self._items = tile, {}
         for source in sources:
             if source not in FOLDERS:
@@ -42,9 +44,6 @@ class RealPairs:
             if len(self._items) == before:
                 raise DataError(f"{folder}: no tile of {tile} x {tile} pixels fits; leave {source} out of sources")
         self.ids = list(self._items)
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     def __getitem__(self, i: int) -> dict:
         return {"id": self.ids[i], **self._items[self.ids[i]], "dates": {}}
@@ -74,13 +73,13 @@ def _read(path: Path, setting: Preprocessing, kind: str) -> np.ndarray:
 
 
 def _sen1floods11(folder: Path):
-    for path in sorted(folder.glob("S1/*_S1Hand.tif")):
+    for path in sorted(visible(folder, "S1/*_S1Hand.tif")):
         name = path.name.removesuffix("_S1Hand.tif")
         yield name, _read(path, SAR, "f"), _read(folder / "S2" / f"{name}_S2Hand.tif", OPTICAL, "ui")
 
 
 def _sen12mscr(folder: Path):
-    for path in sorted(folder.glob("*_s1_*.tif")):
+    for path in sorted(visible(folder, "*_s1_*.tif")):
         partner = folder / path.name.replace("_s1_", "_s2_cloudy_")
         yield path.stem.replace("_s1_", "_"), _read(path, SAR, "f"), _read(partner, OPTICAL, "ui")
 

@@ -8,13 +8,12 @@ Every file has corners of its own: the data set was written with those of coarse
 
 import re
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from decur_core.data.raster import DataError, read_pair
+from decur_core.data.raster import DataError, Reader, read_pair, repeated, visible
 from decur_core.preprocess import OPTICAL, SAR
 
 # Scene names: S1A_IW_GRDH_1SDV_20200329T001515_... and 20200323T162931_20200323T163750_T15QXA
@@ -28,7 +27,7 @@ _OPTICAL_STD = (786.78685367, 850.34818441, 875.06484736, 1138.84957046, 1122.17
                 1248.42891965, 1345.52684884, 577.31607053, 51.15431158, 1336.09932639, 1136.53823676)  # fmt: skip
 
 
-class SSL4EOS12:
+class SSL4EOS12(Reader):
     """SAR-optical pairs of one tree, all seasons of a location per item.
 
     `root` holds `s1` and `s2c`; `ids`: locations to use, in this order, None for every directory present in both,
@@ -51,7 +50,7 @@ class SSL4EOS12:
         for folder in (self.root / "s1", self.root / "s2c"):
             if not folder.is_dir():
                 raise DataError(f"{folder}: missing; the root of SSL4EO-S12 holds the folders s1 and s2c")
-            found[folder.name] = {entry.name for entry in folder.iterdir() if entry.is_dir()}
+            found[folder.name] = {entry.name for entry in visible(folder, "*/")}
         both = found["s1"] & found["s2c"]
         if absent := [i for i in ids or () if i not in both]:
             state = ", ".join(f"{'in' if absent[0] in names else 'not in'} {name}" for name, names in found.items())
@@ -59,13 +58,10 @@ class SSL4EOS12:
         if ids is None and (single := sorted(found["s1"] ^ found["s2c"])):
             warnings.warn(f"{self.root}: {len(single)} ids are left out, only s1 or s2c has {single[0]}", stacklevel=2)
         self.ids = sorted(both) if ids is None else list(ids)
-        if repeated := [i for i, count in Counter(self.ids).items() if count > 1]:
-            raise DataError(f"{self.root}: {len(repeated)} ids are given more than once, first {repeated[0]}")
+        if twice := repeated(self.ids):
+            raise DataError(f"{self.root}: {len(twice)} ids are given more than once, first {twice[0]}")
         if not self.ids:
             raise DataError(f"{self.root}: no location is present in both s1 and s2c")
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     def __getitem__(self, i: int) -> dict:
         sar_dates, sar_scenes = self._scenes("s1", self.ids[i])
@@ -89,7 +85,7 @@ class SSL4EOS12:
         place, scenes = self.root / folder / location, []
         if not place.is_dir():
             raise DataError(f"{place}: missing; the location must be in both s1 and s2c")
-        for scene in filter(Path.is_dir, place.iterdir()):
+        for scene in visible(place, "*/"):
             if not (match := _SCENE_DATES[folder].match(scene.name)):
                 raise DataError(f"{scene}: no date in the name; expected {_SCENE_DATES[folder].pattern}")
             scenes.append((match[1], str(scene)))

@@ -10,17 +10,22 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import lmdb
 import numpy as np
 
-from decur_core.data.raster import DataError
+from decur_core.data.raster import DataError, repeated
 
 _BATCH = 64 * 2**20  # bytes per transaction: each one waits for the disk
 _MAP = 2**30  # bytes of addresses to begin with
+_LONGEST = 511  # bytes of a key of LMDB
+_ID = re.compile(r"[^\0\n\ud800-\udfff]*")  # those separate ids, or are not Unicode
+_PART = re.compile(r"part-\d{4,}-of-(\d{4,})")
 _MAPS: dict[tuple[int, int], lmdb.Environment] = {}  # finished stores mapped by this process, by device and inode
 
 
@@ -35,7 +40,7 @@ def positions(count: int, shard: tuple[int, int], chunk: int = 1) -> range:
 
 def parts(path: Path | str, count: int = 1) -> list[Path]:
     """Folders of a store in the order of their ids, there or missing; `count` of them if nothing is there yet."""
-    there = {int(folder.name.rpartition("-")[2]) for folder in Path(path).glob("part-*-of-*")}
+    there = {int(part[1]) for folder in Path(path).glob("part-*") if (part := _PART.fullmatch(folder.name))}
     there |= {1} if Path(path, "data.mdb").exists() else set()
     if len(there) > 1:
         mixed = " and one in ".join(map(str, sorted(there)))
@@ -77,6 +82,16 @@ def _key(*parts: object) -> bytes:
     return "\0".join(map(str, parts)).encode()
 
 
+def _check_ids(ids: Sequence[str], modalities: Iterable[str]) -> None:
+    """Refuse, with a DataError, ids that cannot be keys, or that are given twice."""
+    longest = _LONGEST - max(len(_key("image", "", name, 999)) for name in modalities)
+    for id in ids:
+        if not (isinstance(id, str) and _ID.fullmatch(id) and len(id.encode()) <= longest):
+            raise DataError(f"id {id!r}: expected text of one line, at most {longest} bytes of UTF-8")
+    if twice := repeated(ids):
+        raise DataError(f"{len(twice)} of {len(ids)} ids are given more than once, first {twice[0]!r}")
+
+
 def _flat(value: object, name: str = "") -> dict[str, object]:
     """Nested dictionaries as one, with dotted names."""
     if not isinstance(value, dict):
@@ -104,19 +119,21 @@ def _map(path: Path) -> lmdb.Environment | None:
             return None
         key = (stat.st_dev, stat.st_ino)
         env = _MAPS.get(key) or lmdb.open(str(path), readonly=True, lock=False, readahead=False)
-        if stat.st_size < (used := env.stat()["psize"] * (env.info()["last_pgno"] + 1)):
-            # Reading behind the end of a file would kill the process.
-            raise DataError(f"{path}: data.mdb is truncated, {stat.st_size} of {used} bytes; remove it, convert again")
-        with env.begin() as transaction:
-            finished = transaction.get(b"index") is not None
+        try:
+            used, finished = env.stat()["psize"] * (env.info()["last_pgno"] + 1), False
+            if (size := os.path.getsize(path / "data.mdb")) < used:  # asked for now: a writer may have made it grow
+                # Reading behind the end of a file would kill the process.
+                raise DataError(f"{path}: data.mdb is truncated, {size} of {used} bytes; remove it, convert again")
+            with env.begin() as transaction:
+                finished = transaction.get(b"index") is not None
+        finally:
+            if not finished and key not in _MAPS:  # an open one could not be opened again, in this process
+                env.close()
     except FileNotFoundError:
         return None
     except (OSError, lmdb.Error) as error:
         raise DataError(f"{path}: no store that can be read; remove it and convert again ({error})") from error
-    if finished:
-        return _MAPS.setdefault(key, env)
-    env.close()
-    return None
+    return _MAPS.setdefault(key, env) if finished else None
 
 
 class StoreWriter:
@@ -131,6 +148,7 @@ class StoreWriter:
 
     def __init__(self, path: Path | str, *, ids: Sequence[str], shapes, seasons, labels=0, meta, shard=(0, 1), chunk=1):
         self.path, self._pending, self._bytes = Path(path), [], 0
+        _check_ids(ids, shapes)
         self.ids = [ids[i] for i in positions(len(ids), shard, chunk)]
         sha256 = hashlib.sha256("\n".join(ids).encode()).hexdigest()
         spec = {"format": 2, "shapes": shapes, "seasons": seasons, "labels": labels, "shard": shard, "chunk": chunk}
@@ -141,7 +159,8 @@ class StoreWriter:
         if not self.finished:
             # The file grows with its content; the map is only a range of addresses, doubled when it is full. Without
             # metasync a power cut can lose the latest transaction, but never the store.
-            self._env = lmdb.open(str(self.path), map_size=_MAP, metasync=False, readahead=False)
+            with self._writing():
+                self._env = lmdb.open(str(self.path), map_size=_MAP, metasync=False, readahead=False)
         with self._env.begin() as transaction:
             there = transaction.get(b"spec")
             self.done = {i for i in self.ids if transaction.get(_key("done", i)) is not None} if there else set()
@@ -167,10 +186,9 @@ class StoreWriter:
         labels = [] if labels is None else [int(label) for label in labels]
         if found != wanted or len(labels) != self._spec["labels"]:
             raise DataError(f"{id}: {found}, {len(labels)} labels; expected {wanted}, {self._spec['labels']} labels")
-        for name, array in arrays.items():
-            self._add(*((_key("image", id, name, s), np.ascontiguousarray(image)) for s, image in enumerate(array)))
+        images = {_key("image", id, name, s): arrays[name][s] for name in wanted for s in range(self._spec["seasons"])}
         sha256 = digest((arrays[name] for name in wanted), labels).hex()
-        self._finish(id, (record or {}) | {"labels": labels, "sha256": sha256})
+        self._finish(id, (record or {}) | {"labels": labels, "sha256": sha256}, images)
 
     def quarantine(self, id: str, reason: str) -> None:
         """Note why an id is left out."""
@@ -183,7 +201,8 @@ class StoreWriter:
         self._commit()
         if finish and len(self.done) == len(self.ids):
             self._index(summary or {})
-        self._env.sync(True)
+        with self._writing():
+            self._env.sync(True)
         self._env.close()
         self._env = None
 
@@ -211,11 +230,12 @@ class StoreWriter:
         self._pending += items
         self._bytes += sum(memoryview(value).nbytes for _, value in items)
 
-    def _finish(self, id: str, record: dict) -> None:
+    def _finish(self, id: str, record: dict, images: dict[bytes, np.ndarray] | None = None) -> None:
         if self.finished or id in self.done:
             raise DataError(f"{self.path}: {id} is already in the store")
         self.done.add(id)
-        self._add((_key("done", id), json.dumps(record).encode()))
+        pixels = ((key, np.ascontiguousarray(image)) for key, image in (images or {}).items())
+        self._add(*pixels, (_key("done", id), json.dumps(record).encode()))
         if self._bytes >= _BATCH:
             self._commit()
 
@@ -223,13 +243,26 @@ class StoreWriter:
         """Write what is pending and these items in one transaction."""
         self._add(*items)
         while self._pending:
-            try:
-                with self._env.begin(write=True) as transaction:
-                    for key, value in self._pending:
-                        transaction.put(key, value)
-                self._pending, self._bytes = [], 0
-            except lmdb.MapFullError:
-                self._env.set_mapsize(2 * self._env.info()["map_size"])
+            with self._writing():
+                try:
+                    with self._env.begin(write=True) as transaction:
+                        for key, value in self._pending:
+                            transaction.put(key, value)
+                    self._pending, self._bytes = [], 0
+                except lmdb.MapFullError:
+                    self._env.set_mapsize(2 * self._env.info()["map_size"])
+
+    @contextmanager
+    def _writing(self):
+        """What LMDB cannot write becomes an OSError; the environment is closed, so that this process may try again."""
+        try:
+            yield
+        except lmdb.Error as error:
+            if self._env is not None:
+                self._env.close()
+                self._env = None
+            way = "is its disk full? Mend that and run the same again: it goes on where it stopped"
+            raise OSError(f"{self.path}: cannot be written ({error}); {way}") from error
 
 
 class Store:

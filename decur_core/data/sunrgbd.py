@@ -8,9 +8,8 @@ How to get it: SUNRGBD.zip and SUNRGBDtoolbox.zip (masks, lists) from rgbd.cs.pr
 files in github.com/ankurhanda/sunrgbd-meta-data. No licence comes with the files. 1,449 frames are those of NYUv2.
 """
 
+import os
 import re
-from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
@@ -18,7 +17,7 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
-from decur_core.data.raster import DataError
+from decur_core.data.raster import DataError, Reader, reading, repeated, visible
 
 _NAMES = """\
 wall floor cabinet bed chair sofa table door window bookshelf picture counter blinds desk shelves curtain dresser \
@@ -36,16 +35,6 @@ def decode_depth(png_uint16: np.ndarray) -> np.ndarray:
     if png_uint16.dtype != np.uint16:
         raise DataError(f"depth of SUN RGB-D is uint16, found {png_uint16.dtype}; read the png with all its 16 bits")
     return (png_uint16 >> 3 | png_uint16 << 13) / np.float32(1000)
-
-
-@contextmanager
-def reading(path: Path, expected: str):
-    """What libraries raise for a damaged file becomes a DataError that says what was expected."""
-    try:
-        yield
-    except Exception as error:
-        state = "cannot be read" if path.exists() else "missing"
-        raise DataError(f"{path}: {state}; expected {expected}: {error!r}") from error
 
 
 def read_image(path: Path, *modes: str) -> np.ndarray:
@@ -75,7 +64,7 @@ def checked(item: dict, files: dict[str, Path], classes: int) -> dict:
     return item
 
 
-class SUNRGBD:
+class SUNRGBD(Reader):
     """RGB-depth frames, with masks where they are there.
 
     `root` holds SUNRGBD/, or is it; `split`: "train", "test" (text lists beside SUNRGBD/, else the toolbox's
@@ -105,7 +94,7 @@ class SUNRGBD:
         has_masks = (self.root / _MASKS).is_file() if labels is None else labels
         lists = {name: self._list(name) for name in _LISTS} if split or has_masks else {}
         frames = sum(lists.values(), [])
-        if twice := [frame for frame, count in Counter(frames).items() if count > 1]:
+        if twice := repeated(frames):
             raise DataError(f"{self.root}: the split lists name {twice[0]} twice; take both as published")
         if has_masks:
             with reading(path := self.root / _MASKS, _WANTED), h5py.File(path) as file:
@@ -113,16 +102,13 @@ class SUNRGBD:
             if count != len(frames):
                 raise DataError(f"{path}: {count} masks, but {len(frames)} frames in the lists; take both as published")
             self._rows = {frame: row for row, frame in enumerate(frames)}
-        here = (path.parent.relative_to(self._top).as_posix() for path in self._top.glob("**/image/"))
-        wanted = lists[split] if split else sorted(here)
+        here = (Path(at) for at, folders, _ in os.walk(self._top, followlinks=True) if "image" in folders)
+        wanted = lists[split] if split else sorted(frame.relative_to(self._top).as_posix() for frame in here)
         self.ids = [frame for frame in wanted if (self._top / frame / "image").is_dir()]
         self.left_out = {"absent": len(wanted) - len(self.ids)}
         if not self.ids or self.left_out["absent"] and missing == "error":
             state = f"{len(self.ids)} of {len(wanted)} frames, lacks {min({*wanted} - {*self.ids}, default='any')}"
             raise DataError(f"{self._top}: {state}; unpack SUNRGBD.zip, or use what is there with missing='skip'")
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     def __getitem__(self, i: int) -> dict:
         frame = self._top / self.ids[i]
@@ -165,7 +151,7 @@ class SUNRGBD:
 
 def _file(folder: Path, pattern: str, *, last: bool = False) -> Path:
     """First or last file of a folder that fits a pattern."""
-    if not (found := sorted(path for path in folder.glob(pattern) if path.name[0] != ".")):
+    if not (found := sorted(visible(folder, pattern))):
         raise DataError(f"{folder}: no file {pattern}; unpack the frame again")
     return found[-last]
 

@@ -8,6 +8,7 @@ offset, calibration, sensor noise and speckle; with layout "redrawn" also where 
 the sensors that carry it, and not at all from the other one.
 """
 
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 from functools import cache
 from math import inf
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from decur_core.data.bigearthnet import labels_19
-from decur_core.data.raster import OPTICAL_STEPS, resize
+from decur_core.data.raster import OPTICAL_STEPS, Reader, resize
 from decur_core.preprocess import OPTICAL
 
 # name: who sees it. What each one does is written where it is used, in `draw_layout`, `_optical` and `_sar`.
@@ -73,10 +74,34 @@ LABEL_RULES = (
 )
 
 
-def factors(n: int, *, seed: int, stream: int = 0) -> dict[str, np.ndarray]:
+def factors(n: int, *, seed: int, stream: int = 0, names: Iterable[str] = FACTORS) -> dict[str, np.ndarray]:
     """The factors of n locations: name -> float32 (n,), uniform in [-1, 1]. Location i is the same for every n > i."""
-    values = np.random.default_rng((seed, stream)).uniform(-1, 1, (n, len(FACTORS))).astype(np.float32)
-    return dict(zip(FACTORS, values.T, strict=True))
+    names = list(names)
+    values = np.random.default_rng((seed, stream)).uniform(-1, 1, (n, len(names))).astype(np.float32)
+    return dict(zip(names, values.T, strict=True))
+
+
+def integers(**limits: tuple[object, float, float]) -> None:
+    """Refuse, with a ValueError, settings that are no integers within limits: name=(value, lowest, highest)."""
+    for name, (value, low, high) in limits.items():
+        if not isinstance(value, (int, np.integer)) or not low <= value <= high:
+            raise ValueError(f"{name} = {value!r}: an integer from {low} to {high} is needed")
+
+
+class Locations(Reader):
+    """What miniature worlds have in common: `.factors` that are known, and random numbers for each location alone."""
+
+    def __init__(self, names: Iterable[str], locations: int, *, seed: int, stream: int, most: float = inf):
+        integers(locations=(locations, 1, most), seed=(seed, 0, inf), stream=(stream, 0, inf))
+        self.seed, self.stream = int(seed), int(stream)
+        self.factors = factors(locations, seed=self.seed, stream=self.stream, names=names)
+
+    def _draw(self, i: int, part: int) -> tuple[np.random.Generator, dict[str, float]]:
+        """Random numbers for one part of location i, and its factors scaled to 0..1."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"location {i} of a world of {len(self)}")
+        rng = np.random.default_rng((self.seed, self.stream, int(i), part))
+        return rng, {name: (float(values[i]) + 1) / 2 for name, values in self.factors.items()}
 
 
 class Layout(NamedTuple):
@@ -110,6 +135,20 @@ def _lowest(field: np.ndarray, count: int) -> np.ndarray:
     return mask.reshape(field.shape)
 
 
+def _blocks(rng, tile: int, clusters: float) -> tuple[np.ndarray, ...]:
+    """Places for houses of 3 x 3 pixels with streets of 1 pixel between: y, x, number of the block, street, rank.
+
+    `y`, `x`: (tile, 1), (1, tile), counted from a street on; `rank`: low ranks are built up first, and a smooth field,
+    of which `clusters` is the weight, makes neighbours likely.
+    """
+    dy, dx = rng.integers(4, size=2)
+    y, x = (np.arange(tile) + dy)[:, None], (np.arange(tile) + dx)[None]
+    side = (tile + 6) // 4  # blocks along one side, wherever the first street lies
+    block, street = y // 4 * side + x // 4, (y % 4 == 3) | (x % 4 == 3)
+    town = _smooth(rng, (tile, tile), 3.0)
+    return y, x, block, street, rng.random(side**2)[block] - clusters * town[y - y % 4 - dy, x - x % 4 - dx]
+
+
 def draw_layout(rng, built_up: float, water: float, tile: int) -> Layout:
     """One scene: lakes, rows of houses in clusters, and fields of which half are vegetated.
 
@@ -119,14 +158,8 @@ def draw_layout(rng, built_up: float, water: float, tile: int) -> Layout:
     lakes = _lowest(_smooth(rng, (tile, tile), 2.2), round((0.02 + 0.38 * water) * tile**2))
     cover[lakes] = WATER
 
-    # houses of 3 x 3 pixels, streets of 1 pixel between; a smooth field makes neighbours likely, streets fill up last
-    dy, dx = rng.integers(4, size=2)
-    y, x = (np.arange(tile) + dy)[:, None], (np.arange(tile) + dx)[None]
-    town = _smooth(rng, (tile, tile), 3.0)
-    blocks = (tile + 6) // 4  # along one side, wherever the first street lies
-    rank = rng.random((blocks, blocks))[y // 4, x // 4] - 0.3 * town[y - y % 4 - dy, x - x % 4 - dx]
-    street = (y % 4 == 3) | (x % 4 == 3)
-    houses = _lowest(rank + 10 * street + 100 * lakes, round((0.03 + 0.24 * built_up) * tile**2))
+    _, x, _, street, rank = _blocks(rng, tile, 0.3)
+    houses = _lowest(rank + 10 * street + 100 * lakes, round((0.03 + 0.24 * built_up) * tile**2))  # streets come last
     cover[houses] = BUILT
 
     # fields: nearest of jittered seeds in the maximum norm of turned axes, so rectangles of any direction
@@ -183,7 +216,7 @@ def _sar(rng, layout: Layout, f: dict[str, float], seasons: int) -> np.ndarray:
     return (np.stack([vv, vh], 1) + calibration + speckle).astype(np.float32)
 
 
-class World:
+class World(Locations):
     """Locations of the miniature world, with the behaviour of `SSL4EOS12`.
 
     Location i depends on (seed, i) and on the settings `tile`, `seasons` and `layout` only, never on how many locations
@@ -197,28 +230,14 @@ class World:
     stream = 0  # random numbers apart from those of other worlds of the same seed
 
     def __init__(self, locations: int, *, tile: int = 36, seasons: int = 4, layout: str = LAYOUTS[0], seed: int = 0):
-        limits = {"locations": (locations, 1, 10_000_000), "seasons": (seasons, 1, 4), "seed": (seed, 0, inf)}
-        for name, (value, low, high) in limits.items():
-            if not isinstance(value, (int, np.integer)) or not low <= value <= high:
-                raise ValueError(f"{name} = {value!r}: an integer from {low} to {high} is needed")
+        super().__init__(FACTORS, locations, seed=seed, stream=self.stream, most=10_000_000)
+        integers(seasons=(seasons, 1, 4))
         if not isinstance(tile, (int, np.integer)) or tile < 12 or tile % 6:
             raise ValueError(f"tile = {tile!r}: a multiple of 6, at least 12, is needed (60 m bands: tile / 6 pixels)")
         if layout not in LAYOUTS:
             raise ValueError(f"layout = {layout!r}: one of {', '.join(LAYOUTS)} is needed")
-        self.tile, self.seasons, self.layout, self.seed = int(tile), int(seasons), layout, int(seed)
-        self.factors = factors(locations, seed=self.seed, stream=self.stream)
+        self.tile, self.seasons, self.layout = int(tile), int(seasons), layout
         self.ids = [f"{i:07d}" for i in range(locations)]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def _rng(self, i: int, part: int) -> np.random.Generator:
-        if not 0 <= i < len(self):
-            raise IndexError(f"location {i} of a world of {len(self)}")
-        return np.random.default_rng((self.seed, self.stream, int(i), part))
-
-    def _shares(self, i: int) -> dict[str, float]:
-        return {name: (float(values[i]) + 1) / 2 for name, values in self.factors.items()}
 
     def _layouts(self, rng, f: dict[str, float]) -> list[Layout]:
         count = 1 if self.layout == "coregistered" else 2 * self.seasons
@@ -226,7 +245,7 @@ class World:
 
     def native(self, i: int) -> dict:
         """What files hold of location i: {"sar": float32 (S, 2, H, W), k: uint16 (S, bands of GROUPS[k], H/k, W/k)}."""
-        rng, f = self._rng(i, 0), self._shares(i)
+        rng, f = self._draw(i, 0)
         drawn = self._layouts(rng, f)
         parts = drawn[: self.seasons], drawn[-self.seasons :]
         optical, sar = (Layout(*map(np.stack, zip(*part, strict=True))) for part in parts)
@@ -234,7 +253,7 @@ class World:
 
     def dates(self, i: int) -> dict[str, list[str]]:
         """Acquisition times YYYYMMDDThhmmss of location i, in order; seasons are 30 days wide, a quarter apart."""
-        rng = self._rng(i, 1)
+        rng, _ = self._draw(i, 1)
         start = datetime(2020, 12, 21) - timedelta(days=int(rng.integers(365)))
         out = {}
         for modality, hour in (("sar", 5), ("optical", 10)):
@@ -257,7 +276,7 @@ class World:
         """Land cover of location i: int64 (tile, tile), indices into LAND_COVER; for the coregistered layout."""
         if self.layout != "coregistered":
             raise ValueError('label_map needs layout="coregistered": with "redrawn" things lie elsewhere in every view')
-        return self._layouts(self._rng(i, 0), self._shares(i))[0].cover
+        return self._layouts(*self._draw(i, 0))[0].cover
 
 
 class BigEarthNetWorld(World):

@@ -16,7 +16,6 @@ sensors that carry it, and not at all from the other one.
 """
 
 from collections.abc import Iterable
-from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +25,7 @@ from rasterio import Affine
 from rasterio.enums import ColorInterp
 
 from decur_core.data.geonrw import SPLITS
-from decur_core.data.synthetic import _lowest, _smooth
+from decur_core.data.synthetic import Locations, _blocks, _lowest, _smooth, integers
 
 # name: who sees it. What each one does is written where it is used, in `draw_scene`, `_rgb` and `_dem`.
 FACTORS = {
@@ -80,13 +79,7 @@ def draw_scene(rng, built_up: float, forest: float, tile: int) -> Scene:
     pond = _lowest(terrain, round(rng.uniform(0.015, 0.05) * area))
     terrain = np.where(pond, terrain[pond].max(), terrain)  # the water stands up to the lowest point of the shore
 
-    # blocks of 3 x 3 pixels, streets of 1 pixel between; a smooth field makes neighbours likely
-    oy, ox = rng.integers(4, size=2)
-    y, x = (np.arange(tile) + oy)[:, None], (np.arange(tile) + ox)[None]
-    side = (tile + 6) // 4  # blocks along one side, wherever the first street lies
-    block, street = y // 4 * side + x // 4, (y % 4 == 3) | (x % 4 == 3)
-    village = _smooth(rng, shape, 3.0)
-    rank = rng.random(side**2)[block] - 0.4 * village[y - y % 4 - oy, x - x % 4 - ox]
+    y, x, block, street, rank = _blocks(rng, tile, 0.4)
     houses = round((0.08 + 0.15 * built_up) * area)
     build = rank + 10 * street + 100 * pond
     house, paved = _lowest(build, houses), _lowest(build, round(1.25 * houses))
@@ -146,7 +139,7 @@ def _dem(rng, scene: Scene, f: dict[str, float]) -> np.ndarray:
     return (height + 0.1 * rng.standard_normal(height.shape))[None].astype(np.float32)
 
 
-class TerrainWorld:
+class TerrainWorld(Locations):
     """Locations of the miniature RGB-DEM world, with the items of `decur_core.data.geonrw.GeoNRW`.
 
     Location i depends on (seed, stream, i) and `tile` only, never on how many locations there are or in which order
@@ -168,29 +161,18 @@ class TerrainWorld:
         cities: tuple[str, ...] = SPLITS["train"],
     ):
         # 320,000: what 200 km x 100 km hold, about North Rhine-Westphalia
-        limits = {"locations": (locations, 1, 320_000), "tile": (tile, 16, 250)}
-        for name, (value, low, high) in (limits | {"seed": (seed, 0, inf), "stream": (stream, 0, inf)}).items():
-            if not isinstance(value, (int, np.integer)) or not low <= value <= high:
-                raise ValueError(f"{name} = {value!r}: an integer from {low} to {high} is needed")
+        super().__init__(FACTORS, locations, seed=seed, stream=stream, most=320_000)
+        integers(tile=(tile, 16, 250))
         if not cities or list(cities) != sorted(set(cities)):
             raise ValueError(f"cities = {cities!r}: at least one is needed, in alphabetical order, none twice")
-        self.tile, self.seed, self.stream = int(tile), int(seed), int(stream)
-        values = np.random.default_rng((seed, stream)).uniform(-1, 1, (locations, len(FACTORS))).astype(np.float32)
-        self.factors = dict(zip(FACTORS, values.T, strict=True))
-        self.ids = []
+        self.tile, self.ids = int(tile), []
         for i in range(locations):
             city, number = cities[min(i // PER_CITY, len(cities) - 1)], i // 16
             self.ids.append(f"{city}/{300 + number // 100}_{5600 + number % 100}_{i % 16 + 1}")
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
     def __getitem__(self, i: int) -> dict:
         """{"id", "rgb": uint8 (3, H, W), "dem": float32 (1, H, W) m, "mask": uint8 (H, W), 0 = unlabelled}."""
-        if not 0 <= i < len(self):
-            raise IndexError(f"location {i} of a world of {len(self)}")
-        rng = np.random.default_rng((self.seed, self.stream, int(i), 0))
-        f = {name: (float(values[i]) + 1) / 2 for name, values in self.factors.items()}
+        rng, f = self._draw(i, 0)
         scene = draw_scene(rng, f["built_up"], f["forest"], self.tile)
         images = {"rgb": _rgb(rng, scene, f), "dem": _dem(rng, scene, f)}
         return {"id": self.ids[i], **images, "mask": (scene.cover * scene.labelled).astype(np.uint8)}
