@@ -6,15 +6,15 @@ import itertools
 import json
 import statistics
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_confusion_matrix, multilabel_average_precision
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from . import cmx, config, model, pretrain, runs, segmentation
 from .augment import Policy
@@ -22,6 +22,7 @@ from .config import Settings
 from .data.bigearthnet import CLASSES_19
 from .data.geonrw import CLASSES as CLASSES_GEONRW
 from .data.nyuv2 import CLASSES_40
+from .data.raster import DataError
 from .data.store import Store
 from .data.sunrgbd import CLASSES_37
 from .model import MultimodalModel, OnEncoders
@@ -84,19 +85,16 @@ def subset(n: int, fraction: float, *, seed: int) -> list[int]:
 def mean_average_precision(scores: Tensor, labels: Tensor) -> dict:
     """mAP in percent over a whole set: ``micro``, ``macro`` and ``per_class`` (None where a class never occurs).
 
-    ``scores``: N x L, any monotone score; ``labels``: N x L of 0 and 1, not all 0. Macro: of the classes that occur.
+    ``scores``: N x L, any finite score, for its order alone counts; ``labels``: N x L of 0 and 1. Macro: of the classes
+    that occur. Raises DataError where none does.
     """
-    with warnings.catch_warnings():  # about classes that never occur
-        warnings.filterwarnings("ignore", message=".*no positive samples.*")
-        warnings.filterwarnings("ignore", message="Average precision score for one or more classes was `nan`.*")
-        micro, each = (
-            100 * multilabel_average_precision(scores.sigmoid(), labels.int(), labels.shape[1], average=average)
-            for average in ("micro", "none")
-        )
-    occurs = labels.bool().any(0).tolist()
-    per_class = [round(v, 4) if o else None for v, o in zip(each.tolist(), occurs, strict=True)]
+    y, s = labels.bool().cpu().numpy(), scores.detach().double().cpu().numpy()
+    if not y.any():
+        raise DataError("no positive label to score: every label is 0")
+    each = [100 * average_precision_score(y[:, k], s[:, k]) if y[:, k].any() else None for k in range(y.shape[1])]
+    per_class = [None if v is None else round(float(v), 4) for v in each]
     macro = statistics.fmean(v for v in per_class if v is not None)
-    return {"micro": float(micro), "macro": macro, "per_class": per_class}
+    return {"micro": 100 * float(average_precision_score(y.ravel(), s.ravel())), "macro": macro, "per_class": per_class}
 
 
 def evaluate(

@@ -6,6 +6,7 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from decur_core import config, pretrain, transfer
+from decur_core.data.raster import DataError
 from decur_core.data.store import Store
 
 
@@ -26,6 +27,19 @@ def test_map_equals_scikit_learn_on_the_whole_set():
     assert found["per_class"][:4] == pytest.approx(per_class, abs=1e-3) and found["per_class"][4] is None
     assert found["macro"] == pytest.approx(np.mean(per_class), abs=1e-3)
     assert found["micro"] == pytest.approx(100 * average_precision_score(labels.ravel(), scores.ravel()), abs=1e-3)
+
+
+def test_only_the_order_of_scores_counts_and_ties_count_as_one_threshold():
+    random = np.random.default_rng(0)
+    labels = (random.random((300, 4)) < 0.3).astype(int)
+    ranks = random.integers(0, 40, (300, 4)) + 4 * labels
+    expected = [100 * average_precision_score(labels[:, k], ranks[:, k]) for k in range(4)]
+    for scores in (ranks, 2 * ranks + 20, ranks - 200, 1e-6 * ranks):  # where a sigmoid would round them to one value
+        found = transfer.mean_average_precision(torch.tensor(scores, dtype=torch.float32), torch.tensor(labels))
+        assert found["per_class"] == pytest.approx(expected, abs=1e-3)
+        assert found["micro"] == pytest.approx(100 * average_precision_score(labels.ravel(), ranks.ravel()), abs=1e-6)
+    with pytest.raises(DataError, match="no positive label"):
+        transfer.mean_average_precision(torch.rand(5, 2), torch.zeros(5, 2))
 
 
 def test_subset_has_no_duplicates_and_follows_the_seed():
