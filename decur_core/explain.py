@@ -62,9 +62,11 @@ def effective_rank(z_NK: Tensor) -> float:
     """How many independent directions an embedding uses, 1 to K: exp of the entropy of its correlation spectrum.
 
     (Roy and Vetterli 2007, with the eigenvalues of the dimensions' correlation matrix in place of singular values.)
-    Dimensions that repeat one another lower it.
+    Dimensions that repeat one another lower it; constant ones do not count, and 0 says that all are.
     """
     spectrum = torch.linalg.eigvalsh(losses.cross_correlation(z_NK, z_NK).double()).clamp_min(0)
+    if not spectrum.any():
+        return 0.0
     share = spectrum / spectrum.sum()
     return float(torch.exp(-(share * share.clamp_min(1e-300).log()).sum()))
 
@@ -227,12 +229,14 @@ def statistics(
         return line
 
     about = {"run": Path(folder).name, "settings": trained, "samples": samples, "batch": batch_size, "steps": steps}
+    about["images"] = store.meta["summary"]["sha256"]
     file = runs.path(settings, "explain", f"{Path(folder).name}.jsonl")
     with runs.locked(file.parent):
         lines = _stream(file, about, range(samples), batch_size, compute)
     made = {f"overlap {part}": np.concatenate([line[f"overlap {part}"] for line in lines]) for part in PARTS}
     made = {name: np.where(values < FLOOR + 1, np.nan, values) for name, values in made.items()}
-    low, high = (f(np.concatenate(list(made.values()))) for f in (np.nanmin, np.nanmax))
+    every = np.concatenate(list(made.values()))  # which may be without any map
+    low, high = np.nanmin(every, initial=np.inf), np.nanmax(every, initial=-np.inf)
     made = {name: (values - low) / max(high - low, 1e-12) for name, values in made.items()}
     worst = 0.0
     for name in (f"{m.name} {part}" for m in pair for part in PARTS):

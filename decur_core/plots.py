@@ -349,7 +349,8 @@ def overlaps(values: dict[str, np.ndarray]) -> Figure:
     figure, ((axis,),) = _figure(1, 1, height=2.8, width=5)
     for name, scores in values.items():
         (label, colour), there = STYLES[name], scores[np.isfinite(scores)]
-        label = f"{label}: mean {there.mean():.2f}; {1 - len(there) / len(scores):.0%} of pairs without a map"
+        mean = f"mean {there.mean():.2f}; " if len(there) else ""
+        label = f"{label}: {mean}{1 - len(there) / len(scores):.0%} of pairs without a map"
         axis.hist(there, bins=np.linspace(0, 1, 41), color=colour, alpha=0.5, label=label)
     axis.set(xlabel="overlap of the modalities' saliency (log, scaled to 0 to 1)", ylabel="pairs")
     axis.legend(fontsize=7)

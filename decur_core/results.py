@@ -170,11 +170,10 @@ TABLE4 = {  # row: its name, and the settings intra and decoupling
 def _table4(number: int, records: Sequence[dict], part: str) -> str:
     column = ("sar+optical", "rgb+dem").index(part)
     found = choose(records, pair=("sar_optical", "rgb_dem")[column], method="decur", protocol="finetune", inputs="both")
+    found = [r for r in found if r["variant"].startswith("terms")]
     least, ours, paper = min((r["fraction"] for r in found), default=0), {}, PAPER["table4_loss_ablation"]
     for row, (_, *switches) in TABLE4.items():
-        about = [
-            (r, r["settings"]["pretraining"]) for r in found if r["fraction"] == least and r["variant"][:5] == "terms"
-        ]
+        about = [(r, r["settings"]["pretraining"]) for r in found if r["fraction"] == least]
         scores = [numbers(r)[0] for r, s in about if [s.get("intra", True), s.get("decoupling", True)] == switches]
         ours[row] = [_spread(scores) if scores else None]
     rows, names = {row: [paper[row][column]] for row in TABLE4}, {row: name for row, (name, *_) in TABLE4.items()}
