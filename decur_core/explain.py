@@ -29,7 +29,7 @@ FLOOR = math.log(1e-12)
 def _batches(
     settings: dict, store: Store, rows: Sequence[int], size: int, device
 ) -> Iterator[tuple[int, list[Tensor]]]:
-    """Whole images resized to the training crop, first season: position of the first row, images of both modalities."""
+    """Images resized as by ``transfer.plain``, first season: position of the first row, images of both modalities."""
     policy = transfer.plain(settings["crop_size"])
     for k in range(0, len(rows), size):
         yield k, transfer.views(store, PAIRS[settings["pair"]], rows[k : k + size], policy, device=device)
@@ -41,7 +41,7 @@ def embeddings(
 ) -> tuple[Tensor, Tensor]:
     """Embeddings of the first ``samples`` pairs, one per modality, each samples x K float32 on the CPU.
 
-    Encoders and projectors in eval mode, first season, whole images resized to the training crop, no augmentation.
+    Encoders and projectors in eval mode, first season, images resized to the training crop by ``transfer.plain``.
     """
     model, _, settings = transfer.load_pretrained(folder)
     model.eval().to(device)

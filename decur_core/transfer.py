@@ -39,11 +39,12 @@ DATASETS = {
     "nyuv2": ("NYU Depth v2", CLASSES_40),
 }
 SAVE_SECONDS = 60.0  # between two checkpoints of an evaluation
+SWEPT = ("protocols", "inputs", "fractions")  # lists in the settings, of which an evaluation is one combination
 EXAMPLES = 8  # test images whose predicted masks are kept for pictures
 
 
 def plain(size: int) -> Policy:
-    """The augmentation that changes nothing: whole images resized to ``size`` px."""
+    """The augmentation that changes nothing: whole images, or their central squares, resized to ``size`` px."""
     return Policy(size=size, crop_scale=(1, 1), crop_ratio=(1, 1), **GEOMETRY, p_hflip=0.0, p_vflip=0.0)
 
 
@@ -128,10 +129,8 @@ def evaluate(
                 f"{store.path}: holds no {'labels' if scene else 'masks'}; convert labelled images"
             )
         store.check({modality: expected.to_dict() for modality, expected in preprocessing.items()})
-    described = {"pretraining": pretraining, "transfer": config.to_dict(settings)["transfer"], **wanted}
-    for key in ("protocols", "inputs", "fractions"):
-        described["transfer"].pop(key)
-    described["patches"] = [len(train), len(test)]
+    how = {k: v for k, v in config.to_dict(settings)["transfer"].items() if k not in SWEPT}
+    described = {"pretraining": pretraining, "transfer": how, **wanted, "patches": [len(train), len(test)]}
     images = [store.meta["summary"]["sha256"] for store in (train, test)]
     digest = hashlib.sha256(json.dumps([described, images], sort_keys=True).encode()).hexdigest()[:16]
     existing = runs.path(settings, "records", f"{name}.json")
@@ -151,16 +150,15 @@ def evaluate(
     title, classes = DATASETS[dataset]
     if scene:
         scores = predict(network, test, settings, inputs=inputs)
-        result = mean_average_precision(scores, torch.from_numpy(test.labels.copy()))
+        result = {"metric": "mAP (%)", **mean_average_precision(scores, torch.from_numpy(test.labels.copy()))}
     else:
         examples: list[Tensor] = []
         counts = confusion(network, test, settings, classes=len(classes), inputs=inputs, examples=examples)
-        result = segmentation.scores(counts)
+        result = {"metric": "mIoU (%)", **segmentation.scores(counts)}
         runs.write_json(runs.path(settings, "predictions", f"{name}.json"), [(x + 1).tolist() for x in examples])
-    metric = "mAP (%)" if scene else "mIoU (%)"
     record = {"dataset": title, "run": Path(folder).name, "name": settings.name, **wanted}
     record |= {"pair": settings.pair, "variant": settings.variant, "network": type(network).__name__}
-    record |= {"method": pretraining["method"], "seed": seed, "metric": metric, **result}
+    record |= {"method": pretraining["method"], "seed": seed, **result}
     record |= {"patches": {"train": len(chosen), "test": len(test)}, "settings": described, "settings_hash": digest}
     record["label_ids"] = [train.ids[i] for i in chosen] if fraction < 1 else "all"
     record = runs.write_record(settings, name, record)
@@ -198,10 +196,9 @@ def evaluate_members(
         for inputs, fraction, protocol in itertools.product(t.inputs, t.fractions, t.protocols):
             names = {m.name for m in given(settings.pair, inputs).values()}
             if protocol == (only or protocol) and names <= trained:
-                todo.append({"folder": folder, "protocol": protocol, "inputs": inputs, "fraction": fraction})
-    return [
-        evaluate(settings, stores=stores, dataset=dataset, **one) for one in runs.progress(todo, desc="evaluations")
-    ]
+                todo.append({"protocol": protocol, "inputs": inputs, "fraction": fraction, "folder": folder})
+    common = {"stores": stores, "dataset": dataset}
+    return [evaluate(settings, **one, **common) for one in runs.progress(todo, desc="evaluations")]
 
 
 def example_predictions(record: dict, settings: Settings, stores: dict[str, Path], *, count: int = 6) -> list[dict]:
@@ -215,9 +212,9 @@ def example_predictions(record: dict, settings: Settings, stores: dict[str, Path
     predicted, test = json.loads(file.read_text()), Store(stores["test"])
     items = []
     for i, found in enumerate(predicted[:count]):
-        item = {m.name: test.read(i, m.name, 0) for m in PAIRS[settings.pair]}
+        images = {m.name: test.read(i, m.name, 0) for m in PAIRS[settings.pair]}
         masks = {"mask": test.read(i, "mask", 0)[0], "predicted": np.array(found, np.uint8)}
-        items.append({"id": test.ids[i], **item, **masks})
+        items.append({"id": test.ids[i], **images, **masks})
     return items
 
 
@@ -368,9 +365,8 @@ def _whole(network: nn.Module, store: Store, settings: Settings, *, inputs: str)
 def predict(classifier: Classifier, store: Store, settings: Settings, *, inputs: str) -> Tensor:
     """Logits of every image of a store (N x classes, on the CPU); whole images, resized, no augmentation."""
     classifier.eval()
-    return torch.cat(
-        [classifier(*images).float().cpu() for images, _ in _whole(classifier, store, settings, inputs=inputs)]
-    )
+    batches = _whole(classifier, store, settings, inputs=inputs)
+    return torch.cat([classifier(*images).float().cpu() for images, _ in batches])
 
 
 def _predicted(network: nn.Module, images: list[Tensor], settings: Settings) -> Tensor:
