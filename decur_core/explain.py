@@ -26,13 +26,15 @@ PARTS = ("common", "unique")
 FLOOR = math.log(1e-12)
 
 
-def _batches(
-    settings: dict, store: Store, rows: Sequence[int], size: int, device
-) -> Iterator[tuple[int, list[Tensor]]]:
-    """Images resized as by ``transfer.plain``, first season: position of the first row, images of both modalities."""
-    policy = transfer.plain(settings["crop_size"])
+def _images(settings: dict, store: Store, rows: Sequence[int], device) -> list[Tensor]:
+    """Of both modalities, first season, resized to the training crop by ``transfer.plain``."""
+    return transfer.views(store, PAIRS[settings["pair"]], rows, transfer.plain(settings["crop_size"]), device=device)
+
+
+def _batches(settings: dict, store: Store, rows: Sequence[int], size: int, device) -> Iterator[tuple]:
+    """Position of the first row, and ``_images``, of every ``size`` rows."""
     for k in range(0, len(rows), size):
-        yield k, transfer.views(store, PAIRS[settings["pair"]], rows[k : k + size], policy, device=device)
+        yield k, _images(settings, store, rows[k : k + size], device)
 
 
 @torch.inference_mode()
@@ -112,7 +114,9 @@ class CommonUnique(nn.Module):
         return torch.stack([part.mean(1) if part.shape[1] else z.sum(1) * 0 for part in parts], 1)
 
     def last_convolution(self) -> nn.Conv2d:
-        """The last convolution of the backbone: where saliency is looked at (section 7)."""
+        """The last convolution of the backbone, where saliency is looked at (section 7); of a Mix Transformer it is the
+        depthwise one inside the last block.
+        """
         backbone = getattr(self.model, f"backbone_{self.modality}")
         return [m for m in backbone.modules() if isinstance(m, nn.Conv2d)][-1]
 
@@ -152,7 +156,7 @@ def example_maps(settings: config.Settings, folder: Path, store_path: Path, *, c
     store, device, pair = Store(store_path), pretrain.device_of(settings), PAIRS[settings.pair]
     found, trained = targets(folder, store, device=device)
     rows = [round(k * (len(store) - 1) / max(count - 1, 1)) for k in range(count)]
-    images = transfer.views(store, pair, rows, transfer.plain(trained["crop_size"]), device=device)
+    images = _images(trained, store, rows, device)
     columns: dict[str, list] = {}
     for m, target, x in zip(pair, found, images, strict=True):
         columns[m.name] = list(x.cpu().numpy())
@@ -212,10 +216,9 @@ def statistics(
     store, device = Store(store_path), pretrain.device_of(settings)
     pair, samples = PAIRS[settings.pair], min(samples, len(store))
     found, trained = targets(folder, store, device=device)
-    policy = transfer.plain(trained["crop_size"])
 
     def compute(start: int, stop: int) -> dict:
-        images = transfer.views(store, pair, range(start, stop), policy, device=device)
+        images = _images(trained, store, range(start, stop), device)
         line: dict = {}
         for k, part in enumerate(PARTS):
             maps = [gradcam(target, x, k) for target, x in zip(found, images, strict=True)]
