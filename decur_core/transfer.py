@@ -121,14 +121,8 @@ def evaluate(
     wanted = {"protocol": protocol, "inputs": inputs, "fraction": fraction}
     name = _name(dataset, Path(folder).name, **wanted)
     pretrained, preprocessing, pretraining = load_pretrained(folder)
-    train, test = Store(stores["train"]), Store(stores["test"])
     scene = dataset == "bigearthnet"
-    for store in (train, test):
-        if (store.labels is None) if scene else ("mask" not in store.shapes):
-            raise config.ConfigError(
-                f"{store.path}: holds no {'labels' if scene else 'masks'}; convert labelled images"
-            )
-        store.check({modality: expected.to_dict() for modality, expected in preprocessing.items()})
+    train, test = (_labelled(stores[part], preprocessing, scene=scene) for part in ("train", "test"))
     how = {k: v for k, v in config.to_dict(settings)["transfer"].items() if k not in SWEPT}
     described = {"pretraining": pretraining, "transfer": how, **wanted, "patches": [len(train), len(test)]}
     images = [store.meta["summary"]["sha256"] for store in (train, test)]
@@ -178,6 +172,15 @@ def _check_request(settings: Settings, **asked: str) -> None:
     for name, value in asked.items():
         if value not in allowed[name]:
             raise config.ConfigError(f"{name} = {value!r}; allowed: {', '.join(allowed[name])}")
+
+
+def _labelled(path: Path, preprocessing: dict[str, Preprocessing], *, scene: bool) -> Store:
+    """A store, checked to hold labels of scenes, or masks, and images as the encoders were trained on."""
+    store = Store(path)
+    if (store.labels is None) if scene else ("mask" not in store.shapes):
+        raise config.ConfigError(f"{path}: holds no {'labels' if scene else 'masks'}; convert labelled images")
+    store.check({modality: expected.to_dict() for modality, expected in preprocessing.items()})
+    return store
 
 
 def evaluate_members(
