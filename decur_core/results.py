@@ -185,31 +185,25 @@ def _table4(number: int, records: Sequence[dict], part: str) -> str:
     return _beside(rows, ours, (paper["columns"][column],), names)
 
 
-def _points(records: Sequence[dict], name, x) -> dict[str, dict[float, list[float]]]:
-    """Series -> x -> first scores of the seeds, with ``name`` and ``x`` functions of (record, pretraining settings)."""
+def _series(points: Iterable[tuple[str, float, dict]]) -> dict[str, dict[float, list[float]]]:
+    """Series -> x -> first scores of the seeds, of (series, x, record)."""
     series: dict[str, dict[float, list[float]]] = {}
-    for r in records:
-        about = r["settings"]["pretraining"]
-        series.setdefault(name(r, about), {}).setdefault(x(r, about), []).append(numbers(r)[0])
+    for name, x, record in points:
+        series.setdefault(name, {}).setdefault(x, []).append(numbers(record)[0])
     return series
 
 
 def by_share(records: Sequence[dict]) -> dict[str, dict[float, list[float]]]:
     """Scores over the share of common dimensions in percent, a series per size of the embedding (Fig. 3a, 6)."""
-    return _points(
-        records,
-        lambda r, about: f"{about['projector'][-1]} dimensions",
-        lambda r, about: 100 * about["dim_common"] / about["projector"][-1],
-    )
+    found = [(r, r["settings"]["pretraining"]) for r in records]
+    sizes = [(r, about["dim_common"], about["projector"][-1]) for r, about in found]
+    return _series((f"{size} dimensions", 100 * common / size, r) for r, common, size in sizes)
 
 
 def by_projector(records: Sequence[dict]) -> dict[str, dict[float, list[float]]]:
     """Scores over the width of the projector, 0 without one, a series per data set and protocol (Fig. 3b, 7)."""
-    return _points(
-        records,
-        lambda r, about: f"{r['dataset']}, {r['protocol']}",
-        lambda r, about: (about["projector"] or [0])[-1],
-    )
+    widths = [(r, r["settings"]["pretraining"]["projector"] or [0]) for r in records]
+    return _series((f"{r['dataset']}, {r['protocol']}", width[-1], r) for r, width in widths)
 
 
 def share_table(found: dict[str, Sequence[dict]]) -> str:
