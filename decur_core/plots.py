@@ -223,10 +223,9 @@ def scores(rows: Sequence[dict], *, reference: float | None = None, unit: str = 
     methods = list(dict.fromkeys(r["method"] for r in rows))
     figure, axes = _figure(len(panels), 1, height=2 * len(panels) + 0.8, width=7, sharex=True, sharey=True)
     width = 0.8 / max(1, len(methods))
+    offset = {method: (k - (len(methods) - 1) / 2) * width for k, method in enumerate(methods)}
     for r in rows:
-        at = (
-            groups.index((r["fraction"], r["protocol"])) + (methods.index(r["method"]) - (len(methods) - 1) / 2) * width
-        )
+        at = groups.index((r["fraction"], r["protocol"])) + offset[r["method"]]
         axis, (_, color) = axes[panels.index(r["inputs"]), 0], STYLES[r["method"]]
         axis.bar(at, r["mean"], width, yerr=r["deviation"] or 0, color=color, capsize=2)
     handles = [Patch(color=color, label=label) for label, color in map(STYLES.get, methods)]
