@@ -26,13 +26,15 @@ PARTS = ("common", "unique")
 FLOOR = math.log(1e-12)
 
 
-def _batches(
-    settings: dict, store: Store, rows: Sequence[int], size: int, device
-) -> Iterator[tuple[int, list[Tensor]]]:
-    """Whole images resized to the training crop, first season: position of the first row, images of both modalities."""
-    policy = transfer.plain(settings["crop_size"])
+def _images(settings: dict, store: Store, rows: Sequence[int], device) -> list[Tensor]:
+    """Of both modalities, first season, resized to the training crop by ``transfer.plain``."""
+    return transfer.views(store, PAIRS[settings["pair"]], rows, transfer.plain(settings["crop_size"]), device=device)
+
+
+def _batches(settings: dict, store: Store, rows: Sequence[int], size: int, device) -> Iterator[tuple]:
+    """Position of the first row, and ``_images``, of every ``size`` rows."""
     for k in range(0, len(rows), size):
-        yield k, transfer.views(store, PAIRS[settings["pair"]], rows[k : k + size], policy, device=device)
+        yield k, _images(settings, store, rows[k : k + size], device)
 
 
 @torch.inference_mode()
@@ -41,7 +43,7 @@ def embeddings(
 ) -> tuple[Tensor, Tensor]:
     """Embeddings of the first ``samples`` pairs, one per modality, each samples x K float32 on the CPU.
 
-    Encoders and projectors in eval mode, first season, whole images resized to the training crop, no augmentation.
+    Encoders and projectors in eval mode, first season, images resized to the training crop by ``transfer.plain``.
     """
     model, _, settings = transfer.load_pretrained(folder)
     model.eval().to(device)
@@ -62,9 +64,11 @@ def effective_rank(z_NK: Tensor) -> float:
     """How many independent directions an embedding uses, 1 to K: exp of the entropy of its correlation spectrum.
 
     (Roy and Vetterli 2007, with the eigenvalues of the dimensions' correlation matrix in place of singular values.)
-    Dimensions that repeat one another lower it.
+    Dimensions that repeat one another lower it; constant ones do not count, and 0 says that all are.
     """
     spectrum = torch.linalg.eigvalsh(losses.cross_correlation(z_NK, z_NK).double()).clamp_min(0)
+    if not spectrum.any():
+        return 0.0
     share = spectrum / spectrum.sum()
     return float(torch.exp(-(share * share.clamp_min(1e-300).log()).sum()))
 
@@ -110,7 +114,9 @@ class CommonUnique(nn.Module):
         return torch.stack([part.mean(1) if part.shape[1] else z.sum(1) * 0 for part in parts], 1)
 
     def last_convolution(self) -> nn.Conv2d:
-        """The last convolution of the backbone: where saliency is looked at (section 7)."""
+        """The last convolution of the backbone, where saliency is looked at (section 7); of a Mix Transformer it is the
+        depthwise one inside the last block.
+        """
         backbone = getattr(self.model, f"backbone_{self.modality}")
         return [m for m in backbone.modules() if isinstance(m, nn.Conv2d)][-1]
 
@@ -150,7 +156,7 @@ def example_maps(settings: config.Settings, folder: Path, store_path: Path, *, c
     store, device, pair = Store(store_path), pretrain.device_of(settings), PAIRS[settings.pair]
     found, trained = targets(folder, store, device=device)
     rows = [round(k * (len(store) - 1) / max(count - 1, 1)) for k in range(count)]
-    images = transfer.views(store, pair, rows, transfer.plain(trained["crop_size"]), device=device)
+    images = _images(trained, store, rows, device)
     columns: dict[str, list] = {}
     for m, target, x in zip(pair, found, images, strict=True):
         columns[m.name] = list(x.cpu().numpy())
@@ -210,10 +216,9 @@ def statistics(
     store, device = Store(store_path), pretrain.device_of(settings)
     pair, samples = PAIRS[settings.pair], min(samples, len(store))
     found, trained = targets(folder, store, device=device)
-    policy = transfer.plain(trained["crop_size"])
 
     def compute(start: int, stop: int) -> dict:
-        images = transfer.views(store, pair, range(start, stop), policy, device=device)
+        images = _images(trained, store, range(start, stop), device)
         line: dict = {}
         for k, part in enumerate(PARTS):
             maps = [gradcam(target, x, k) for target, x in zip(found, images, strict=True)]
@@ -227,12 +232,14 @@ def statistics(
         return line
 
     about = {"run": Path(folder).name, "settings": trained, "samples": samples, "batch": batch_size, "steps": steps}
+    about["images"] = store.meta["summary"]["sha256"]
     file = runs.path(settings, "explain", f"{Path(folder).name}.jsonl")
     with runs.locked(file.parent):
         lines = _stream(file, about, range(samples), batch_size, compute)
     made = {f"overlap {part}": np.concatenate([line[f"overlap {part}"] for line in lines]) for part in PARTS}
     made = {name: np.where(values < FLOOR + 1, np.nan, values) for name, values in made.items()}
-    low, high = (f(np.concatenate(list(made.values()))) for f in (np.nanmin, np.nanmax))
+    every = np.concatenate(list(made.values()))  # which may be without any map
+    low, high = np.nanmin(every, initial=np.inf), np.nanmax(every, initial=-np.inf)
     made = {name: (values - low) / max(high - low, 1e-12) for name, values in made.items()}
     worst = 0.0
     for name in (f"{m.name} {part}" for m in pair for part in PARTS):

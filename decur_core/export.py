@@ -1,11 +1,10 @@
 """Pretrained backbones as safetensors files with everything one must know to use them, and a model card.
 
-``python -m decur_core.export RUN_FOLDER TARGET`` exports the backbone of every modality of a finished pretraining.
+``python -m decur_core.export RUN_FOLDER TARGET`` exports the backbone of every trained modality of a finished run.
 """
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -39,6 +38,9 @@ def write(folder: Path | str, target: Path | str, modality: str) -> Path:
     saved = torch.load(folder / "final.pt", map_location="cpu", weights_only=True, mmap=True)
     if modality not in (names := list(saved["preprocessing"])):
         raise DataError(f"{folder.name}: modality {modality!r} is unknown; it has {' and '.join(names)}")
+    about = json.loads((folder / "run.json").read_text())
+    if modality not in (trained := about.get("trained") or names):  # of a run without training, the start is the result
+        raise DataError(f"{folder.name}: has not trained {modality}, only {' and '.join(trained)}")
     records = [json.loads(f.read_text()) for f in sorted(folder.parent.parent.glob("records/*.json"))]
     metadata = {
         "run": folder.name,
@@ -47,17 +49,15 @@ def write(folder: Path | str, target: Path | str, modality: str) -> Path:
         "steps": saved["step"],
         "settings": saved["settings"],
         "preprocessing": saved["preprocessing"][modality],
-        "provenance": json.loads((folder / "run.json").read_text())["provenance"],
+        "provenance": about["provenance"],
         "evaluations": [{k: r[k] for k in RESULTS if k in r} for r in records if r.get("run") == folder.name],
     }
     state = backbone_state(saved["model"], names.index(modality) + 1)
     _check(state, metadata, folder / "final.pt")
-    target.mkdir(parents=True, exist_ok=True)
     file = target / f"{folder.name}-{modality}.safetensors"
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     header = {"format": "pt", "decur": json.dumps(metadata)}
-    safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, temporary, metadata=header)
-    os.replace(temporary, file)
+    with runs.replacing(file) as f:
+        f.write(safetensors.torch.save({k: v.contiguous() for k, v in state.items()}, metadata=header))
     sections = [_section(_header(f)) for f in sorted(target.glob("*.safetensors"))]
     runs.write_text(target / "README.md", "".join(["# Pretrained encoders\n", *sections]))
     return file
@@ -151,8 +151,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("target", type=Path, help="folder for the files and their model card")
     args = parser.parse_args(argv)
     try:
-        pair = json.loads((args.run / "run.json").read_text())["settings"]["pair"]
-        for modality in config.MODALITIES[pair]:
+        about = json.loads((args.run / "run.json").read_text())
+        for modality in about.get("trained") or config.MODALITIES[about["settings"]["pair"]]:
             print(write(args.run, args.target, modality))
     except (OSError, DataError) as error:
         sys.exit(f"not exported: {error}")

@@ -119,8 +119,8 @@ def scenes(samples: Sequence[dict], kinds: Sequence[str], *, classes: Sequence[s
                 _show(axis, metres, title, cmap="cividis")
     for axis, kind in zip(axes[:, 0], kinds, strict=True):
         axis.set_ylabel(kind, fontsize=8)
-    patches = [Patch(color=colours[k], label=classes[k]) for k in sorted(seen)] if classes else []
-    if patches:
+    if seen and classes:
+        patches = [Patch(color=colours[k], label=classes[k]) for k in sorted(seen)]
         options = {"loc": "outside lower center", "fontsize": 7, "frameon": False}
         figure.legend(handles=patches, ncols=min(6, len(patches)), **options)
     return figure
@@ -139,9 +139,8 @@ def seasons(sample: dict) -> Figure:
 
 def bands(image: np.ndarray, names: Sequence[str], unit: str) -> Figure:
     """Each band of one image (C x H x W) on its own grey scale, with its mean in ``unit``."""
-    columns = 5
-    rows = -(-len(names) // columns)
-    figure, axes = _figure(rows, columns, height=2.0 * rows)
+    rows = -(-len(names) // 5)
+    figure, axes = _figure(rows, 5, height=2.0 * rows)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, band, name in zip(axes.flat, image, names, strict=False):
@@ -223,24 +222,21 @@ def scores(rows: Sequence[dict], *, reference: float | None = None, unit: str = 
     groups = list(dict.fromkeys((r["fraction"], r["protocol"]) for r in rows))
     methods = list(dict.fromkeys(r["method"] for r in rows))
     figure, axes = _figure(len(panels), 1, height=2 * len(panels) + 0.8, width=7, sharex=True, sharey=True)
-    width, handles = 0.8 / max(1, len(methods)), {}
+    width = 0.8 / max(1, len(methods))
+    offset = {method: (k - (len(methods) - 1) / 2) * width for k, method in enumerate(methods)}
+    for r in rows:
+        at = groups.index((r["fraction"], r["protocol"])) + offset[r["method"]]
+        axis, (_, color) = axes[panels.index(r["inputs"]), 0], STYLES[r["method"]]
+        axis.bar(at, r["mean"], width, yerr=r["deviation"] or 0, color=color, capsize=2)
+    handles = [Patch(color=color, label=label) for label, color in map(STYLES.get, methods)]
     for axis, inputs in zip(axes.flat, panels, strict=True):
-        for k, method in enumerate(methods):
-            found = {
-                groups.index((r["fraction"], r["protocol"])): r
-                for r in rows
-                if r["method"] == method and r["inputs"] == inputs
-            }
-            at = [i + (k - (len(methods) - 1) / 2) * width for i in found]
-            spread, (label, color) = [r["deviation"] or 0 for r in found.values()], STYLES[method]
-            axis.bar(at, [r["mean"] for r in found.values()], width, yerr=spread, color=color, capsize=2)
-            handles[label] = Patch(color=color, label=label)  # also of methods that have no bar in the first panel
-        if reference is not None:
-            handles["guessing"] = axis.axhline(reference, color="black", ls=":", lw=1, label="guessing")
         axis.set_title(STYLES[inputs][0], fontsize=9, loc="right")
         axis.set_ylabel(unit, fontsize=8)
+    if reference is not None:
+        guessing = [axis.axhline(reference, color="black", ls=":", lw=1, label="guessing") for axis in axes.flat]
+        handles.append(guessing[0])
     axis.set_xticks(range(len(groups)), [f"{p}\n{100 * f:g} % labels" for f, p in groups], fontsize=8)
-    axes[0, 0].legend(handles=list(handles.values()), ncols=4, **ABOVE)
+    axes[0, 0].legend(handles=handles, ncols=4, **ABOVE)
     return figure
 
 
@@ -316,9 +312,8 @@ def dimensions(points: dict[str, np.ndarray], *, dim_common: dict[str, int]) -> 
         k = len(place) // 2
         for half, colour, mark, who in ((0, "#D62728", "x", "first"), (k, "#1F77B4", "s", "second")):
             common, unique = place[half : half + dim_common[name]], place[half + dim_common[name] : half + k]
-            face = {"facecolors": "none"} if mark == "s" else {}
-            edge = {"edgecolors": colour} if mark == "s" else {"color": colour}
-            axis.scatter(*common.T, s=16, marker=mark, lw=0.8, label=f"{who}, common", **face, **edge)
+            paint = {"facecolors": "none", "edgecolors": colour} if mark == "s" else {"color": colour}
+            axis.scatter(*common.T, s=16, marker=mark, lw=0.8, label=f"{who}, common", **paint)
             axis.scatter(*unique.T, s=10, color=colour, label=f"{who}, unique")
         axis.set_title(name, fontsize=9)
         axis.set(xticks=[], yticks=[])
@@ -349,7 +344,8 @@ def overlaps(values: dict[str, np.ndarray]) -> Figure:
     figure, ((axis,),) = _figure(1, 1, height=2.8, width=5)
     for name, scores in values.items():
         (label, colour), there = STYLES[name], scores[np.isfinite(scores)]
-        label = f"{label}: mean {there.mean():.2f}; {1 - len(there) / len(scores):.0%} of pairs without a map"
+        mean = f"mean {there.mean():.2f}; " if len(there) else ""
+        label = f"{label}: {mean}{1 - len(there) / len(scores):.0%} of pairs without a map"
         axis.hist(there, bins=np.linspace(0, 1, 41), color=colour, alpha=0.5, label=label)
     axis.set(xlabel="overlap of the modalities' saliency (log, scaled to 0 to 1)", ylabel="pairs")
     axis.legend(fontsize=7)

@@ -29,8 +29,9 @@ def numbers(record: dict) -> tuple[float, float]:
     return record[first], record[second]
 
 
-def _spread(values: Sequence[float]) -> dict:
-    return {"mean": statistics.fmean(values), "deviation": statistics.stdev(values) if len(values) > 1 else None}
+def _spread(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Mean and sample standard deviation, None where there are too few values."""
+    return statistics.fmean(values) if values else None, statistics.stdev(values) if len(values) > 1 else None
 
 
 def summary(records: Sequence[dict]) -> list[dict]:
@@ -43,9 +44,11 @@ def summary(records: Sequence[dict]) -> list[dict]:
         groups.setdefault(tuple(record[k] for k in KEYS), []).append(record)
     rows = []
     for key, found in groups.items():
-        first, second = (_spread(values) for values in zip(*map(numbers, found), strict=True))
-        row = {**dict(zip(KEYS, key, strict=True)), "seeds": len(found), **first}
-        rows.append(row | {"second": second["mean"], "second_deviation": second["deviation"]})
+        row = {**dict(zip(KEYS, key, strict=True)), "seeds": len(found)}
+        first, second = zip(*map(numbers, found), strict=True)
+        row["mean"], row["deviation"] = _spread(first)
+        row["second"], row["second_deviation"] = _spread(second)
+        rows.append(row)
     order = list(METHODS)
     rows.sort(key=lambda r: (order.index(r["method"]), r["inputs"], -r["fraction"], r["protocol"] != "linear"))
     return rows
@@ -96,16 +99,20 @@ def markdown(rows: Sequence[dict]) -> str:
     return _markdown(["Inputs", "Labels", "Protocol", *(METHODS[m] for m in methods)], lines)
 
 
+def _best(values: Iterable[float | None]) -> float | None:
+    return max((v for v in values if v is not None), default=None)
+
+
 def _beside(rows: dict[str, list], ours: dict[str, list], columns: Sequence[str], names: dict[str, str]) -> str:
-    """The paper's numbers (row -> a value or None per column) and ours (row -> ``_spread`` or None), best in bold."""
+    """The paper's numbers (row -> one or None per column) and ours (row -> those of the seeds), best in bold."""
+    spreads = {row: [_spread(values) for values in ours[row]] for row in rows}
+    best = [_best(column) for column in zip(*rows.values(), strict=True)]
+    top = [_best(mean for mean, _ in column) for column in zip(*spreads.values(), strict=True)]
     lines = []
     for row, values in rows.items():
         cells = [names.get(row, row)]
         for k, value in enumerate(values):
-            best = max((v[k] for v in rows.values() if v[k] is not None), default=None)
-            top = max((v[k]["mean"] for v in ours.values() if v[k]), default=None)
-            found = ours[row][k] or {"mean": None, "deviation": None}
-            cells += [_cell(value, None, best), _cell(found["mean"], found["deviation"], top)]
+            cells += [_cell(value, None, best[k]), _cell(*spreads[row][k], top[k])]
         lines.append(cells)
     return _markdown(["", *(text for c in columns for text in (f"{c}, paper", "ours"))], lines)
 
@@ -123,12 +130,11 @@ def table(number: int, records: Sequence[dict], part: str) -> str:
 def _linear_and_finetune(number: int, records: Sequence[dict], part: str) -> str:
     dataset, key = {1: ("BigEarthNet-MM", "table1_bigearthnet_map_micro"), 2: ("GeoNRW", "table2_geonrw_miou")}[number]
     inputs = "both" if "+" in part else part
-    found = [r for r in records if r["dataset"] == dataset and r["inputs"] == inputs and not r.get("variant")]
+    found = choose(records, dataset=dataset, inputs=inputs, variant="")
     rows, ours = {m: v for m, v in PAPER[key][part].items() if m in METHODS}, {}
     for method in rows:
         tasks = [(fraction, ONLY.get(method, protocol)) for fraction, protocol in COLUMNS.values()]
-        scores = [[numbers(r)[0] for r in choose(found, method=method, fraction=f, protocol=p)] for f, p in tasks]
-        ours[method] = [_spread(values) if values else None for values in scores]
+        ours[method] = [[numbers(r)[0] for r in choose(found, method=method, fraction=f, protocol=p)] for f, p in tasks]
     return _beside(rows, ours, list(COLUMNS), METHODS)
 
 
@@ -154,8 +160,7 @@ def _table3(number: int, records: Sequence[dict], part: str) -> str:
         network, method, inputs = TABLE3[row][1] or ("", "", "")
         wanted = {"dataset": dataset, "network": network, "method": method, "inputs": inputs, "fraction": 1.0}
         found = choose(records, protocol="finetune", **wanted)
-        scores = zip(*map(numbers, found), strict=True) if found else (None, None)
-        ours[row] = [_spread(values) if values else None for values in scores]
+        ours[row] = [[numbers(r)[k] for r in found] for k in (0, 1)]
     return _beside(rows, ours, ("mIoU", "accuracy"), {k: name for k, (name, _) in TABLE3.items()})
 
 
@@ -170,42 +175,35 @@ TABLE4 = {  # row: its name, and the settings intra and decoupling
 def _table4(number: int, records: Sequence[dict], part: str) -> str:
     column = ("sar+optical", "rgb+dem").index(part)
     found = choose(records, pair=("sar_optical", "rgb_dem")[column], method="decur", protocol="finetune", inputs="both")
+    found = [r for r in found if r["variant"].startswith("terms")]
     least, ours, paper = min((r["fraction"] for r in found), default=0), {}, PAPER["table4_loss_ablation"]
     for row, (_, *switches) in TABLE4.items():
-        about = [
-            (r, r["settings"]["pretraining"]) for r in found if r["fraction"] == least and r["variant"][:5] == "terms"
-        ]
-        scores = [numbers(r)[0] for r, s in about if [s.get("intra", True), s.get("decoupling", True)] == switches]
-        ours[row] = [_spread(scores) if scores else None]
+        about = [(r, r["settings"]["pretraining"]) for r in found if r["fraction"] == least]
+        had = [numbers(r)[0] for r, s in about if [s.get("intra", True), s.get("decoupling", True)] == switches]
+        ours[row] = [had]
     rows, names = {row: [paper[row][column]] for row in TABLE4}, {row: name for row, (name, *_) in TABLE4.items()}
     return _beside(rows, ours, (paper["columns"][column],), names)
 
 
-def _points(records: Sequence[dict], name, x) -> dict[str, dict[float, list[float]]]:
-    """Series -> x -> first scores of the seeds, with ``name`` and ``x`` functions of (record, pretraining settings)."""
+def _series(points: Iterable[tuple[str, float, dict]]) -> dict[str, dict[float, list[float]]]:
+    """Series -> x -> first scores of the seeds, of (series, x, record)."""
     series: dict[str, dict[float, list[float]]] = {}
-    for r in records:
-        about = r["settings"]["pretraining"]
-        series.setdefault(name(r, about), {}).setdefault(x(r, about), []).append(numbers(r)[0])
+    for name, x, record in points:
+        series.setdefault(name, {}).setdefault(x, []).append(numbers(record)[0])
     return series
 
 
 def by_share(records: Sequence[dict]) -> dict[str, dict[float, list[float]]]:
     """Scores over the share of common dimensions in percent, a series per size of the embedding (Fig. 3a, 6)."""
-    return _points(
-        records,
-        lambda r, about: f"{about['projector'][-1]} dimensions",
-        lambda r, about: 100 * about["dim_common"] / about["projector"][-1],
-    )
+    found = [(r, r["settings"]["pretraining"]) for r in records]
+    sizes = [(r, about["dim_common"], about["projector"][-1]) for r, about in found]
+    return _series((f"{size} dimensions", 100 * common / size, r) for r, common, size in sizes)
 
 
 def by_projector(records: Sequence[dict]) -> dict[str, dict[float, list[float]]]:
     """Scores over the width of the projector, 0 without one, a series per data set and protocol (Fig. 3b, 7)."""
-    return _points(
-        records,
-        lambda r, about: f"{r['dataset']}, {r['protocol']}",
-        lambda r, about: (about["projector"] or [0])[-1],
-    )
+    widths = [(r, r["settings"]["pretraining"]["projector"] or [0]) for r in records]
+    return _series((f"{r['dataset']}, {r['protocol']}", width[-1], r) for r, width in widths)
 
 
 def share_table(found: dict[str, Sequence[dict]]) -> str:
@@ -214,8 +212,8 @@ def share_table(found: dict[str, Sequence[dict]]) -> str:
     for title, records in found.items():
         for name, points in by_share(records).items():
             scores = {x: _spread(points[x]) for x in sorted(points)}
-            best = max(v["mean"] for v in scores.values())
-            rows += [[title, name, f"{x:g} %", _cell(v["mean"], v["deviation"], best)] for x, v in scores.items()]
+            best = _best(mean for mean, _ in scores.values())
+            rows += [[title, name, f"{x:g} %", _cell(*spread, best)] for x, spread in scores.items()]
     return _markdown(["Pair", "Embedding", "Common", "Score (%)"], rows)
 
 

@@ -6,15 +6,16 @@ import itertools
 import json
 import statistics
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_confusion_matrix, multilabel_average_precision
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from . import cmx, config, model, pretrain, runs, segmentation
 from .augment import Policy
@@ -22,6 +23,7 @@ from .config import Settings
 from .data.bigearthnet import CLASSES_19
 from .data.geonrw import CLASSES as CLASSES_GEONRW
 from .data.nyuv2 import CLASSES_40
+from .data.raster import DataError
 from .data.store import Store
 from .data.sunrgbd import CLASSES_37
 from .model import MultimodalModel, OnEncoders
@@ -37,11 +39,12 @@ DATASETS = {
     "nyuv2": ("NYU Depth v2", CLASSES_40),
 }
 SAVE_SECONDS = 60.0  # between two checkpoints of an evaluation
+SWEPT = ("protocols", "inputs", "fractions")  # lists in the settings, of which an evaluation is one combination
 EXAMPLES = 8  # test images whose predicted masks are kept for pictures
 
 
 def plain(size: int) -> Policy:
-    """The augmentation that changes nothing: whole images resized to ``size`` px."""
+    """The augmentation that changes nothing: whole images, or their central squares, resized to ``size`` px."""
     return Policy(size=size, crop_scale=(1, 1), crop_ratio=(1, 1), **GEOMETRY, p_hflip=0.0, p_vflip=0.0)
 
 
@@ -84,19 +87,16 @@ def subset(n: int, fraction: float, *, seed: int) -> list[int]:
 def mean_average_precision(scores: Tensor, labels: Tensor) -> dict:
     """mAP in percent over a whole set: ``micro``, ``macro`` and ``per_class`` (None where a class never occurs).
 
-    ``scores``: N x L, any monotone score; ``labels``: N x L of 0 and 1, not all 0. Macro: of the classes that occur.
+    ``scores``: N x L, any finite score, for its order alone counts; ``labels``: N x L of 0 and 1. Macro: of the classes
+    that occur. Raises DataError where none does.
     """
-    with warnings.catch_warnings():  # about classes that never occur
-        warnings.filterwarnings("ignore", message=".*no positive samples.*")
-        warnings.filterwarnings("ignore", message="Average precision score for one or more classes was `nan`.*")
-        micro, each = (
-            100 * multilabel_average_precision(scores.sigmoid(), labels.int(), labels.shape[1], average=average)
-            for average in ("micro", "none")
-        )
-    occurs = labels.bool().any(0).tolist()
-    per_class = [round(v, 4) if o else None for v, o in zip(each.tolist(), occurs, strict=True)]
+    y, s = labels.bool().cpu().numpy(), scores.detach().double().cpu().numpy()
+    if not y.any():
+        raise DataError("no positive label to score: every label is 0")
+    each = [100 * average_precision_score(y[:, k], s[:, k]) if y[:, k].any() else None for k in range(y.shape[1])]
+    per_class = [None if v is None else round(float(v), 4) for v in each]
     macro = statistics.fmean(v for v in per_class if v is not None)
-    return {"micro": float(micro), "macro": macro, "per_class": per_class}
+    return {"micro": 100 * float(average_precision_score(y.ravel(), s.ravel())), "macro": macro, "per_class": per_class}
 
 
 def evaluate(
@@ -114,57 +114,73 @@ def evaluate(
     ``folder``: of ``pretrain.run``; ``stores``: ``train`` and ``test`` stores of ``dataset``, a key of DATASETS, with
     labels (a linear classifier, mAP) or masks (FCN or CMX, mIoU); ``protocol``: ``linear`` (frozen encoders in eval
     mode) or ``finetune``; ``inputs``: ``both`` or one modality; ``fraction``: share of the training labels, drawn
-    without replacement. An evaluation on record with the same settings is not run again; an interrupted one goes on.
+    without replacement. An evaluation on record with the same settings and images is not run again; an interrupted one
+    goes on. Raises ConfigError (request, stores) and ``pretrain.NonFinite`` (loss).
     """
+    _check_request(settings, dataset=dataset, protocol=protocol, inputs=inputs)
     wanted = {"protocol": protocol, "inputs": inputs, "fraction": fraction}
-    name = f"{dataset}-{Path(folder).name}-{protocol}-{inputs}-{fraction:g}"
+    name = _name(dataset, Path(folder).name, **wanted)
     pretrained, preprocessing, pretraining = load_pretrained(folder)
-    train, test = Store(stores["train"]), Store(stores["test"])
     scene = dataset == "bigearthnet"
-    for store in (train, test):
-        if (store.labels is None) if scene else ("mask" not in store.shapes):
-            raise config.ConfigError(
-                f"{store.path}: holds no {'labels' if scene else 'masks'}; convert labelled images"
-            )
-        store.check({modality: expected.to_dict() for modality, expected in preprocessing.items()})
-    described = {"pretraining": pretraining, "transfer": config.to_dict(settings)["transfer"], **wanted}
-    for key in ("protocols", "inputs", "fractions"):
-        described["transfer"].pop(key)
-    described["patches"] = [len(train), len(test)]
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+    train, test = (_labelled(stores[part], preprocessing, scene=scene) for part in ("train", "test"))
+    how = {k: v for k, v in config.to_dict(settings)["transfer"].items() if k not in SWEPT}
+    described = {"pretraining": pretraining, "transfer": how, **wanted, "patches": [len(train), len(test)]}
+    images = [store.meta["summary"]["sha256"] for store in (train, test)]
+    digest = hashlib.sha256(json.dumps([described, images], sort_keys=True).encode()).hexdigest()[:16]
     existing = runs.path(settings, "records", f"{name}.json")
     if existing.exists() and (record := json.loads(existing.read_text()))["settings_hash"] == digest:
         return record
 
-    device, seed = pretrain.device_of(settings), pretraining["seed"]
+    seed = pretraining["seed"]
     chosen = subset(len(train), fraction, seed=seed)
+    if protocol == "finetune" and (size := min(len(chosen), settings.transfer.batch_size)) < 2:
+        limits = f"{len(chosen)} labelled images, transfer.batch_size = {settings.transfer.batch_size}"
+        raise config.ConfigError(f"{name}: BatchNorm cannot train on batches of {size} ({limits}); allowed: 2 or more")
     torch.manual_seed(seed)
     network = _network(settings, pretrained, dataset, train, inputs=inputs, frozen=protocol == "linear")
-    network.to(device, memory_format=torch.channels_last)
+    network.to(pretrain.device_of(settings), memory_format=torch.channels_last)
     file = runs.path(settings, "transfer", f"{name}.pt")
     _fit(network, train, chosen, settings, inputs=inputs, seed=seed, desc=name, file=file, digest=digest)
+    title, classes = DATASETS[dataset]
     if scene:
         scores = predict(network, test, settings, inputs=inputs)
-        result = mean_average_precision(scores, torch.from_numpy(test.labels.copy()))
+        result = {"metric": "mAP (%)", **mean_average_precision(scores, torch.from_numpy(test.labels.copy()))}
     else:
-        result = segmentation.scores(
-            confusion(network, test, settings, classes=len(DATASETS[dataset][1]), inputs=inputs)
-        )
-    metric = "mAP (%)" if scene else "mIoU (%)"
-    record = {"dataset": DATASETS[dataset][0], "run": Path(folder).name, "name": settings.name, **wanted}
+        examples: list[Tensor] = []
+        counts = confusion(network, test, settings, classes=len(classes), inputs=inputs, examples=examples)
+        result = {"metric": "mIoU (%)", **segmentation.scores(counts)}
+        runs.write_json(runs.path(settings, "predictions", f"{name}.json"), [(x + 1).tolist() for x in examples])
+    record = {"dataset": title, "run": Path(folder).name, "name": settings.name, **wanted}
     record |= {"pair": settings.pair, "variant": settings.variant, "network": type(network).__name__}
-    record |= {"method": pretraining["method"], "seed": seed, "metric": metric, **result}
+    record |= {"method": pretraining["method"], "seed": seed, **result}
     record |= {"patches": {"train": len(chosen), "test": len(test)}, "settings": described, "settings_hash": digest}
     record["label_ids"] = [train.ids[i] for i in chosen] if fraction < 1 else "all"
-    if not scene:
-        images, _ = _samples(
-            network, test, list(range(min(EXAMPLES, len(test)))), settings, inputs=inputs, device=device
-        )
-        examples = _predicted(network, images, settings) + 1
-        runs.write_json(runs.path(settings, "predictions", f"{name}.json"), examples.tolist())
     record = runs.write_record(settings, name, record)
     file.unlink(missing_ok=True)
     return record
+
+
+def _name(dataset: str, run: str, protocol: str, inputs: str, fraction: float) -> str:
+    """Of an evaluation's files."""
+    return f"{dataset}-{run}-{protocol}-{inputs}-{fraction:g}"
+
+
+def _check_request(settings: Settings, **asked: str) -> None:
+    """Refuse a misspelt request, which would pass for another."""
+    allowed = {"dataset": DATASETS, "protocol": ("linear", "finetune")}
+    allowed["inputs"] = ("both", *config.MODALITIES[settings.pair])
+    for name, value in asked.items():
+        if value not in allowed[name]:
+            raise config.ConfigError(f"{name} = {value!r}; allowed: {', '.join(allowed[name])}")
+
+
+def _labelled(path: Path, preprocessing: dict[str, Preprocessing], *, scene: bool) -> Store:
+    """A store, checked to hold labels of scenes, or masks, and images as the encoders were trained on."""
+    store = Store(path)
+    if (store.labels is None) if scene else ("mask" not in store.shapes):
+        raise config.ConfigError(f"{path}: holds no {'labels' if scene else 'masks'}; convert labelled images")
+    store.check({modality: expected.to_dict() for modality, expected in preprocessing.items()})
+    return store
 
 
 def evaluate_members(
@@ -183,10 +199,9 @@ def evaluate_members(
         for inputs, fraction, protocol in itertools.product(t.inputs, t.fractions, t.protocols):
             names = {m.name for m in given(settings.pair, inputs).values()}
             if protocol == (only or protocol) and names <= trained:
-                todo.append({"folder": folder, "protocol": protocol, "inputs": inputs, "fraction": fraction})
-    return [
-        evaluate(settings, stores=stores, dataset=dataset, **one) for one in runs.progress(todo, desc="evaluations")
-    ]
+                todo.append({"protocol": protocol, "inputs": inputs, "fraction": fraction, "folder": folder})
+    common = {"stores": stores, "dataset": dataset}
+    return [evaluate(settings, **one, **common) for one in runs.progress(todo, desc="evaluations")]
 
 
 def example_predictions(record: dict, settings: Settings, stores: dict[str, Path], *, count: int = 6) -> list[dict]:
@@ -195,14 +210,14 @@ def example_predictions(record: dict, settings: Settings, stores: dict[str, Path
     Items: ``id``, the modalities' stored uint8 images (C x H x W), ``mask`` and ``predicted`` uint8 (H x W).
     """
     names = {name: key for key, (name, _) in DATASETS.items()}
-    about = (names[record["dataset"]], record["run"], record["protocol"], record["inputs"])
-    file = runs.path(settings, "predictions", f"{'-'.join(about)}-{record['fraction']:g}.json")
+    about = (record[key] for key in ("run", "protocol", "inputs", "fraction"))
+    file = runs.path(settings, "predictions", f"{_name(names[record['dataset']], *about)}.json")
     predicted, test = json.loads(file.read_text()), Store(stores["test"])
     items = []
     for i, found in enumerate(predicted[:count]):
-        item = {m.name: test.read(i, m.name, 0) for m in PAIRS[settings.pair]}
+        images = {m.name: test.read(i, m.name, 0) for m in PAIRS[settings.pair]}
         masks = {"mask": test.read(i, "mask", 0)[0], "predicted": np.array(found, np.uint8)}
-        items.append({"id": test.ids[i], **item, **masks})
+        items.append({"id": test.ids[i], **images, **masks})
     return items
 
 
@@ -259,7 +274,8 @@ def _samples(network: nn.Module, store: Store, rows: list[int], settings: Settin
         policy = plain(t.crop_size)
         if seed is not None:
             policy = replace(policy, crop_scale=(t.crop_scale, 1.0), crop_ratio=(3 / 4, 4 / 3), p_hflip=0.5)
-        return views(store, modalities, rows, policy, seed=seed or (), device=device), store.labels[rows]
+        truth = torch.from_numpy(store.labels[rows]).float().to(device)
+        return views(store, modalities, rows, policy, seed=seed or (), device=device), truth
     images, masks = [stored(store, m.name, rows, device) for m in modalities], stored(store, "mask", rows, device)[:, 0]
     copies = [m.preprocessing.copies for m in modalities]
     if isinstance(network, segmentation.FCN) and seed is not None:
@@ -287,30 +303,36 @@ def _rate(settings: Settings, step: int, per_epoch: int, total: int) -> float:
     return step / warm if step < warm else (1 - step / total) ** 0.9
 
 
-def _fit(
-    network, store: Store, chosen: list[int], settings: Settings, *, inputs, seed, desc, file=None, digest=""
-) -> None:
+def _optimizer(network: nn.Module, settings: Settings, rate: float) -> torch.optim.Optimizer:
+    t = settings.transfer
+    trained = [p for p in network.parameters() if p.requires_grad]
+    groups = [{"params": trained, "weight_decay": t.weight_decay}]
+    if isinstance(network, cmx.CMX):  # which, as published, decays neither biases nor normalisation
+        flat, decayed = ([p for p in trained if (p.ndim > 1) == k] for k in (False, True))
+        groups = [{"params": flat, "weight_decay": 0.0}, {"params": decayed, "weight_decay": t.weight_decay}]
+    if t.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=rate, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=rate)
+
+
+def _fit(network, store: Store, chosen: list[int], settings: Settings, *, inputs, seed, desc, file, digest) -> None:
     """Train on the chosen items; ``file`` holds a checkpoint, renewed every minute, from which another call goes on."""
     t, device = settings.transfer, next(network.parameters()).device
     frozen = getattr(network, "frozen", False)
-    rate = t.learning_rate_linear if frozen else t.learning_rate_finetune
-    trained = [{"params": [p for p in network.parameters() if p.requires_grad], "weight_decay": t.weight_decay}]
-    if isinstance(network, cmx.CMX):  # which, as published, decays neither biases nor normalisation
-        (flat, decayed), trained = ([p for p in network.parameters() if (p.ndim > 1) == k] for k in (False, True)), []
-        trained += [{"params": flat, "weight_decay": 0.0}, {"params": decayed, "weight_decay": t.weight_decay}]
-    make = {"sgd": lambda: torch.optim.SGD(trained, lr=rate, momentum=0.9)}
-    make["adamw"] = lambda: torch.optim.AdamW(trained, lr=rate)
-    optimizer, criterion = make[t.optimizer](), nn.MultiLabelSoftMarginLoss()
+    setting = f"learning_rate_{'linear' if frozen else 'finetune'}"
+    rate = getattr(t, setting)
+    optimizer = _optimizer(network, settings, rate)
+    criterion = F.multilabel_soft_margin_loss if isinstance(network, Classifier) else segmentation.loss
     per_epoch = -(-len(chosen) // t.batch_size)
     total = t.iterations or t.epochs * per_epoch
-    epochs, first = -(-total // per_epoch), 0
-    if file is not None and file.exists():
-        with contextlib.suppress(Exception):  # torn by a kill: begin again
+    epochs, first, state = -(-total // per_epoch), 0, {}
+    if file.exists():
+        with contextlib.suppress(Exception):  # damaged: begin again
             state = torch.load(file, map_location=device, weights_only=True)
-            if state["digest"] == digest:
-                network.load_state_dict(state["network"])
-                optimizer.load_state_dict(state["optimizer"])
-                first = state["epoch"]
+    if state.get("digest") == digest:
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["epoch"]
     network.train()
     saved = time.monotonic()
     for epoch in runs.progress(range(first, epochs), desc=desc, leave=False, initial=first, total=epochs):
@@ -324,16 +346,14 @@ def _fit(
             images, truth = _samples(network, store, rows, settings, **parts)
             for group in optimizer.param_groups:
                 group["lr"] = rate * _rate(settings, step, per_epoch, total)
-            if isinstance(network, Classifier):
-                loss = criterion(network(*images), torch.from_numpy(truth).float().to(device))
-            else:
-                loss = segmentation.loss(network(*images), truth)
+            loss = criterion(network(*images), truth)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-        if file is not None and time.monotonic() - saved > SAVE_SECONDS and epoch + 1 < epochs:
+        if not loss.isfinite():
+            raise pretrain.NonFinite(f"{desc}: loss {loss:g} in epoch {epoch + 1}; lower transfer.{setting} = {rate:g}")
+        if time.monotonic() - saved > SAVE_SECONDS and epoch + 1 < epochs:
             state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "digest": digest}
-            file.parent.mkdir(parents=True, exist_ok=True)
             pretrain._save({**state, "epoch": epoch + 1}, file)
             saved = time.monotonic()
 
@@ -348,9 +368,8 @@ def _whole(network: nn.Module, store: Store, settings: Settings, *, inputs: str)
 def predict(classifier: Classifier, store: Store, settings: Settings, *, inputs: str) -> Tensor:
     """Logits of every image of a store (N x classes, on the CPU); whole images, resized, no augmentation."""
     classifier.eval()
-    return torch.cat(
-        [classifier(*images).float().cpu() for images, _ in _whole(classifier, store, settings, inputs=inputs)]
-    )
+    batches = _whole(classifier, store, settings, inputs=inputs)
+    return torch.cat([classifier(*images).float().cpu() for images, _ in batches])
 
 
 def _predicted(network: nn.Module, images: list[Tensor], settings: Settings) -> Tensor:
@@ -361,11 +380,24 @@ def _predicted(network: nn.Module, images: list[Tensor], settings: Settings) -> 
 
 
 @torch.inference_mode()
-def confusion(network: nn.Module, store: Store, settings: Settings, *, classes: int, inputs: str) -> Tensor:
-    """Pixel counts of a segmentation over a whole store: classes x classes, row = truth, column = prediction."""
+def confusion(
+    network: nn.Module,
+    store: Store,
+    settings: Settings,
+    *,
+    classes: int,
+    inputs: str,
+    examples: list[Tensor] | None = None,
+) -> Tensor:
+    """Pixel counts of a segmentation over a whole store: classes x classes, row = truth, column = prediction.
+
+    To a list ``examples`` the predictions (int64 H x W, on the CPU) of the first EXAMPLES images are added.
+    """
     counts = torch.zeros(classes, classes, dtype=torch.int64)
     shared = {"num_classes": classes, "ignore_index": segmentation.IGNORE}
     for images, truth in _whole(network, store, settings, inputs=inputs):
         found = _predicted(network, images, settings)
         counts += multiclass_confusion_matrix(found.flatten(), truth.flatten(), **shared).cpu()
+        if examples is not None:
+            examples += found[: EXAMPLES - len(examples)].cpu()
     return counts

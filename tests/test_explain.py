@@ -1,13 +1,14 @@
 """Attributions and statistics against hand-made formulas, naive loops and interrupted calls."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from decur_core import explain, pretrain, runs
+from decur_core import explain, plots, pretrain, runs
 from decur_core.data.store import Store
 from decur_core.model import MultimodalModel
 
@@ -32,6 +33,8 @@ def test_effective_rank_counts_independent_directions():
     z = torch.randn(4000, 6, generator=torch.Generator().manual_seed(0))
     assert explain.effective_rank(z) == pytest.approx(6, abs=0.05)
     assert explain.effective_rank(torch.cat([z[:, :2]] * 3, 1)) == pytest.approx(2, abs=0.01)
+    assert explain.effective_rank(torch.cat([z[:, :1], torch.ones(4000, 3)], 1)) == pytest.approx(1, abs=1e-6)
+    assert explain.effective_rank(torch.ones(40, 3)) == 0.0
 
 
 def test_alignment_is_one_minus_the_correlation_squared():
@@ -68,6 +71,29 @@ def test_gradcam_is_the_gradient_weighted_map_of_the_last_convolution(target):
         assert found.shape == (3, 24, 24) and found.min() >= 0
         largest.append(found.max())
     assert max(largest) > 0
+    handle.remove()
+
+
+@pytest.mark.parametrize(("backbone", "size"), [("resnet18", 64), ("mit_b0", 64)])
+def test_gradcam_of_other_backbones_is_spatial(backbone, size):
+    """Of Mix Transformers the last convolution is the depthwise one of the last block, on a map of stride 32."""
+    torch.manual_seed(0)
+    model = MultimodalModel(backbone, (3, 2), (16, 8)).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.ones_(module.weight)
+    z, kept = model.embed(1, torch.rand(32, 3, size, size)).detach(), {}
+    target = explain.CommonUnique(model, 1, 5, z.mean(0), z.std(0))
+    images = torch.rand(2, 3, size, size)
+    handle = target.last_convolution().register_forward_hook(lambda module, args, out: kept.update(map=out))
+    found = [explain.gradcam(target, images, part) for part in (0, 1)]
+    assert sum(float(f.max()) for f in found) > 0
+    for part in (0, 1):
+        (gradient,) = torch.autograd.grad(target(images)[:, part].sum(), kept["map"])
+        assert kept["map"].shape[2:] == (size // 32, size // 32)
+        weighted = (gradient.mean((2, 3), keepdim=True) * kept["map"]).sum(1, keepdim=True).clamp_min(0)
+        expected = F.interpolate(weighted, size=(size, size), mode="bilinear")[:, 0].detach()
+        torch.testing.assert_close(found[part], expected, rtol=1e-3, atol=1e-7)
     handle.remove()
 
 
@@ -138,3 +164,33 @@ def test_statistics_equal_a_naive_loop_and_survive_an_interruption(tiny, pair_st
     assert len(computed) == 8, "a finished one is read"
     explain.statistics(settings, folder, pair_store, samples=6, batch_size=4, steps=4)
     assert json.loads(file.read_text().splitlines()[0])["samples"] == 6
+
+
+@pytest.mark.parametrize(
+    "kinds", [{"method": "barlow_twins"}, {"dim_common": 0}, {"method": "random", "backbone": "resnet18"}]
+)
+def test_statistics_of_models_without_a_part_or_without_maps(tiny, pair_store, kinds):
+    settings = tiny(epochs=1, crop_size=24, **kinds)
+    folder = pretrain.run(settings, pair_store)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        found = explain.statistics(settings, folder, pair_store, samples=6, batch_size=4, steps=4)
+        plots.overlaps({part: found[f"overlap {part}"] for part in explain.PARTS})
+    empty = {"barlow_twins": ["unique"], "random": ["common", "unique"]}.get(settings.method, ["common"])
+    for part in explain.PARTS:
+        scores = found[f"overlap {part}"]
+        assert scores.shape == (6,) and (np.isnan(scores).all() or part not in empty)
+        if part in empty and settings.method != "random":
+            assert not found[f"bands optical {part}"].any()
+    assert np.isfinite(found["completeness"])
+
+
+def test_statistics_of_other_images_are_counted_anew(tiny, pair_store, patch_stores):
+    settings = tiny(epochs=1)
+    folder = pretrain.run(settings, pair_store)
+    first, other, again = (
+        explain.statistics(settings, folder, store, samples=6, batch_size=4, steps=4)
+        for store in (pair_store, patch_stores["test"], pair_store)
+    )
+    assert not np.array_equal(first["bands optical common"], other["bands optical common"])
+    np.testing.assert_array_equal(first["bands optical common"], again["bands optical common"])

@@ -137,6 +137,16 @@ def test_a_real_run_is_exported(tiny, pair_store, tmp_path):
     assert metadata["evaluations"] == [] and "Evaluations: none" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_network_that_was_not_trained_is_not_exported(tmp_path):
+    run, _ = make_run(tmp_path, "small")
+    about = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(about | {"trained": ["optical"]}))
+    with pytest.raises(DataError, match="has not trained sar, only optical"):
+        export.write(run, tmp_path / "out", "sar")
+    export.main([str(run), str(tmp_path / "out")])
+    assert [f.name for f in (tmp_path / "out").glob("*.safetensors")] == [f"{run.name}-optical.safetensors"]
+
+
 def test_what_cannot_be_exported_or_loaded(tmp_path):
     run, model = make_run(tmp_path, "small")
     with pytest.raises(DataError, match="modality 'dem' is unknown; it has sar and optical"):

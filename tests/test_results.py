@@ -96,6 +96,13 @@ def test_table_4_sorts_runs_by_the_terms_they_had():
     assert [row[0] for row in rows.values()] == ["**81.7**", "80.3", "80.1", "81.1"]
 
 
+def test_table_4_looks_at_its_own_runs_alone():
+    about = {"variant": "terms-x", "pair": "sar_optical", "settings": {"pretraining": {}}}
+    found = [record("decur", 0, 50.0, fraction=1.0, protocol="finetune") | about]
+    found.append(record("decur", 0, 40.0, fraction=0.01, protocol="finetune") | about | {"variant": ""})
+    assert rows_of(results.table(4, found, "sar+optical"))["DeCUR"][1] == "**50.0**"
+
+
 def test_source_names_data_profile_commit_and_hardware():
     text = results.source(RECORDS)
     for part in ("miniature world (not real data)", "profile report", "3 seeds", "abc", "2 cores of some CPU"):

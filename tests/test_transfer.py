@@ -1,11 +1,14 @@
 """Classification transfer: frozen means frozen, the score is the whole set's, subsets hold no patch twice."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
 from decur_core import config, pretrain, transfer
+from decur_core.data.raster import DataError
 from decur_core.data.store import Store
 
 
@@ -26,6 +29,19 @@ def test_map_equals_scikit_learn_on_the_whole_set():
     assert found["per_class"][:4] == pytest.approx(per_class, abs=1e-3) and found["per_class"][4] is None
     assert found["macro"] == pytest.approx(np.mean(per_class), abs=1e-3)
     assert found["micro"] == pytest.approx(100 * average_precision_score(labels.ravel(), scores.ravel()), abs=1e-3)
+
+
+def test_only_the_order_of_scores_counts_and_ties_count_as_one_threshold():
+    random = np.random.default_rng(0)
+    labels = (random.random((300, 4)) < 0.3).astype(int)
+    ranks = random.integers(0, 40, (300, 4)) + 4 * labels
+    expected = [100 * average_precision_score(labels[:, k], ranks[:, k]) for k in range(4)]
+    for scores in (ranks, 2 * ranks + 20, ranks - 200, 1e-6 * ranks):  # where a sigmoid would round them to one value
+        found = transfer.mean_average_precision(torch.tensor(scores, dtype=torch.float32), torch.tensor(labels))
+        assert found["per_class"] == pytest.approx(expected, abs=1e-3)
+        assert found["micro"] == pytest.approx(100 * average_precision_score(labels.ravel(), ranks.ravel()), abs=1e-6)
+    with pytest.raises(DataError, match="no positive label"):
+        transfer.mean_average_precision(torch.rand(5, 2), torch.zeros(5, 2))
 
 
 def test_subset_has_no_duplicates_and_follows_the_seed():
@@ -103,3 +119,42 @@ def test_unlabelled_store_and_missing_run_are_refused(pretrained, pair_store, pa
         transfer.evaluate(settings, folder, {"train": pair_store, "test": pair_store}, protocol="linear")
     with pytest.raises(FileNotFoundError, match="no finished pretraining"):
         transfer.evaluate(settings, tmp_path, patch_stores, protocol="linear")
+
+
+@pytest.mark.parametrize(("asked", "allowed"), [("protocol", "linear, finetune"), ("inputs", "both, sar, optical")])
+def test_a_misspelt_request_is_refused(pretrained, patch_stores, asked, allowed):
+    settings, folder = pretrained
+    with pytest.raises(config.ConfigError, match=f"{asked} = 'lineal'; allowed: {allowed}"):
+        transfer.evaluate(settings, folder, patch_stores, **{"protocol": "linear", asked: "lineal"})
+    with pytest.raises(config.ConfigError, match="dataset = 'bigearth'; allowed: bigearthnet, geonrw"):
+        transfer.evaluate(settings, folder, patch_stores, dataset="bigearth", protocol="linear")
+
+
+def test_fine_tuning_that_could_not_take_a_step_is_refused(pretrained, patch_stores):
+    settings, folder = pretrained
+    with pytest.raises(config.ConfigError, match="batches of 1 .1 labelled images, transfer.batch_size = 16"):
+        transfer.evaluate(settings, folder, patch_stores, protocol="finetune", fraction=0.02)
+    assert transfer.evaluate(settings, folder, patch_stores, protocol="linear", fraction=0.02)["patches"]["train"] == 1
+
+
+def test_a_diverged_training_is_not_scored(pretrained, patch_stores):
+    settings, folder = pretrained
+    wild = replace(settings, transfer=replace(settings.transfer, learning_rate_finetune=1e30))
+    with pytest.raises(
+        pretrain.NonFinite, match="finetune-both-1: loss nan in epoch 1; lower transfer.learning_rate_f"
+    ):
+        transfer.evaluate(wild, folder, patch_stores, protocol="finetune")
+
+
+def test_other_images_are_scored_anew(pretrained, patch_stores, monkeypatch):
+    settings, folder = pretrained
+    first = transfer.evaluate(settings, folder, patch_stores, protocol="linear")
+    read = Store.__init__
+
+    def other(self, path):
+        read(self, path)
+        self.meta["summary"]["sha256"] = "of other images, of which there are as many"
+
+    monkeypatch.setattr(Store, "__init__", other)
+    again = transfer.evaluate(settings, folder, patch_stores, protocol="linear")
+    assert again["settings_hash"] != first["settings_hash"] and again["settings"] == first["settings"]

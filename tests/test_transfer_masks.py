@@ -83,6 +83,38 @@ def test_scores_do_not_depend_on_the_batch(settings, stores):
     assert torch.equal(*counts) and counts[0].sum() == 24 * 23 * 31
 
 
+def test_every_image_is_predicted_once(settings, stores, monkeypatch):
+    chosen, paths, seen = settings(transfer={**TRANSFER, "epochs": 1}), stores["rgb_dem"], []
+    folder, predict = pretrain.run(chosen, paths["train"]), segmentation.predict
+
+    def counted(network, images, **options):
+        seen.append(predict(network, images, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(segmentation, "predict", counted)
+    record = transfer.evaluate(chosen, folder, paths, dataset="geonrw", protocol="linear")
+    assert [len(x) for x in seen] == [8, 8, 8]
+    found = transfer.example_predictions(record, chosen, paths, count=99)
+    assert len(found) == transfer.EXAMPLES
+    for example, predicted in zip(found, seen[0], strict=True):
+        np.testing.assert_array_equal(example["predicted"], predicted.numpy() + 1)
+    counts, examples = {"classes": 10, "inputs": "both"}, []
+    network = segmentation.FCN(transfer.load_pretrained(folder)[0], classes=10)
+    few = settings(transfer={**TRANSFER, "batch_size": 5})
+    transfer.confusion(network, Store(paths["test"]), few, examples=examples, **counts)
+    assert len(examples) == transfer.EXAMPLES
+
+
+def test_a_damaged_checkpoint_of_an_evaluation_is_replaced(settings, stores):
+    chosen, paths = settings(transfer={**TRANSFER, "epochs": 1}), stores["rgb_dem"]
+    folder, kinds = pretrain.run(chosen, paths["train"]), {"dataset": "geonrw", "protocol": "linear"}
+    whole = transfer.evaluate(chosen, folder, paths, **kinds)
+    (file,) = runs.path(chosen, "records").glob("*.json")
+    runs.write_text(runs.path(chosen, "transfer", f"{file.stem}.pt"), "torn")
+    file.unlink()
+    assert transfer.evaluate(chosen, folder, paths, **kinds)["per_class"] == whole["per_class"]
+
+
 def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_score(settings, stores, monkeypatch):
     chosen, paths = settings(), stores["rgb_dem"]
     folder, kinds = pretrain.run(chosen, paths["train"]), {"dataset": "geonrw", "protocol": "finetune"}

@@ -55,8 +55,8 @@ def table(app, argument: str) -> str:
 
 def settings(app, _: str) -> str:
     """Every setting with its default and meaning."""
-    rows = (f"| `{name}` | `{default}` | {meaning} |" for name, default, meaning in config.describe())
-    return "| setting | default | meaning |\n|---|---|---|\n" + "\n".join(rows)
+    rows = ((f"`{name}`", f"`{default}`", meaning) for name, default, meaning in config.describe())
+    return results._markdown(("setting", "default", "meaning"), rows)
 
 
 def _benchmark(app, name: str) -> dict | None:
@@ -76,25 +76,24 @@ def benchmark(app, name: str) -> str:
     if record is None:
         return "*Not measured.*"
     rows, about = record["rows"], record["provenance"]
-    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
-    lines += ["| " + " | ".join(map(_number, row.values())) + " |" for row in rows]
+    lines = results._markdown(list(rows[0]), [list(map(_number, row.values())) for row in rows])
     chosen = (f"{k} {v}" for k, v in record["settings"].items() if isinstance(v, int | float | str))
     hardware, state = about["hardware"], " with changes" if about["modified"] else ""
     machine = ", ".join(hardware["gpus"]) or f"{hardware['cores']} cores of {hardware['processor']}"
     where = f"{machine}; torch {about['versions']['torch']}; commit {about['commit']}{state}; {about['date'][:10]}"
     load = f"; load before it began {about['load_before']}" if "load_before" in about else ""
-    return "\n".join(lines) + f"\n\nSettings: {', '.join(chosen)}. Measured on {where}{load}."
+    return f"{lines}\n\nSettings: {', '.join(chosen)}. Measured on {where}{load}."
 
 
 def targets(app, _: str) -> str:
     """What is aimed at beside what the records hold; what no record holds is open."""
-    lines = ["| what | aim | measured | |", "|---|---|---|---|"]
+    lines = []
     for what, aim, name, row, column in TARGETS:
         record, wanted = _benchmark(app, name), f"{'at least' if aim > 0 else 'at most'} {abs(aim)}"
         found = record["rows"][row][column] if record else None
         verdict = "open" if record is None else "reached" if (found >= aim if aim > 0 else found <= -aim) else "missed"
-        lines.append(f"| {what} | {wanted} | {'' if record is None else _number(found)} | {verdict} |")
-    return "\n".join(lines)
+        lines.append((what, wanted, "" if record is None else _number(found), verdict))
+    return results._markdown(("what", "aim", "measured", ""), lines)
 
 
 # record: columns that name a group, {column: series}, unit, whether the scale is logarithmic, what is seen
