@@ -90,6 +90,7 @@ class OnEncoders(nn.Module):
         super().__init__()
         self.encoders, self.frozen = nn.ModuleList(encoders), frozen
         self.encoders.requires_grad_(not frozen)
+        self.train(self.training)  # which puts frozen encoders into eval mode from the start
 
     def train(self, mode: bool = True) -> "OnEncoders":
         super().train(mode)

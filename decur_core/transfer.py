@@ -6,6 +6,7 @@ import itertools
 import json
 import statistics
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_confusion_matrix
+from torchmetrics.functional.classification import multiclass_confusion_matrix, multilabel_average_precision
 
 from . import cmx, config, model, pretrain, runs, segmentation
 from .augment import Policy
@@ -90,13 +90,23 @@ def mean_average_precision(scores: Tensor, labels: Tensor) -> dict:
     ``scores``: N x L, any finite score, for its order alone counts; ``labels``: N x L of 0 and 1. Macro: of the classes
     that occur. Raises DataError where none does.
     """
-    y, s = labels.bool().cpu().numpy(), scores.detach().double().cpu().numpy()
-    if not y.any():
+    if not labels.any():
         raise DataError("no positive label to score: every label is 0")
-    each = [100 * average_precision_score(y[:, k], s[:, k]) if y[:, k].any() else None for k in range(y.shape[1])]
-    per_class = [None if v is None else round(float(v), 4) for v in each]
+    if not scores.isfinite().all():
+        raise ValueError("scores that are not finite numbers cannot be ranked")
+    # Places in the order of all: of scores outside of 0 to 1 the metric takes a sigmoid, which makes large ones equal.
+    order = scores.detach().flatten().unique(return_inverse=True)[1].view_as(scores).double() / scores.numel()
+    with warnings.catch_warnings():  # about classes that never occur
+        warnings.filterwarnings("ignore", message=".*no positive samples.*")
+        warnings.filterwarnings("ignore", message="Average precision score for one or more classes was `nan`.*")
+        micro, each = (
+            100 * multilabel_average_precision(order, labels.int(), labels.shape[1], average=average)
+            for average in ("micro", "none")
+        )
+    occurs = labels.bool().any(0).tolist()
+    per_class = [round(v, 4) if o else None for v, o in zip(each.tolist(), occurs, strict=True)]
     macro = statistics.fmean(v for v in per_class if v is not None)
-    return {"micro": 100 * float(average_precision_score(y.ravel(), s.ravel())), "macro": macro, "per_class": per_class}
+    return {"micro": float(micro), "macro": macro, "per_class": per_class}
 
 
 def evaluate(

@@ -77,6 +77,14 @@ def test_frozen_encoders_keep_still(model):
     assert {k.split(".")[0] for k, p in network.named_parameters() if p.grad is not None} == {"heads"}
 
 
+def test_frozen_encoders_keep_still_before_any_call_of_train(model):
+    network = FCN(model, classes=3, frozen=True)
+    before = {k: v.clone() for k, v in network.encoders.state_dict().items()}
+    network(torch.rand(2, 3, 64, 64), torch.rand(2, 2, 64, 64))
+    assert network.training and not any(module.training for module in network.encoders.modules())
+    assert all(torch.equal(v, before[k]) for k, v in network.encoders.state_dict().items())
+
+
 def test_fine_tuning_reaches_every_used_parameter(model):
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

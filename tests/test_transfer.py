@@ -39,7 +39,7 @@ def test_only_the_order_of_scores_counts_and_ties_count_as_one_threshold():
     for scores in (ranks, 2 * ranks + 20, ranks - 200, 1e-6 * ranks):  # where a sigmoid would round them to one value
         found = transfer.mean_average_precision(torch.tensor(scores, dtype=torch.float32), torch.tensor(labels))
         assert found["per_class"] == pytest.approx(expected, abs=1e-3)
-        assert found["micro"] == pytest.approx(100 * average_precision_score(labels.ravel(), ranks.ravel()), abs=1e-6)
+        assert found["micro"] == pytest.approx(100 * average_precision_score(labels.ravel(), ranks.ravel()), abs=1e-4)
     with pytest.raises(DataError, match="no positive label"):
         transfer.mean_average_precision(torch.rand(5, 2), torch.zeros(5, 2))
 
