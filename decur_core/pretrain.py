@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+import zipfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -159,6 +160,14 @@ def _save(state: dict, file: Path) -> None:
         torch.save(state, f)
 
 
+def _load(file: Path) -> dict:
+    """What ``_save`` wrote, on the CPU; bytes that changed since, which torch would not notice, raise BadZipFile."""
+    with zipfile.ZipFile(file) as archive:
+        if part := archive.testzip():
+            raise zipfile.BadZipFile(f"the checksum of {part} is wrong")
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
 def _checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*.pt"))
 
@@ -167,7 +176,7 @@ def _newest(folder: Path, identity: dict) -> dict | None:
     """The newest readable checkpoint's content; a damaged one is reported and the one before is used."""
     for file in reversed(_checkpoints(folder)):
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            state = _load(file)
         except Exception as error:  # torch raises many kinds for a torn file
             print(f"{file.name} cannot be read ({type(error).__name__}: {error}); trying the one before")
             continue
@@ -177,10 +186,13 @@ def _newest(folder: Path, identity: dict) -> dict | None:
 
 
 def _same_settings(found: dict, wanted: dict, folder: Path) -> None:
-    """Refuse to go on with another run. A run from before a setting existed did what is its default now."""
+    """Refuse to go on with another run, or on other data.
+
+    A run from before a setting existed did what is its default now; what it never noted of its data goes unchecked.
+    """
     there, now = config.defaults() | found, config.defaults() | wanted
-    if names := [k for k in found | wanted if there.get(k) != now.get(k)]:
-        listed = "; ".join(f"{k}: {there.get(k)} there, {now.get(k)} now" for k in names)
+    if names := [k for k in found | wanted if k in there and there[k] != now.get(k)]:
+        listed = "; ".join(f"{k}: {there[k]} there, {now.get(k)} now" for k in names)
         raise config.ConfigError(
             f"{folder} holds a run with other settings ({listed}). Use those settings, give this run another `name`,"
             " or remove the folder."
@@ -212,14 +224,18 @@ def run(settings: Settings, store_path: Path | str) -> Path:
         world = world if joined else _processes(settings)
         config.check_world_size(settings, world)
         _check(settings, store)
-        identity = {**config.identity(settings), "data.pairs": len(store)}
+        about = {"data.pairs": len(store), "data.sha256": store.meta["summary"].get("sha256")}
+        identity = {**config.identity(settings), **about}
         total = settings.epochs * (len(store) // settings.batch_size) if runs.trained(settings) else 0
         if distributed.largest((folder / "final.pt").exists()):
-            _same_settings(torch.load(folder / "final.pt", weights_only=True)["settings"], identity, folder)
+            _same_settings(_load(folder / "final.pt")["settings"], identity, folder)
         elif joined or world == 1:
             _train(settings, store, folder, identity, total)
         else:
             _launch(world, settings, store, folder, identity, total)
+        if rank == 0:
+            for file in _checkpoints(folder):  # here, as a process may be killed after final.pt and before this
+                file.unlink()
     return folder
 
 
@@ -239,7 +255,7 @@ def _launch(world: int, settings: Settings, store: Store, folder: Path, identity
             options = {"device": device_of(settings), "processes": world, "tick": tick}
             distributed.launch(_train, settings, store, folder, identity, total, **options)
         except Exception as error:
-            if not received or isinstance(error, Interrupted):
+            if not received or type(error) is not RuntimeError:
                 raise
             raise Interrupted(f"{folder.name}: a signal came before the first step; the same call resumes") from error
         tick()
@@ -278,6 +294,8 @@ def _train(settings: Settings, store: Store, folder: Path, identity: dict, total
     if rank == 0:
         if state:
             print(f"{folder.name}: resumes after step {start} of {total}")
+        for left in folder.glob(".*.[0-9]*"):  # by a process that was killed while it wrote a file
+            left.unlink()
         _keep_history(folder, start)
         about = {"settings": config.to_dict(settings), "trained": runs.trained(settings), "processes": world}
         runs.write_json(folder / "run.json", about | {"provenance": runs.provenance()})
@@ -335,10 +353,8 @@ def _train(settings: Settings, store: Store, folder: Path, identity: dict, total
                 distributed.largest()  # a process that ends before the checkpoint is written ends them all
                 name = signal.Signals(asked).name
                 raise Interrupted(f"{folder.name}: {name} after step {step} of {total}; the same call resumes")
-    if rank == 0:
-        _save(state_at(total), folder / "final.pt")
-        for file in _checkpoints(folder):
-            file.unlink()
+        if rank == 0:
+            _save(state_at(total), folder / "final.pt")
     distributed.largest()
 
 
