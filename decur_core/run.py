@@ -19,7 +19,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import nbformat
-import yaml
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from papermill.clientwrap import PapermillNotebookClient
@@ -248,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
         overrides = config.overrides(args.set)
         settings = config.load(args.profile, overrides)
         paths = find(args.notebooks, config.ROOT / "notebooks")
-    except (ValueError, yaml.YAMLError) as error:
+    except ValueError as error:
         parser.error(str(error))
     folders = {"output": runs.path(settings, "notebooks"), "executed": config.ROOT / "book/executed" / settings.profile}
     return run(paths, profile=args.profile, overrides=overrides, grace=args.grace, **folders)
