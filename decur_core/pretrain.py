@@ -156,8 +156,11 @@ def _optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _save(state: dict, file: Path) -> None:
-    with runs.replacing(file) as f:
-        torch.save(state, f)
+    try:
+        with runs.replacing(file) as f:
+            torch.save(state, f)
+    except RuntimeError as error:  # so torch reports what kept it from writing, without the reason
+        raise OSError(f"{file} cannot be written: {error.__context__ or error}") from error
 
 
 def _load(file: Path) -> dict:
@@ -308,7 +311,7 @@ def _train(settings: Settings, store: Store, folder: Path, identity: dict, total
     def checkpoint(step: int) -> None:
         try:
             _save({**state_at(step), "optimizer": optimizer.state_dict()}, folder / f"checkpoint-{step:09d}.pt")
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        except OSError as error:
             print(f"step {step}: checkpoint not written ({error}); the run goes on with the one before")
             return
         for old in _checkpoints(folder)[:-2]:

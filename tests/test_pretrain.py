@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -227,6 +228,20 @@ def test_full_disk_is_reported_and_the_run_goes_on(tiny, pair_store, monkeypatch
     folder = pretrain.run(tiny(), pair_store)
     assert "checkpoint not written" in capsys.readouterr().out
     assert (folder / "final.pt").exists()
+
+
+def test_a_file_that_finds_no_room_is_named_with_the_reason(tiny, pair_store, capsys):
+    limit, settings = resource.getrlimit(resource.RLIMIT_FSIZE), tiny()
+    folder = runs.path(settings, "pretrain", runs.title(settings))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40000, limit[1]))  # bytes; a full disk for files that are larger
+    try:
+        with pytest.raises(OSError, match=r"final.pt cannot be written: .*File too large"):
+            pretrain.run(settings, pair_store)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "step 3: checkpoint not written" in (said := capsys.readouterr().out) and "File too large" in said
+    assert sorted(f.name for f in folder.iterdir()) == [".lock", "history.jsonl", "run.json"]
+    assert len(runs.read_history(pretrain.run(settings, pair_store))) == 16
 
 
 def test_other_settings_refuse_to_resume_and_are_named(tiny, pair_store):
