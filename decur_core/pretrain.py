@@ -118,18 +118,16 @@ def _batches(settings: Settings, store: Store, steps: range, device: torch.devic
     if not settings.workers:
         yield from map(read, steps)
         return
-    with ThreadPoolExecutor(settings.workers) as pool:
-        ahead: deque = deque()
-        try:
-            for step in steps:
-                ahead.append(pool.submit(read, step))
-                if len(ahead) > 2 * settings.workers:
-                    yield ahead.popleft().result()
-            while ahead:
+    pool, ahead = ThreadPoolExecutor(settings.workers), deque()
+    try:
+        for step in steps:
+            ahead.append(pool.submit(read, step))
+            if len(ahead) > 2 * settings.workers:
                 yield ahead.popleft().result()
-        finally:
-            for batch in ahead:
-                batch.cancel()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def device_of(settings: Settings) -> torch.device:
@@ -151,8 +149,8 @@ def _optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
     groups = parameter_groups(model, lr=settings.learning_rate, lr_biases=settings.learning_rate_biases)
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    names = ("momentum", "weight_decay", "trust_coefficient")
-    return LARS(groups, lr=settings.learning_rate, **{name: getattr(settings, name) for name in names})
+    more = {"momentum": settings.momentum, "trust_coefficient": settings.trust_coefficient}
+    return LARS(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, **more)
 
 
 def _save(state: dict, file: Path) -> None:
@@ -164,11 +162,15 @@ def _save(state: dict, file: Path) -> None:
 
 
 def _load(file: Path) -> dict:
-    """What ``_save`` wrote, on the CPU; bytes that changed since, which torch would not notice, raise BadZipFile."""
-    with zipfile.ZipFile(file) as archive:
-        if part := archive.testzip():
-            raise zipfile.BadZipFile(f"the checksum of {part} is wrong")
-    return torch.load(file, map_location="cpu", weights_only=True)
+    """What ``_save`` wrote; OSError for a torn file, and for bytes that changed since, which torch would not notice."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if part := archive.testzip():
+                raise zipfile.BadZipFile(f"the checksum of {part} is wrong")
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds
+        about = f"{file} cannot be read ({type(error).__name__}: {error})"
+        raise OSError(f"{about}; if it is removed, the same call does without it") from error
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -180,8 +182,8 @@ def _newest(folder: Path, identity: dict) -> dict | None:
     for file in reversed(_checkpoints(folder)):
         try:
             state = _load(file)
-        except Exception as error:  # torch raises many kinds for a torn file
-            print(f"{file.name} cannot be read ({type(error).__name__}: {error}); trying the one before")
+        except OSError as error:
+            print(f"{error}; now trying the one before")
             continue
         _same_settings(state["settings"], identity, folder)
         return state
@@ -219,7 +221,8 @@ def run(settings: Settings, store_path: Path | str) -> Path:
     one GPU in deterministic mode, an interrupted and resumed run ends with the same bits as an uninterrupted one.
     Several processes (setting ``processes``) are started here and followed; inside ``distributed.joined`` the call is
     one of them. Their number may change from one call to the next.
-    Raises ``ConfigError`` (settings), ``Interrupted`` (after SIGTERM, SIGUSR1, SIGINT) and ``NonFinite`` (loss).
+    Raises ``ConfigError`` (settings), ``Interrupted`` (after SIGTERM, SIGUSR1, SIGINT), ``NonFinite`` (loss) and
+    ``OSError`` (a damaged ``final.pt``, or no room for one; for want of room for a checkpoint a run does not stop).
     """
     folder = runs.path(settings, "pretrain", runs.title(settings))
     store, (rank, world), joined = Store(store_path), distributed.place(), torch.distributed.is_initialized()

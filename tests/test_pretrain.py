@@ -182,6 +182,17 @@ def test_both_checkpoints_damaged_start_the_run_again(tiny, pair_store, monkeypa
     assert [line["step"] for line in runs.read_history(folder)] == list(range(1, 17))
 
 
+@pytest.mark.parametrize("damage", [truncated, changed])
+def test_a_damaged_end_is_named_with_the_way_out(tiny, pair_store, damage):
+    file = pretrain.run(tiny(epochs=1), pair_store) / "final.pt"
+    whole = final(file.parent)
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(OSError, match=rf"{file} cannot be read \(BadZipFile: .*\); if it is removed, the same call"):
+        pretrain.run(tiny(epochs=1), pair_store)
+    file.unlink()
+    assert same_weights(whole, final(pretrain.run(tiny(epochs=1), pair_store)))
+
+
 def test_a_signal_while_the_end_is_written_waits_for_it(tiny, pair_store, monkeypatch):
     real = pretrain._save
 
