@@ -163,7 +163,8 @@ def launch(function: Callable, *arguments, processes: int, device: torch.device,
     context = torch.multiprocessing.get_context("spawn")
     stop, said, errors = context.Value("i", 0, lock=False), context.SimpleQueue(), []
     options = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": uuid.uuid4().hex, "max_restarts": 0}
-    config = LaunchConfig(1, 1, processes, DefaultLogsSpecs(log_dir=os.devnull), start_method="spawn", **options)
+    options |= {"start_method": "spawn", "local_addr": "localhost"}  # a laptop's own name may lead nowhere
+    config = LaunchConfig(1, 1, processes, DefaultLogsSpecs(log_dir=os.devnull), **options)
     # New processes would run the calling script once more; under this name they leave it alone.
     alone = patch.object(sys.modules["__main__"], "__spec__", SimpleNamespace(name="__main__"), create=True)
     with alone, ThreadPoolExecutor(1) as pool:  # the launcher keeps the thread that calls it
