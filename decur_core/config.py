@@ -181,14 +181,20 @@ def load(
 
 def _section(values, where: str) -> dict:
     """Named values, given as a dict or as YAML text; an empty text or None holds none."""
+    values = _parsed(values, where)
+    if not isinstance(values, dict | None):
+        raise ConfigError(f"{where}: expected `name: value` lines, found {values!r}")
+    return values or {}
+
+
+def _parsed(values, where: str):
+    """``values``, read as YAML if they are text."""
     try:
         values = yaml.safe_load(values) if isinstance(values, str) else values
         json.dumps(values, default=str, skipkeys=True)  # refuses values that contain themselves
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{where}: not valid YAML: {error}") from None
-    if not isinstance(values, dict | None):
-        raise ConfigError(f"{where}: expected `name: value` lines, found {values!r}")
-    return values or {}
+    return values
 
 
 def _merge(base: dict, top: dict) -> dict:
@@ -295,10 +301,13 @@ def check_dim_common(settings: Settings, width: int) -> None:
 
 def overrides(items: Iterable[str]) -> dict:
     """The ``KEY=VALUE`` items of a command line as overrides for ``load``; values are YAML."""
+    made = {}
     for item in items:
-        if "=" not in item:
+        key, equals, value = item.partition("=")
+        if not equals:
             raise ConfigError(f"--set {item}: expected KEY=VALUE")
-    return {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in items)}
+        made[key] = _parsed(value, f"--set {item}")
+    return made
 
 
 def check_world_size(settings: Settings, world_size: int) -> None:

@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -108,23 +109,28 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation over the samples of all processes (which may hold different numbers of them) on CPUs."""
 
     def forward(self, x: Tensor) -> Tensor:
-        wide, mean, var = x.to(self.running_mean.dtype), self.running_mean, self.running_var
-        if self.training:
-            rank, world = place()
-            var, mean = torch.var_mean(wide, [0, *range(2, x.ndim)], correction=0)
-            part = torch.stack([mean, var, torch.full_like(mean, x.numel() / len(mean))])[None]
-            parts = _Exchange.apply(part, _all, lambda grad: _sum(grad).chunk(world)[rank])
-            means, variances, counts = parts.unbind(1)
-            count = counts.sum(0)
-            mean = (means * counts).sum(0) / count
-            var = ((variances + (means - mean).square()) * counts).sum(0) / count
+        if not self.training:
+            statistics = self.running_mean, self.running_var
+            return F.batch_norm(x, *statistics, self.weight, self.bias, not self.track_running_stats, eps=self.eps)
+        rank, world = place()
+        wide, per_channel = x.to(torch.promote_types(x.dtype, torch.float32)), (-1, *[1] * (x.ndim - 2))
+        var, mean = torch.var_mean(wide, [0, *range(2, x.ndim)], correction=0)
+        part = torch.stack([mean, var, torch.full_like(mean, x.numel() / len(mean))])[None]
+        parts = _Exchange.apply(part, _all, lambda grad: _sum(grad).chunk(world)[rank])
+        means, variances, counts = parts.unbind(1)
+        count = counts.sum(0)
+        mean = (means * counts).sum(0) / count
+        var = ((variances + (means - mean).square()) * counts).sum(0) / count
+        if self.track_running_stats:
             with torch.no_grad():
                 self.num_batches_tracked += 1
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
-        scale = (var + self.eps).rsqrt() * self.weight
-        mean, scale, bias = (v.view(-1, *[1] * (x.ndim - 2)) for v in (mean, scale, self.bias))
-        return ((wide - mean) * scale + bias).to(x.dtype)
+                share = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean, share)
+                self.running_var.lerp_(var * (count / (count - 1)), share)
+        out = (wide - mean.view(per_channel)) * (var + self.eps).rsqrt().view(per_channel)
+        if self.affine:
+            out = out * self.weight.view(per_channel) + self.bias.view(per_channel)
+        return out.to(x.dtype)
 
 
 def replicate(model: nn.Module, device: torch.device) -> nn.Module:
@@ -157,7 +163,8 @@ def launch(function: Callable, *arguments, processes: int, device: torch.device,
     context = torch.multiprocessing.get_context("spawn")
     stop, said, errors = context.Value("i", 0, lock=False), context.SimpleQueue(), []
     options = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": uuid.uuid4().hex, "max_restarts": 0}
-    config = LaunchConfig(1, 1, processes, DefaultLogsSpecs(log_dir=os.devnull), start_method="spawn", **options)
+    options |= {"start_method": "spawn", "local_addr": "localhost"}  # a laptop's own name may lead nowhere
+    config = LaunchConfig(1, 1, processes, DefaultLogsSpecs(log_dir=os.devnull), **options)
     # New processes would run the calling script once more; under this name they leave it alone.
     alone = patch.object(sys.modules["__main__"], "__spec__", SimpleNamespace(name="__main__"), create=True)
     with alone, ThreadPoolExecutor(1) as pool:  # the launcher keeps the thread that calls it

@@ -18,18 +18,13 @@ class LARS(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=1e-6, trust_coefficient=0.001):
-        for name, value in {"lr": lr, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient}.items():
+        defaults = {"lr": lr, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient}
+        for name, value in defaults.items():
             if not value >= 0:  # refuses NaN too
                 raise ValueError(f"LARS: {name} = {value}; must not be negative")
         if not 0 <= momentum < 1:
             raise ValueError(f"LARS: momentum = {momentum}; must lie in [0, 1)")
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "trust_coefficient": trust_coefficient,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults | {"momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -43,12 +38,10 @@ class LARS(torch.optim.Optimizer):
             for p in with_gradient:
                 if "momentum" not in self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            adapted = [p for p in with_gradient if p.ndim > 1]
-            if adapted:
-                self._move(adapted, self._adapt(adapted, group), group)
-            plain = [p for p in with_gradient if p.ndim <= 1]
-            if plain:
-                self._move(plain, [p.grad for p in plain], group)
+            if weights := [p for p in with_gradient if p.ndim > 1]:
+                self._move(weights, self._adapt(weights, group), group)
+            if biases := [p for p in with_gradient if p.ndim <= 1]:
+                self._move(biases, [p.grad for p in biases], group)
         return loss
 
     def _adapt(self, params: list[Tensor], group: dict) -> list[Tensor]:

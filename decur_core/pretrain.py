@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+import zipfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -117,18 +118,16 @@ def _batches(settings: Settings, store: Store, steps: range, device: torch.devic
     if not settings.workers:
         yield from map(read, steps)
         return
-    with ThreadPoolExecutor(settings.workers) as pool:
-        ahead: deque = deque()
-        try:
-            for step in steps:
-                ahead.append(pool.submit(read, step))
-                if len(ahead) > 2 * settings.workers:
-                    yield ahead.popleft().result()
-            while ahead:
+    pool, ahead = ThreadPoolExecutor(settings.workers), deque()
+    try:
+        for step in steps:
+            ahead.append(pool.submit(read, step))
+            if len(ahead) > 2 * settings.workers:
                 yield ahead.popleft().result()
-        finally:
-            for batch in ahead:
-                batch.cancel()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def device_of(settings: Settings) -> torch.device:
@@ -150,13 +149,28 @@ def _optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
     groups = parameter_groups(model, lr=settings.learning_rate, lr_biases=settings.learning_rate_biases)
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    names = ("momentum", "weight_decay", "trust_coefficient")
-    return LARS(groups, lr=settings.learning_rate, **{name: getattr(settings, name) for name in names})
+    more = {"momentum": settings.momentum, "trust_coefficient": settings.trust_coefficient}
+    return LARS(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, **more)
 
 
 def _save(state: dict, file: Path) -> None:
-    with runs.replacing(file) as f:
-        torch.save(state, f)
+    try:
+        with runs.replacing(file) as f:
+            torch.save(state, f)
+    except RuntimeError as error:  # so torch reports what kept it from writing, without the reason
+        raise OSError(f"{file} cannot be written: {error.__context__ or error}") from error
+
+
+def _load(file: Path) -> dict:
+    """What ``_save`` wrote; OSError for a torn file, and for bytes that changed since, which torch would not notice."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if part := archive.testzip():
+                raise zipfile.BadZipFile(f"the checksum of {part} is wrong")
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds
+        about = f"{file} cannot be read ({type(error).__name__}: {error})"
+        raise OSError(f"{about}; if it is removed, the same call does without it") from error
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -167,9 +181,9 @@ def _newest(folder: Path, identity: dict) -> dict | None:
     """The newest readable checkpoint's content; a damaged one is reported and the one before is used."""
     for file in reversed(_checkpoints(folder)):
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many kinds for a torn file
-            print(f"{file.name} cannot be read ({type(error).__name__}: {error}); trying the one before")
+            state = _load(file)
+        except OSError as error:
+            print(f"{error}; now trying the one before")
             continue
         _same_settings(state["settings"], identity, folder)
         return state
@@ -177,10 +191,13 @@ def _newest(folder: Path, identity: dict) -> dict | None:
 
 
 def _same_settings(found: dict, wanted: dict, folder: Path) -> None:
-    """Refuse to go on with another run. A run from before a setting existed did what is its default now."""
+    """Refuse to go on with another run, or on other data.
+
+    A run from before a setting existed did what is its default now; what it never noted of its data goes unchecked.
+    """
     there, now = config.defaults() | found, config.defaults() | wanted
-    if names := [k for k in found | wanted if there.get(k) != now.get(k)]:
-        listed = "; ".join(f"{k}: {there.get(k)} there, {now.get(k)} now" for k in names)
+    if names := [k for k in found | wanted if k in there and there[k] != now.get(k)]:
+        listed = "; ".join(f"{k}: {there[k]} there, {now.get(k)} now" for k in names)
         raise config.ConfigError(
             f"{folder} holds a run with other settings ({listed}). Use those settings, give this run another `name`,"
             " or remove the folder."
@@ -204,7 +221,8 @@ def run(settings: Settings, store_path: Path | str) -> Path:
     one GPU in deterministic mode, an interrupted and resumed run ends with the same bits as an uninterrupted one.
     Several processes (setting ``processes``) are started here and followed; inside ``distributed.joined`` the call is
     one of them. Their number may change from one call to the next.
-    Raises ``ConfigError`` (settings), ``Interrupted`` (after SIGTERM, SIGUSR1, SIGINT) and ``NonFinite`` (loss).
+    Raises ``ConfigError`` (settings), ``Interrupted`` (after SIGTERM, SIGUSR1, SIGINT), ``NonFinite`` (loss) and
+    ``OSError`` (a damaged ``final.pt``, or no room for one; for want of room for a checkpoint a run does not stop).
     """
     folder = runs.path(settings, "pretrain", runs.title(settings))
     store, (rank, world), joined = Store(store_path), distributed.place(), torch.distributed.is_initialized()
@@ -212,14 +230,18 @@ def run(settings: Settings, store_path: Path | str) -> Path:
         world = world if joined else _processes(settings)
         config.check_world_size(settings, world)
         _check(settings, store)
-        identity = {**config.identity(settings), "data.pairs": len(store)}
+        about = {"data.pairs": len(store), "data.sha256": store.meta["summary"].get("sha256")}
+        identity = {**config.identity(settings), **about}
         total = settings.epochs * (len(store) // settings.batch_size) if runs.trained(settings) else 0
         if distributed.largest((folder / "final.pt").exists()):
-            _same_settings(torch.load(folder / "final.pt", weights_only=True)["settings"], identity, folder)
+            _same_settings(_load(folder / "final.pt")["settings"], identity, folder)
         elif joined or world == 1:
             _train(settings, store, folder, identity, total)
         else:
             _launch(world, settings, store, folder, identity, total)
+        if rank == 0:
+            for file in _checkpoints(folder):  # here, as a process may be killed after final.pt and before this
+                file.unlink()
     return folder
 
 
@@ -239,7 +261,7 @@ def _launch(world: int, settings: Settings, store: Store, folder: Path, identity
             options = {"device": device_of(settings), "processes": world, "tick": tick}
             distributed.launch(_train, settings, store, folder, identity, total, **options)
         except Exception as error:
-            if not received or isinstance(error, Interrupted):
+            if not received or type(error) is not RuntimeError:
                 raise
             raise Interrupted(f"{folder.name}: a signal came before the first step; the same call resumes") from error
         tick()
@@ -278,6 +300,8 @@ def _train(settings: Settings, store: Store, folder: Path, identity: dict, total
     if rank == 0:
         if state:
             print(f"{folder.name}: resumes after step {start} of {total}")
+        for left in folder.glob(".*.[0-9]*"):  # by a process that was killed while it wrote a file
+            left.unlink()
         _keep_history(folder, start)
         about = {"settings": config.to_dict(settings), "trained": runs.trained(settings), "processes": world}
         runs.write_json(folder / "run.json", about | {"provenance": runs.provenance()})
@@ -290,7 +314,7 @@ def _train(settings: Settings, store: Store, folder: Path, identity: dict, total
     def checkpoint(step: int) -> None:
         try:
             _save({**state_at(step), "optimizer": optimizer.state_dict()}, folder / f"checkpoint-{step:09d}.pt")
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        except OSError as error:
             print(f"step {step}: checkpoint not written ({error}); the run goes on with the one before")
             return
         for old in _checkpoints(folder)[:-2]:
@@ -335,10 +359,8 @@ def _train(settings: Settings, store: Store, folder: Path, identity: dict, total
                 distributed.largest()  # a process that ends before the checkpoint is written ends them all
                 name = signal.Signals(asked).name
                 raise Interrupted(f"{folder.name}: {name} after step {step} of {total}; the same call resumes")
-    if rank == 0:
-        _save(state_at(total), folder / "final.pt")
-        for file in _checkpoints(folder):
-            file.unlink()
+        if rank == 0:
+            _save(state_at(total), folder / "final.pt")
     distributed.largest()
 
 

@@ -19,7 +19,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import nbformat
-import yaml
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from papermill.clientwrap import PapermillNotebookClient
@@ -39,7 +38,7 @@ class State:
     """What the driver knows."""
 
     kernel: int | None = None  # its process
-    cell: str = "before its first cell"
+    cell: str = "before its first cell"  # where in the notebook it is
     received: int | None = None  # the first signal that came
 
 
@@ -81,13 +80,13 @@ class Client(PapermillNotebookClient):
         if self.state.received:
             raise InterruptedError  # the kernel survived the signal; no further cell is started
         number = sum(c.cell_type == "code" for c in self.nb.cells[: cell_index + 1])
-        self.state.cell, self.lines, self.shown, start = f"cell {number}", {}, 0.0, time.monotonic()
-        print(f"  {self.state.cell}: {cell.source.partition(chr(10))[0][:100]}", flush=True)
+        self.state.cell, self.lines, self.shown, start = f"in cell {number}", {}, 0.0, time.monotonic()
+        print(f"  cell {number}: {cell.source.partition(chr(10))[0][:100]}", flush=True)
         try:
             return super().execute_cell(cell, cell_index, **kwargs)
         finally:
             print(*(f"    | {rest}\n" for rest in self.lines.values() if rest.strip()), sep="", end="")
-            print(f"  {self.state.cell}: {time.monotonic() - start:.1f} s", flush=True)
+            print(f"  cell {number}: {time.monotonic() - start:.1f} s", flush=True)
 
     def process_message(self, msg, cell, cell_index):
         output = super().process_message(msg, cell, cell_index)
@@ -143,13 +142,14 @@ def forwarding(state: State, grace: float):
     """Pass SIGTERM, SIGINT and SIGUSR1 on to the kernel, which has ``grace`` seconds to write a checkpoint and stop."""
 
     def forward(number, frame):
-        print(f"{signal.Signals(number).name}: passed on to the kernel, which has {grace:g} s to stop", flush=True)
         if not state.received:
             state.received = number
             timer = threading.Timer(grace, lambda: send(state.kernel, signal.SIGKILL, os.killpg))
             timer.daemon = True
             timer.start()
         send(state.kernel, number)
+        with contextlib.suppress(RuntimeError):  # Python refuses to print a line in the middle of another
+            print(f"{signal.Signals(number).name}: passed on to the kernel, which has {grace:g} s to stop", flush=True)
 
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     # What the caller ignores stays ignored (nohup, background jobs of a shell).
@@ -227,10 +227,10 @@ def run(
             error = run_one(path, state, parameters=parameters, output=output, executed=executed, cwd=cwd)
             if state.received:
                 name = signal.Signals(state.received).name
-                print(f"{path.name}: {name} in {state.cell}; the same command resumes", file=sys.stderr)
+                print(f"{path.name}: {name} {state.cell}; the same command resumes", file=sys.stderr)
                 return 128 + state.received
             if error:
-                print(f"{path.name}: failed in {state.cell}: {error}\nsee {output / path.name}", file=sys.stderr)
+                print(f"{path.name}: failed {state.cell}: {error}\nsee {output / path.name}", file=sys.stderr)
                 return 1
             runs.publish_records(output.parent / "records", executed / "records.json")
     return 0
@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
         overrides = config.overrides(args.set)
         settings = config.load(args.profile, overrides)
         paths = find(args.notebooks, config.ROOT / "notebooks")
-    except (ValueError, yaml.YAMLError) as error:
+    except ValueError as error:
         parser.error(str(error))
     folders = {"output": runs.path(settings, "notebooks"), "executed": config.ROOT / "book/executed" / settings.profile}
     return run(paths, profile=args.profile, overrides=overrides, grace=args.grace, **folders)

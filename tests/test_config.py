@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+import re
 import string
 import typing
 
@@ -370,3 +371,10 @@ def test_dotted_sweep_names_add_up_and_a_section_replaces(profile):
     assert config.load("mini", {"sweep": {"seed": [0]}}).sweep == {"seed": [0]}
     assert config.load("mini", {"sweep.seed": [0]}).sweep["seed"] == [0]
     assert "method" in config.load("mini", {"sweep.seed": [0]}).sweep
+
+
+@pytest.mark.parametrize(("item", "message"), [("epochs", "expected KEY=VALUE"), ("projector=[1", "not valid YAML")])
+def test_what_a_command_line_sets_is_refused_by_name(item, message):
+    with pytest.raises(ConfigError, match=f"--set {re.escape(item)}: {message}"):
+        config.overrides(["epochs=2", item])
+    assert config.overrides(["epochs=2", "world.seed=3"]) == {"epochs": 2, "world.seed": 3}

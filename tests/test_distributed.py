@@ -15,6 +15,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -99,12 +100,13 @@ def parts(what: str, values: dict[str, torch.Tensor], dtype: torch.dtype) -> dic
 # What follows until the fixtures runs in the processes.
 
 
-def check_batch_norm(dtype: torch.dtype, sizes: tuple, *shape: int) -> None:
+def check_batch_norm(dtype: torch.dtype, sizes: tuple, *shape: int, **options) -> None:
     """Against torch's own on the whole batch, of which each process holds another number of samples."""
     rank, kind = distributed.place()[0], nn.BatchNorm2d if len(shape) > 1 else nn.BatchNorm1d
     g = torch.Generator().manual_seed(0)
-    whole, one = kind(shape[0]).to(dtype), nn.Sequential(kind(shape[0])).to(dtype)
-    for p in (whole.weight, whole.bias):
+    whole, one = kind(shape[0], **options).to(dtype), nn.Sequential(kind(shape[0], **options), nn.PReLU()).to(dtype)
+    nn.init.ones_(one[1].weight)  # changes nothing; a replica needs a weight
+    for p in whole.parameters():
         nn.init.normal_(p, generator=g)
     one[0].load_state_dict(whole.state_dict())
     replica, mine = distributed.replicate(one, CPU).module, slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
@@ -199,6 +201,8 @@ def in_four_processes(folder: Path, killed: Path, store: Path, settings, port: i
         check_gather(dtype)
     for dtype, shape in itertools.product(RELATIVE, ((5,), (5, 4, 3))):
         check_batch_norm(dtype, (3, 1, 6, 2), *shape)
+        check_batch_norm(dtype, (3, 1, 6, 2), *shape, momentum=None, affine=False)
+        check_batch_norm(dtype, (3, 1, 6, 2), *shape, track_running_stats=False)
     check_rows_are_shared_out(40, 64)
     check_rows_are_shared_out(9, 15)
     assert distributed.largest(rank) == 3
@@ -301,7 +305,8 @@ def four(place, killed, tmp_path_factory):
     """What four processes found; the launch itself has to raise what they raise at the end."""
     shutil.copytree(killed, place / "resumed by four")
     settings = settings_in(place / "resumed by four")
-    with pytest.raises(pretrain.NonFinite, match="as a loss would") as error:
+    nameless = mock.patch("socket.getfqdn", lambda *_: "no-such-host.invalid")  # as a laptop away from its network
+    with nameless, pytest.raises(pretrain.NonFinite, match="as a loss would") as error:
         arguments = (place, killed, place / "store", settings, free_port())
         distributed.launch(in_four_processes, *arguments, processes=4, device=CPU)
     assert any("in_four_processes" in note for note in error.value.__notes__)

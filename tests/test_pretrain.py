@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_store
 
 from decur_core import backbones, config, pretrain, runs
 from decur_core.data.store import Store
@@ -132,7 +134,18 @@ def test_twenty_kills(tmp_path, pair_store, tiny):
     check_kills(tmp_path, pair_store, tiny, kills=20, epochs=200, seed=1)
 
 
-def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(tiny, pair_store, monkeypatch, capsys):
+def truncated(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def changed(content: bytes) -> bytes:
+    """With other weights, which torch would load."""
+    middle = len(content) // 2
+    return content[:middle] + bytes(32) + content[middle + 32 :]
+
+
+@pytest.mark.parametrize("damage", [truncated, changed])
+def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(tiny, pair_store, monkeypatch, capsys, damage):
     settings = tiny(name="damaged")
     whole = final(pretrain.run(tiny(name="whole"), pair_store))
     real, calls = pretrain._loss, []
@@ -148,11 +161,70 @@ def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(tiny, pai
         pretrain.run(settings, pair_store)
     monkeypatch.setattr(pretrain, "_loss", real)
     newest = runs.path(settings, "pretrain", runs.title(settings)) / "checkpoint-000000006.pt"
-    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    newest.write_bytes(damage(newest.read_bytes()))
     folder = pretrain.run(settings, pair_store)
     said = capsys.readouterr().out
     assert "checkpoint-000000006.pt cannot be read" in said and "resumes after step 3" in said
     assert same_weights(whole, final(folder))
+
+
+def test_both_checkpoints_damaged_start_the_run_again(tiny, pair_store, monkeypatch, capsys):
+    whole = final(pretrain.run(tiny(name="whole"), pair_store))
+    settings = tiny(name="damaged")
+    stop_after(8, monkeypatch)
+    with pytest.raises(pretrain.Interrupted):
+        pretrain.run(settings, pair_store)
+    folder = runs.path(settings, "pretrain", runs.title(settings))
+    for file in (folder / "checkpoint-000000006.pt", folder / "checkpoint-000000008.pt"):
+        file.write_bytes(changed(file.read_bytes()))
+    assert same_weights(whole, final(pretrain.run(settings, pair_store)))
+    assert capsys.readouterr().out.count("cannot be read (BadZipFile: the checksum of") == 2
+    assert [line["step"] for line in runs.read_history(folder)] == list(range(1, 17))
+
+
+@pytest.mark.parametrize("damage", [truncated, changed])
+def test_a_damaged_end_is_named_with_the_way_out(tiny, pair_store, damage):
+    file = pretrain.run(tiny(epochs=1), pair_store) / "final.pt"
+    whole = final(file.parent)
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(OSError, match=rf"{file} cannot be read \(BadZipFile: .*\); if it is removed, the same call"):
+        pretrain.run(tiny(epochs=1), pair_store)
+    file.unlink()
+    assert same_weights(whole, final(pretrain.run(tiny(epochs=1), pair_store)))
+
+
+def test_a_signal_while_the_end_is_written_waits_for_it(tiny, pair_store, monkeypatch):
+    real = pretrain._save
+
+    def signalled(state, file):
+        if file.name == "final.pt":
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(state, file)
+
+    monkeypatch.setattr(pretrain, "_save", signalled)
+    assert final(pretrain.run(tiny(), pair_store))["step"] == 16
+
+
+def test_what_a_kill_leaves_behind_is_removed(tiny, pair_store, monkeypatch):
+    settings = tiny()
+    folder, calls = runs.path(settings, "pretrain", runs.title(settings)), stop_after(7, monkeypatch)
+    with pytest.raises(pretrain.Interrupted):
+        pretrain.run(settings, pair_store)
+    half = folder / ".checkpoint-000000009.pt.4711"  # killed while it wrote this
+    half.write_bytes(b"half a checkpoint")
+    real = pretrain._save
+
+    def killed_after_the_end(state, file):
+        real(state, file)
+        if file.name == "final.pt":
+            raise KeyError("killed")
+
+    monkeypatch.setattr(pretrain, "_save", killed_after_the_end)
+    with pytest.raises(KeyError):
+        pretrain.run(settings, pair_store)
+    assert not half.exists() and list(folder.glob("checkpoint-*"))
+    assert pretrain.run(settings, pair_store) == folder and len(calls) == 16
+    assert sorted(f.name for f in folder.iterdir()) == [".lock", "final.pt", "history.jsonl", "run.json"]
 
 
 def test_full_disk_is_reported_and_the_run_goes_on(tiny, pair_store, monkeypatch, capsys):
@@ -169,12 +241,41 @@ def test_full_disk_is_reported_and_the_run_goes_on(tiny, pair_store, monkeypatch
     assert (folder / "final.pt").exists()
 
 
+def test_a_file_that_finds_no_room_is_named_with_the_reason(tiny, pair_store, capsys):
+    limit, settings = resource.getrlimit(resource.RLIMIT_FSIZE), tiny()
+    folder = runs.path(settings, "pretrain", runs.title(settings))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40000, limit[1]))  # bytes; a full disk for files that are larger
+    try:
+        with pytest.raises(OSError, match=r"final.pt cannot be written: .*File too large"):
+            pretrain.run(settings, pair_store)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "step 3: checkpoint not written" in (said := capsys.readouterr().out) and "File too large" in said
+    assert sorted(f.name for f in folder.iterdir()) == [".lock", "history.jsonl", "run.json"]
+    assert len(runs.read_history(pretrain.run(settings, pair_store))) == 16
+
+
 def test_other_settings_refuse_to_resume_and_are_named(tiny, pair_store):
     pretrain.run(tiny(), pair_store)
     with pytest.raises(config.ConfigError, match="holds a run with other settings") as error:
         pretrain.run(tiny(lambd=0.02, epochs=5), pair_store)
     assert "epochs: 4 there, 5 now" in str(error.value) and "lambd: 0.015625 there, 0.02 now" in str(error.value)
     assert error.value.args[0].count(" there, ") == 2
+
+
+def test_other_data_of_the_same_size_are_refused(tiny, pair_store, tmp_path, monkeypatch):
+    other = make_store(tmp_path / "other", count=32, seasons=2, labels=False, seed=1)
+    stop_after(7, monkeypatch)
+    with pytest.raises(pretrain.Interrupted):
+        pretrain.run(tiny(), pair_store)
+    for _ in ("on the way", "at the end"):
+        with pytest.raises(config.ConfigError, match=r"\(data.sha256: \w+ there, \w+ now\)"):
+            pretrain.run(tiny(), other)
+        folder = pretrain.run(tiny(), pair_store)
+    state = final(folder)
+    del state["settings"]["data.sha256"]  # as runs were before it was noted
+    torch.save(state, folder / "final.pt")
+    assert pretrain.run(tiny(), other) == folder
 
 
 def test_a_run_from_before_a_setting_existed_did_what_is_its_default_now(tiny, pair_store, monkeypatch):
@@ -209,6 +310,24 @@ def test_non_finite_loss_names_step_term_and_checkpoint(tiny, pair_store, monkey
     match = r"terms total = nan, unique = nan at step 5; last good checkpoint: checkpoint-000000003.pt"
     with pytest.raises(pretrain.NonFinite, match=match):
         pretrain.run(tiny(), pair_store)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (pretrain.NonFinite("nan"), pretrain.NonFinite),
+        (RuntimeError("2 of 2 processes died without a word"), pretrain.Interrupted),
+    ],
+)
+def test_a_signal_does_not_hide_what_went_wrong(tiny, pair_store, monkeypatch, error, kind):
+    def launch(*arguments, tick, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert tick() == signal.SIGTERM
+        raise error
+
+    monkeypatch.setattr(pretrain.distributed, "launch", launch)
+    with pytest.raises(kind):
+        pretrain.run(tiny(processes=2), pair_store)
 
 
 def test_two_processes_cannot_share_a_folder(tiny, pair_store):

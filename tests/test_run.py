@@ -121,6 +121,18 @@ def test_sigterm_reaches_the_kernel(tmp_path, capfd, cell, grace):
     assert all(map(gone, pids(tmp_path)))
 
 
+def test_a_signal_in_the_middle_of_a_line_is_not_lost(monkeypatch):
+    def reentrant(*_, **__):
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stdout>'>")
+
+    monkeypatch.setattr(run, "print", reentrant, raising=False)
+    state, sent = run.State(kernel=4711), []
+    monkeypatch.setattr(run, "send", lambda *arguments: sent.append(arguments))
+    with run.forwarding(state, grace=60):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert state.received == signal.SIGTERM and sent == [(4711, signal.SIGTERM)]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's end is tied to the driver's by Linux's prctl")
 def test_kernel_does_not_outlive_a_killed_driver(tmp_path):
     write(tmp_path / "10_long.ipynb", HANDLES, END)
