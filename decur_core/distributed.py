@@ -78,7 +78,9 @@ def _sum(x: Tensor) -> Tensor:
 
 def _all(x: Tensor) -> Tensor:
     everything = x.new_empty(place()[1] * len(x), *x.shape[1:])
-    dist.all_gather_single(everything, x.contiguous())
+    (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(
+        everything, x.contiguous()
+    )  # the old name
     return everything
 
 

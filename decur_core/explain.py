@@ -17,7 +17,7 @@ from captum.attr import IntegratedGradients, LayerGradCam
 from sklearn.manifold import TSNE
 from torch import Tensor, nn
 
-from . import config, losses, pretrain, runs, transfer
+from . import config, inputs, losses, pretrain, runs
 from .data.store import Store
 from .model import MultimodalModel
 from .pairs import PAIRS
@@ -27,8 +27,8 @@ FLOOR = math.log(1e-12)
 
 
 def _images(settings: dict, store: Store, rows: Sequence[int], device) -> list[Tensor]:
-    """Of both modalities, first season, resized to the training crop by ``transfer.plain``."""
-    return transfer.views(store, PAIRS[settings["pair"]], rows, transfer.plain(settings["crop_size"]), device=device)
+    """Of both modalities, first season, resized to the training crop by ``inputs.plain``."""
+    return inputs.views(store, PAIRS[settings["pair"]], rows, inputs.plain(settings["crop_size"]), device=device)
 
 
 def _batches(settings: dict, store: Store, rows: Sequence[int], size: int, device) -> Iterator[tuple]:
@@ -43,9 +43,9 @@ def embeddings(
 ) -> tuple[Tensor, Tensor]:
     """Embeddings of the first ``samples`` pairs, one per modality, each samples x K float32 on the CPU.
 
-    Encoders and projectors in eval mode, first season, images resized to the training crop by ``transfer.plain``.
+    Encoders and projectors in eval mode, first season, images resized to the training crop by ``inputs.plain``.
     """
-    model, _, settings = transfer.load_pretrained(folder)
+    model, _, settings = inputs.load_pretrained(folder)
     model.eval().to(device)
     embedded = [
         [model.embed(m, x).float().cpu() for m, x in enumerate(images, start=1)]
@@ -123,7 +123,7 @@ class CommonUnique(nn.Module):
 
 def targets(folder: Path, store: Store, *, samples: int = 1024, device="cpu") -> tuple[list[CommonUnique], dict]:
     """What attributions explain: a ``CommonUnique`` for each modality of a finished run, and the run's settings."""
-    made, (model, _, settings) = [], transfer.load_pretrained(folder)
+    made, (model, _, settings) = [], inputs.load_pretrained(folder)
     decoupled = settings["method"] == "decur" and settings.get("decoupling", True)
     for m, z in enumerate(embeddings(folder, store, samples=samples, device=device), start=1):
         dim_common = settings["dim_common"] if decoupled else z.shape[1]

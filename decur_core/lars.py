@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+BLOCK = 2**15  # values of a block: three of them fit into the cache of one core
+
 
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling with momentum.
@@ -34,15 +36,40 @@ class LARS(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            with_gradient = [p for p in group["params"] if p.grad is not None]
-            for p in with_gradient:
+            elsewhere = []
+            for p in (p for p in group["params"] if p.grad is not None):
                 if "momentum" not in self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            if weights := [p for p in with_gradient if p.ndim > 1]:
+                if p.device.type == "cpu" and _in_memory(p, p).is_contiguous():
+                    self._step_in_blocks(p, group)
+                else:
+                    elsewhere.append(p)
+            if weights := [p for p in elsewhere if p.ndim > 1]:
                 self._move(weights, self._adapt(weights, group), group)
-            if biases := [p for p in with_gradient if p.ndim <= 1]:
+            if biases := [p for p in elsewhere if p.ndim <= 1]:
                 self._move(biases, [p.grad for p in biases], group)
         return loss
+
+    def _step_in_blocks(self, p: Tensor, group: dict) -> None:
+        """The whole update of one parameter, block by block: memory bounds it, and so fetches each value twice."""
+        if not _in_memory(self.state[p]["momentum"], p).is_contiguous():  # loaded from a model of another layout
+            self.state[p]["momentum"] = torch.empty_like(p).copy_(self.state[p]["momentum"])
+        rows = (_in_memory(x, p).reshape(-1).split(BLOCK) for x in (p, p.grad, self.state[p]["momentum"]))
+        blocks, decay = list(zip(*rows, strict=True)), group["weight_decay"]
+        scratch, ratio = torch.empty_like(blocks[0][0]), 1.0
+        if p.ndim > 1:
+            squares = [0.0, 0.0]
+            for weight, grad, _ in blocks:
+                update = torch.add(grad, weight, alpha=decay, out=scratch[: len(weight)])
+                norms = (float(torch.linalg.vector_norm(x)) for x in (weight, update))
+                squares = [total + norm**2 for total, norm in zip(squares, norms, strict=True)]
+            if all(squares):
+                ratio = group["trust_coefficient"] * math.sqrt(squares[0] / squares[1])
+        for weight, grad, momentum in blocks:
+            if p.ndim > 1:
+                grad = torch.add(grad, weight, alpha=decay, out=scratch[: len(weight)]).mul_(ratio)
+            momentum.mul_(group["momentum"]).add_(grad)
+            weight.add_(momentum, alpha=-group["lr"])
 
     def _adapt(self, params: list[Tensor], group: dict) -> list[Tensor]:
         updates = torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"])
@@ -59,6 +86,11 @@ class LARS(torch.optim.Optimizer):
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, updates)
         torch._foreach_add_(params, buffers, alpha=-group["lr"])
+
+
+def _in_memory(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` with its dimensions in the order in which those of ``like`` lie in memory (channels last or first)."""
+    return x.permute(sorted(range(like.ndim), key=lambda d: -like.stride(d)))
 
 
 def parameter_groups(module: nn.Module, *, lr: float, lr_biases: float) -> list[dict]:

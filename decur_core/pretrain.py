@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 import time
-import zipfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import backbones, config, distributed, losses, runs
+from . import backbones, checkpoints, config, distributed, losses, runs
 from . import model as models
 from .config import Settings
 from .data.store import Store
@@ -153,57 +152,6 @@ def _optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
     return LARS(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, **more)
 
 
-def _save(state: dict, file: Path) -> None:
-    try:
-        with runs.replacing(file) as f:
-            torch.save(state, f)
-    except RuntimeError as error:  # so torch reports what kept it from writing, without the reason
-        raise OSError(f"{file} cannot be written: {error.__context__ or error}") from error
-
-
-def _load(file: Path) -> dict:
-    """What ``_save`` wrote; OSError for a torn file, and for bytes that changed since, which torch would not notice."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            if part := archive.testzip():
-                raise zipfile.BadZipFile(f"the checksum of {part} is wrong")
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds
-        about = f"{file} cannot be read ({type(error).__name__}: {error})"
-        raise OSError(f"{about}; if it is removed, the same call does without it") from error
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob("checkpoint-*.pt"))
-
-
-def _newest(folder: Path, identity: dict) -> dict | None:
-    """The newest readable checkpoint's content; a damaged one is reported and the one before is used."""
-    for file in reversed(_checkpoints(folder)):
-        try:
-            state = _load(file)
-        except OSError as error:
-            print(f"{error}; now trying the one before")
-            continue
-        _same_settings(state["settings"], identity, folder)
-        return state
-    return None
-
-
-def _same_settings(found: dict, wanted: dict, folder: Path) -> None:
-    """Refuse to go on with another run, or on other data.
-
-    A run from before a setting existed did what is its default now; what it never noted of its data goes unchecked.
-    """
-    there, now = config.defaults() | found, config.defaults() | wanted
-    if names := [k for k in found | wanted if k in there and there[k] != now.get(k)]:
-        listed = "; ".join(f"{k}: {there[k]} there, {now.get(k)} now" for k in names)
-        raise config.ConfigError(
-            f"{folder} holds a run with other settings ({listed}). Use those settings, give this run another `name`,"
-            " or remove the folder."
-        )
-
-
 def _check(settings: Settings, store: Store) -> None:
     config.check_dim_common(settings, [*backbones.widths(settings.backbone), *settings.projector][-1])
     store.check({m.name: m.preprocessing.to_dict() for m in PAIRS[settings.pair]})
@@ -234,13 +182,13 @@ def run(settings: Settings, store_path: Path | str) -> Path:
         identity = {**config.identity(settings), **about}
         total = settings.epochs * (len(store) // settings.batch_size) if runs.trained(settings) else 0
         if distributed.largest((folder / "final.pt").exists()):
-            _same_settings(_load(folder / "final.pt")["settings"], identity, folder)
+            checkpoints.same_settings(checkpoints.load(folder / "final.pt")["settings"], identity, folder)
         elif joined or world == 1:
             _train(settings, store, folder, identity, total)
         else:
             _launch(world, settings, store, folder, identity, total)
         if rank == 0:
-            for file in _checkpoints(folder):  # here, as a process may be killed after final.pt and before this
+            for file in checkpoints.files(folder):  # here, as a process may be killed after final.pt and before this
                 file.unlink()
     return folder
 
@@ -289,7 +237,7 @@ def _train(settings: Settings, store: Store, folder: Path, identity: dict, total
         for backbone in (model.backbone_1, model.backbone_2):
             backbone.compile(mode=settings.compile)
     optimizer = _optimizer(settings, model)
-    state = _newest(folder, identity)
+    state = checkpoints.newest(folder, identity)
     start = state["step"] if state else 0
     if distributed.largest(start) != start:
         raise RuntimeError(f"{folder}: processes find different checkpoints; all nodes must see the same files there")
@@ -313,11 +261,12 @@ def _train(settings: Settings, store: Store, folder: Path, identity: dict, total
 
     def checkpoint(step: int) -> None:
         try:
-            _save({**state_at(step), "optimizer": optimizer.state_dict()}, folder / f"checkpoint-{step:09d}.pt")
+            state = {**state_at(step), "optimizer": optimizer.state_dict()}
+            checkpoints.save(state, folder / f"checkpoint-{step:09d}.pt")
         except OSError as error:
             print(f"step {step}: checkpoint not written ({error}); the run goes on with the one before")
             return
-        for old in _checkpoints(folder)[:-2]:
+        for old in checkpoints.files(folder)[:-2]:
             old.unlink()
 
     pending: list[tuple[int, float, Tensor]] = []
@@ -360,7 +309,7 @@ def _train(settings: Settings, store: Store, folder: Path, identity: dict, total
                 name = signal.Signals(asked).name
                 raise Interrupted(f"{folder.name}: {name} after step {step} of {total}; the same call resumes")
         if rank == 0:
-            _save(state_at(total), folder / "final.pt")
+            checkpoints.save(state_at(total), folder / "final.pt")
     distributed.largest()
 
 
@@ -370,7 +319,7 @@ def _write_history(file, pending, names, folder: Path, settings: Settings, rate:
     for (step, share, _), row in zip(pending, values, strict=True):
         terms = dict(zip(names, row, strict=True))
         if bad := ", ".join(f"{name} = {value}" for name, value in terms.items() if not math.isfinite(value)):
-            good = [f.name for f in _checkpoints(folder)]
+            good = [f.name for f in checkpoints.files(folder)]
             raise NonFinite(
                 f"{folder.name}: loss terms {bad} at step {step}; last good checkpoint: {good[-1] if good else 'none'}."
                 " Lower learning_rate, or look at the images of that step."

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import backbones, config, pretrain, runs, transfer
+from . import backbones, config, inputs, pretrain, runs
 from .config import Settings
 from .data.store import Store
 from .pairs import PAIRS
@@ -177,7 +177,7 @@ def ceiling(
         about |= {"size": settings.crop_size, "store": store.meta["summary"]["sha256"], "factors": list(factors)}
         file = runs.path(settings, "ceiling", f"{settings.pair}-{m.name}-seed{seed}.json")
         if not file.exists() or (kept := json.loads(file.read_text()))["settings"] != about:
-            policy = transfer.plain(settings.crop_size)
+            policy = inputs.plain(settings.crop_size)
             flips = replace(policy, p_hflip=m.policy.p_hflip, p_vflip=m.policy.p_vflip)
 
             def view(picked: Tensor, step: int, generator: torch.Generator, m=m, flips=flips) -> Tensor:
@@ -188,7 +188,7 @@ def ceiling(
                 return m.view(images, size=flips.size, policy=flips, generator=generator)
 
             options = {"steps": steps, "backbone": settings.backbone, "batch": settings.batch_size, "seed": seed}
-            (images,) = transfer.views(store, [m], held, policy, device=device)
+            (images,) = inputs.views(store, [m], held, policy, device=device)
             kept = {"settings": about, "r2": supervised_r2(view, images, target, len(rows), **options).tolist()}
             runs.write_json(file, kept)
         for name, value in zip(factors, kept["r2"], strict=True):

@@ -7,7 +7,7 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix, multilabel_average_precision
 
-from . import cmx, config, model, pretrain, runs, segmentation
-from .augment import Policy
+from . import checkpoints, cmx, config, model, pretrain, runs, segmentation
 from .config import Settings
 from .data.bigearthnet import CLASSES_19
 from .data.geonrw import CLASSES as CLASSES_GEONRW
@@ -26,8 +25,9 @@ from .data.nyuv2 import CLASSES_40
 from .data.raster import DataError
 from .data.store import Store
 from .data.sunrgbd import CLASSES_37
+from .inputs import given, load_pretrained, plain, stored, views
 from .model import MultimodalModel, OnEncoders
-from .pairs import GEOMETRY, PAIRS, Modality
+from .pairs import PAIRS
 from .preprocess import Preprocessing
 from .results import ONLY
 
@@ -41,11 +41,6 @@ DATASETS = {
 SAVE_SECONDS = 60.0  # between two checkpoints of an evaluation
 SWEPT = ("protocols", "inputs", "fractions")  # lists in the settings, of which an evaluation is one combination
 EXAMPLES = 8  # test images whose predicted masks are kept for pictures
-
-
-def plain(size: int) -> Policy:
-    """The augmentation that changes nothing: whole images, or their central squares, resized to ``size`` px."""
-    return Policy(size=size, crop_scale=(1, 1), crop_ratio=(1, 1), **GEOMETRY, p_hflip=0.0, p_vflip=0.0)
 
 
 class Classifier(OnEncoders):
@@ -63,19 +58,6 @@ class Classifier(OnEncoders):
         with self.encoding():
             features = torch.cat([e(x) for e, x in zip(self.encoders, images, strict=True)], dim=1)
         return self.head(features)
-
-
-def load_pretrained(folder: Path) -> tuple[MultimodalModel, dict[str, Preprocessing], dict]:
-    """The model, the preprocessing of each modality and the settings of a finished pretraining run."""
-    file = Path(folder) / "final.pt"
-    if not file.exists():
-        raise FileNotFoundError(f"{file}: no finished pretraining; run the pretraining notebook of this profile first")
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    preprocessing = {name: Preprocessing.from_dict(d) for name, d in state["preprocessing"].items()}
-    settings = state["settings"]
-    network = model.build(settings, [p.copies * len(p.bands) for p in preprocessing.values()])
-    network.load_state_dict(state["model"])
-    return network, preprocessing, settings
 
 
 def subset(n: int, fraction: float, *, seed: int) -> list[int]:
@@ -236,29 +218,6 @@ def chance(store_path: Path) -> float:
     return 100 * float(Store(store_path).labels.mean())
 
 
-def given(pair: str, inputs: str) -> dict[int, Modality]:
-    """The modalities that ``inputs`` names, ``both`` or one of them: branch of the model (1, 2) to modality."""
-    return {k: m for k, m in enumerate(PAIRS[pair], start=1) if inputs in ("both", m.name)}
-
-
-def stored(store: Store, name: str, rows: Iterable[int], device="cpu") -> Tensor:
-    """Images of some of a store's items, first season: uint8 N x C x H x W on ``device``."""
-    return torch.stack([torch.from_numpy(store.read(i, name, 0).copy()) for i in rows]).to(device)
-
-
-def views(
-    store: Store, modalities: Iterable[Modality], rows: Sequence[int], policy: Policy, *, seed=(), device="cpu"
-) -> list[Tensor]:
-    """Views of some of a store's images, first season: for each modality float N x C x size x size on ``device``.
-
-    All modalities are drawn alike (``seed``: parts of ``pretrain.seeded``), so a pair is cropped and flipped as one.
-    """
-    return [
-        m.view(stored(store, m.name, rows, device), size=policy.size, policy=policy, generator=pretrain.seeded(*seed))
-        for m in modalities
-    ]
-
-
 def _network(
     settings, pretrained: MultimodalModel, dataset: str, train: Store, *, inputs: str, frozen: bool
 ) -> nn.Module:
@@ -364,7 +323,7 @@ def _fit(network, store: Store, chosen: list[int], settings: Settings, *, inputs
             raise pretrain.NonFinite(f"{desc}: loss {loss:g} in epoch {epoch + 1}; lower transfer.{setting} = {rate:g}")
         if time.monotonic() - saved > SAVE_SECONDS and epoch + 1 < epochs:
             state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "digest": digest}
-            pretrain._save({**state, "epoch": epoch + 1}, file)
+            checkpoints.save({**state, "epoch": epoch + 1}, file)
             saved = time.monotonic()
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import make_store
 
-from decur_core import backbones, config, pretrain, runs
+from decur_core import backbones, checkpoints, config, pretrain, runs
 from decur_core.data.store import Store
 from decur_core.model import MultimodalModel
 
@@ -194,14 +194,14 @@ def test_a_damaged_end_is_named_with_the_way_out(tiny, pair_store, damage):
 
 
 def test_a_signal_while_the_end_is_written_waits_for_it(tiny, pair_store, monkeypatch):
-    real = pretrain._save
+    real = checkpoints.save
 
     def signalled(state, file):
         if file.name == "final.pt":
             os.kill(os.getpid(), signal.SIGTERM)
         real(state, file)
 
-    monkeypatch.setattr(pretrain, "_save", signalled)
+    monkeypatch.setattr(checkpoints, "save", signalled)
     assert final(pretrain.run(tiny(), pair_store))["step"] == 16
 
 
@@ -212,14 +212,14 @@ def test_what_a_kill_leaves_behind_is_removed(tiny, pair_store, monkeypatch):
         pretrain.run(settings, pair_store)
     half = folder / ".checkpoint-000000009.pt.4711"  # killed while it wrote this
     half.write_bytes(b"half a checkpoint")
-    real = pretrain._save
+    real = checkpoints.save
 
     def killed_after_the_end(state, file):
         real(state, file)
         if file.name == "final.pt":
             raise KeyError("killed")
 
-    monkeypatch.setattr(pretrain, "_save", killed_after_the_end)
+    monkeypatch.setattr(checkpoints, "save", killed_after_the_end)
     with pytest.raises(KeyError):
         pretrain.run(settings, pair_store)
     assert not half.exists() and list(folder.glob("checkpoint-*"))
@@ -228,14 +228,14 @@ def test_what_a_kill_leaves_behind_is_removed(tiny, pair_store, monkeypatch):
 
 
 def test_full_disk_is_reported_and_the_run_goes_on(tiny, pair_store, monkeypatch, capsys):
-    real = pretrain._save
+    real = checkpoints.save
 
     def full(state, file):
         if file.name.startswith("checkpoint"):
             raise OSError(28, "No space left on device")
         real(state, file)
 
-    monkeypatch.setattr(pretrain, "_save", full)
+    monkeypatch.setattr(checkpoints, "save", full)
     folder = pretrain.run(tiny(), pair_store)
     assert "checkpoint not written" in capsys.readouterr().out
     assert (folder / "final.pt").exists()
