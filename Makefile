@@ -1,6 +1,7 @@
 # make book   run every notebook with the mini profile and build the book    make test   linter, formatter, tests
-# make look   look at the built book in Chromium (skipped without it)        make soak   the slow tests
-# make clean  remove what these made
+# make look   look at the built book in Chromium, step through every notebook in a live kernel; what is missing for
+#             either is named and skipped                                    make soak   the slow tests
+# make clean  remove what these made; runs and stores of other profiles stay
 # Each sets itself up: Python >= 3.11 and make are all that is needed. VENV=... puts the environment elsewhere.
 
 VENV ?= .venv
@@ -22,7 +23,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -q
 
 look: $(STAMP)
-	$(BIN)/python -m pytest -q -rs tests/test_browser.py
+	$(BIN)/python -m pytest -q -rs tests/test_browser.py tests/test_live.py::test_every_notebook_can_be_stepped_through
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -q -m soak
@@ -48,4 +49,5 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) _build runs stores book/executed/mini .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) _build runs/mini runs/start stores/mini stores/start book/executed/mini
+	rm -rf .pytest_cache .ruff_cache *.egg-info

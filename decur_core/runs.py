@@ -106,11 +106,13 @@ def stop_signals():
             signal.signal(n, handler)
 
 
-def progress(steps: Iterable, **options):
+def progress(steps: Iterable, *, disable: bool = False, **options):
     """A tqdm bar: a widget in JupyterLab, rare text lines in headless runs, where each refresh would be stored."""
+    options["disable"] = disable or options.get("total") == 0  # an untrained network has no steps to show
     if os.environ.get("DECUR_HEADLESS"):  # a nested bar below the first would move the cursor
         return tqdm.tqdm(steps, mininterval=5, ascii=True, position=0, **options)
-    return tqdm.auto.tqdm(steps, **options)
+    # As wide as the page: otherwise a run's name breaks at its hyphens and, in a narrow window, no bar is left.
+    return tqdm.auto.tqdm(steps, dynamic_ncols=True, **options)
 
 
 def git(*command: str) -> str:
