@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ATTEMPTS = 10  # at a crop that fits, before the central one is taken (as torchvision)
-CHUNK = {"cpu": 2**18, "cuda": 2**26}  # values rendered at once: for a CPU's cache, and to bound a GPU's memory
+# Values rendered at once: for a CPU's cache, against the cost of a call where samples go one by one, and to bound a
+# GPU's memory.
+CHUNK = {"cpu": 2**18, "one by one": 2**21, "cuda": 2**26}
 SMALL = 48  # side of views, pixels, up to which a CPU too is faster with matrices for many samples than with a loop
 
 
@@ -80,10 +82,12 @@ def augment(images: Tensor, policy: Policy, *, generator: torch.Generator, part:
     shape, on_cpu, scratch = (count, channels, policy.size, policy.size), images.device.type == "cpu", None
     # numpy asks Linux for huge pages: a page fault for each 4 KiB of fresh memory costs as much as a crop
     views = torch.from_numpy(np.empty(shape, np.float32)) if on_cpu else torch.empty(shape, device=images.device)
-    step = max(1, CHUNK["cpu" if on_cpu else "cuda"] // (channels * policy.size**2))
+    way = "cpu" if on_cpu else "cuda"
     if on_cpu and policy.size > SMALL:  # large temporaries would cost more in page faults than in arithmetic
+        way = "one by one"
         side = max(policy.size + 2 * _radius(policy.blur_sigma[1]), height, width)
         scratch = torch.empty(3, channels * side**2)
+    step = max(1, CHUNK[way] // (channels * policy.size**2))
     with torch.autocast(images.device.type, enabled=False):  # pixels keep their precision inside a training step
         for i in range(0, count, step):
             _render(images[i : i + step], views[i : i + step], {k: v[i : i + step] for k, v in drawn.items()}, scratch)

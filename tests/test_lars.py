@@ -1,5 +1,6 @@
 """LARS by hand, against its own formula over many steps, and through save and load."""
 
+import copy
 import io
 import math
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from decur_core import lars
 from decur_core.lars import LARS, cosine, parameter_groups, set_learning_rates
 
 
@@ -237,3 +239,43 @@ def test_cosine_falls_from_one_to_zero_in_both_groups():
     for share in (0.5, 0.25):  # of the starting rate, not of the one before
         set_learning_rates(optimizer, share)
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.2 * share, 0.0048 * share])
+
+
+def test_blocks_through_a_cache_and_whole_lists_are_the_same_steps(monkeypatch):
+    """What lies together in a CPU's memory is stepped in blocks, all else, as on GPUs, in lists of tensors."""
+    monkeypatch.setattr(lars, "BLOCK", 7)
+    torch.manual_seed(0)
+    shapes = [(4, 3, 5, 2), (6, 9), (11,), (5, 1, 1, 1)]
+    dense = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in shapes]
+    dense[0] = nn.Parameter(dense[0].data.contiguous(memory_format=torch.channels_last))
+    spread = [nn.Parameter(p.detach().new_zeros(*p.shape, 2)[..., 0]) for p in dense]
+    for p, q in zip(dense, spread, strict=True):
+        q.data.copy_(p.data)
+    calls, real = [], LARS._step_in_blocks
+    monkeypatch.setattr(LARS, "_step_in_blocks", lambda self, p, group: calls.append(p) or real(self, p, group))
+    optimizers = [LARS(params, lr=0.3, weight_decay=0.01) for params in (dense, spread)]
+    for _ in range(3):
+        for p, q in zip(dense, spread, strict=True):
+            gradient = torch.randn(p.shape, dtype=torch.float64)  # of another layout than the first one's
+            p.grad, q.grad = gradient, torch.stack([gradient, gradient], -1)[..., 0]
+        for optimizer in optimizers:
+            optimizer.step()
+    assert len(calls) == 12 and all(any(p is called for p in dense) for called in calls)
+    for p, q in zip(dense, spread, strict=True):
+        torch.testing.assert_close(p.data, q.data, rtol=1e-13, atol=1e-15)
+
+
+def test_momentum_of_another_layout_goes_on():
+    torch.manual_seed(0)
+    weights, gradients = torch.randn(4, 3, 5, 2), torch.randn(2, 4, 3, 5, 2)
+    plain = nn.Parameter(weights.clone())
+    last = nn.Parameter(weights.contiguous(memory_format=torch.channels_last))
+    first, second = (LARS([p], lr=0.3) for p in (plain, last))
+    plain.grad = last.grad = gradients[0]
+    first.step()
+    second.step()
+    second.load_state_dict(copy.deepcopy(first.state_dict()))  # which holds the tensors themselves
+    plain.grad = last.grad = gradients[1]
+    first.step()
+    second.step()
+    torch.testing.assert_close(plain.data, last.data, rtol=1e-6, atol=1e-8)
