@@ -1,5 +1,6 @@
 """Profiles: every number of a run, strict and typed. Defaults are the paper's for SAR-optical pretraining."""
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -308,6 +309,18 @@ def overrides(items: Iterable[str]) -> dict:
             raise ConfigError(f"--set {item}: expected KEY=VALUE")
         made[key] = _parsed(value, f"--set {item}")
     return made
+
+
+def add_shard(parser: argparse.ArgumentParser, meaning: str) -> None:
+    """The option ``--shard I/N`` of a command line, a pair of numbers."""
+
+    def shard(text: str) -> tuple[int, int]:
+        part, _, count = text.partition("/")
+        if not (part.isdecimal() and count.isdecimal() and int(part) < int(count)):
+            raise argparse.ArgumentTypeError(f"{text!r}; expected I/N with I from 0 to N - 1")
+        return int(part), int(count)
+
+    parser.add_argument("--shard", metavar="I/N", type=shard, default=(0, 1), help=meaning)
 
 
 def check_world_size(settings: Settings, world_size: int) -> None:

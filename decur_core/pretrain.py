@@ -215,9 +215,13 @@ def _launch(world: int, settings: Settings, store: Store, folder: Path, identity
         tick()
 
 
-def run_members(settings: Settings, store_path: Path | str) -> dict[str, Path]:
-    """``run`` for every member of the profile's ``sweep``, one after the other: run label to folder."""
-    return {runs.label(member): run(member, store_path) for member in config.members(settings)}
+def run_members(settings: Settings, store_path: Path | str, *, shard: tuple[int, int] = (0, 1)) -> dict[str, Path]:
+    """``run`` for every member of the profile's ``sweep``, one after the other: run label to folder.
+
+    ``shard`` (i, n): only the i-th member and every n-th after it, so that n jobs share the work.
+    """
+    part, count = shard
+    return {runs.label(member): run(member, store_path) for member in config.members(settings)[part::count]}
 
 
 def example_views(store: Store, modality: Modality, size: int, *, count: int = 8) -> np.ndarray:
@@ -343,6 +347,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m decur_core.pretrain", description="Pretrain, without a notebook.")
     parser.add_argument("profile", help="a file in notebooks/profiles, without .yaml")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="e.g. epochs=5")
+    config.add_shard(parser, "train only member I of the sweep and every N-th after it, for job arrays")
     args = parser.parse_args(argv)
     try:
         settings = config.load(args.profile, config.overrides(args.set))
@@ -350,7 +355,7 @@ def main(argv: list[str] | None = None) -> None:
             if distributed.place()[0] == 0:
                 prepare.pretraining_store(settings)  # the others find it finished
             distributed.largest()
-            run_members(settings, prepare.pretraining_store(settings))
+            run_members(settings, prepare.pretraining_store(settings), shard=args.shard)
     except (config.ConfigError, Interrupted) as error:
         sys.exit(str(error))
 

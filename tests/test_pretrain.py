@@ -543,3 +543,21 @@ def test_compiled_backbones_train_the_same_run_within_rounding(tiny, pair_store)
     assert [line["step"] for line in compiled] == [line["step"] for line in plain]
     assert compiled[0]["total"] == pytest.approx(plain[0]["total"], rel=1e-4)
     assert set(final(folder)["model"]) == set(MultimodalModel("small", [2, 13], [16, 16, 8]).state_dict())
+
+
+def test_members_of_a_sweep_are_shared_out_between_jobs(monkeypatch, pair_store):
+    settings = config.load("start", {"sweep": {"dim_common": [8, 16, 24], "seed": [0, 1]}})
+    seen: list[str] = []
+    monkeypatch.setattr(pretrain, "run", lambda member, store: seen.append(runs.title(member)) or Path("x"))
+    everything = [runs.title(member) for member in config.members(settings)]
+    for part in range(4):
+        pretrain.run_members(settings, pair_store, shard=(part, 4))
+    assert sorted(seen) == sorted(everything) and seen[:2] == everything[0::4]
+    assert seen == sum((everything[k::4] for k in range(4)), [])
+
+
+@pytest.mark.parametrize("shard", ["1", "2/2", "a/b", "-1/2", "1/2/3"])
+def test_a_shard_that_cannot_be_is_refused_before_any_work(capsys, shard):
+    with pytest.raises(SystemExit) as stop:
+        pretrain.main(["start", f"--shard={shard}"])
+    assert stop.value.code == 2 and "expected I/N with I from 0 to N - 1" in capsys.readouterr().err

@@ -266,11 +266,6 @@ def _target(settings: config.Settings, dataset: str, split: str) -> Path:
     return _stores(settings) / f"{dataset}-{_source(settings)}-{split}"
 
 
-def _shard(text: str) -> tuple[int, int]:
-    part, count = map(int, text.split("/"))  # argparse names the option and what was given
-    return part, count
-
-
 def main(argv: list[str] | None = None) -> None:
     """Command line; exits with 1 if ``--verify`` finds damage."""
     parser = argparse.ArgumentParser(
@@ -280,9 +275,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pair", choices=tuple(PRETRAINING), help="by default the profile's")
     parser.add_argument("--dataset", help="by default the one that the pair is pretrained on")
     parser.add_argument("--split", default=None, help="train, test or all; by default the one of pretraining")
-    parser.add_argument(
-        "--shard", metavar="I/N", type=_shard, default="0/1", help="convert part I (0 to N - 1) of N, for job arrays"
-    )
+    config.add_shard(parser, "convert part I (0 to N - 1) of N, for job arrays")
     parser.add_argument("--verify", action="store_true", help="re-read what is stored and say what is damaged")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="e.g. data.processes=8"
