@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import signal
 import statistics
 import time
 import warnings
@@ -304,27 +305,33 @@ def _fit(network, store: Store, chosen: list[int], settings: Settings, *, inputs
         first = state["epoch"]
     network.train()
     saved = time.monotonic()
-    for epoch in runs.progress(range(first, epochs), desc=desc, leave=False, initial=first, total=epochs):
-        torch.manual_seed(pretrain.seeded(seed, "transfer", epoch).initial_seed())  # for what drops connections
-        order = torch.randperm(len(chosen), generator=pretrain.seeded(seed, "transfer", epoch)).tolist()
-        for step, k in enumerate(range(0, len(order), t.batch_size), start=epoch * per_epoch):
-            rows = [chosen[i] for i in order[k : k + t.batch_size]]
-            if step >= total or (len(rows) < 2 and not frozen):
-                continue  # BatchNorm cannot train on a single image
-            parts = {"inputs": inputs, "device": device, "seed": (seed, "transfer", epoch, k)}
-            images, truth = _samples(network, store, rows, settings, **parts)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * _rate(settings, step, per_epoch, total)
-            loss = criterion(network(*images), truth)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-        if not loss.isfinite():
-            raise pretrain.NonFinite(f"{desc}: loss {loss:g} in epoch {epoch + 1}; lower transfer.{setting} = {rate:g}")
-        if time.monotonic() - saved > SAVE_SECONDS and epoch + 1 < epochs:
-            state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "digest": digest}
-            checkpoints.save({**state, "epoch": epoch + 1}, file)
-            saved = time.monotonic()
+    with runs.stop_signals() as received:
+        for epoch in runs.progress(range(first, epochs), desc=desc, leave=False, initial=first, total=epochs):
+            torch.manual_seed(pretrain.seeded(seed, "transfer", epoch).initial_seed())  # for what drops connections
+            order = torch.randperm(len(chosen), generator=pretrain.seeded(seed, "transfer", epoch)).tolist()
+            for step, k in enumerate(range(0, len(order), t.batch_size), start=epoch * per_epoch):
+                rows = [chosen[i] for i in order[k : k + t.batch_size]]
+                if step >= total or (len(rows) < 2 and not frozen):
+                    continue  # BatchNorm cannot train on a single image
+                parts = {"inputs": inputs, "device": device, "seed": (seed, "transfer", epoch, k)}
+                images, truth = _samples(network, store, rows, settings, **parts)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * _rate(settings, step, per_epoch, total)
+                loss = criterion(network(*images), truth)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                if received:
+                    name, at = signal.Signals(received[0]).name, f"epoch {epoch + 1} of {epochs}"
+                    raise pretrain.Interrupted(f"{desc}: {name} in {at}; the same call goes on from the last minute")
+            if not loss.isfinite():
+                raise pretrain.NonFinite(
+                    f"{desc}: loss {loss:g} in epoch {epoch + 1}; lower transfer.{setting} = {rate:g}"
+                )
+            if time.monotonic() - saved > SAVE_SECONDS and epoch + 1 < epochs:
+                state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "digest": digest}
+                checkpoints.save({**state, "epoch": epoch + 1}, file)
+                saved = time.monotonic()
 
 
 def _whole(network: nn.Module, store: Store, settings: Settings, *, inputs: str) -> Iterator[tuple[list, Tensor]]:

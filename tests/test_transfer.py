@@ -1,5 +1,7 @@
 """Classification transfer: frozen means frozen, the score is the whole set's, subsets hold no patch twice."""
 
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
-from decur_core import config, pretrain, transfer
+from decur_core import config, pretrain, runs, transfer
 from decur_core.data.raster import DataError
 from decur_core.data.store import Store
 
@@ -158,3 +160,24 @@ def test_other_images_are_scored_anew(pretrained, patch_stores, monkeypatch):
     monkeypatch.setattr(Store, "__init__", other)
     again = transfer.evaluate(settings, folder, patch_stores, protocol="linear")
     assert again["settings_hash"] != first["settings_hash"] and again["settings"] == first["settings"]
+
+
+def test_an_interrupt_says_where_it_came_and_the_same_call_gives_the_same_record(pretrained, patch_stores, monkeypatch):
+    settings, folder = pretrained
+    monkeypatch.setattr(transfer, "SAVE_SECONDS", 0.0)
+    real, steps = transfer._samples, []
+
+    def signalled(*arguments, **options):
+        steps.append(1)
+        if len(steps) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(transfer, "_samples", signalled)
+    with pytest.raises(pretrain.Interrupted, match="SIGINT in epoch . of .; the same call goes on"):
+        transfer.evaluate(settings, folder, patch_stores, protocol="linear")
+    assert list(runs.path(settings, "transfer").glob("*.pt")) and not list(runs.path(settings, "records").glob("*"))
+    record = transfer.evaluate(settings, folder, patch_stores, protocol="linear")
+    monkeypatch.setattr(transfer, "_samples", real)
+    whole = transfer.evaluate(replace(settings, profile="whole"), folder, patch_stores, protocol="linear")
+    assert record["per_class"] == whole["per_class"] and record["micro"] == whole["micro"]
