@@ -78,9 +78,8 @@ def _sum(x: Tensor) -> Tensor:
 
 def _all(x: Tensor) -> Tensor:
     everything = x.new_empty(place()[1] * len(x), *x.shape[1:])
-    (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(
-        everything, x.contiguous()
-    )  # the old name
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+    gather(everything, x.contiguous())
     return everything
 
 

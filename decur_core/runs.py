@@ -81,12 +81,12 @@ def write_json(file: Path, value) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path):
-    """Hold ``folder`` for this process; a second process that wants it gets an error, not a mixed-up run."""
+def locked(folder: Path, *, wait: bool = False):
+    """Hold ``folder`` for this process; a second process that wants it gets an error, or its turn with ``wait``."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as f:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             raise RuntimeError(f"{folder} is in use by another process; wait for it or stop it first") from None
         yield

@@ -1,6 +1,8 @@
 """From a profile to stores: the published path and the miniature world's end in the same form."""
 
 import contextlib
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -154,14 +156,26 @@ def test_a_tree_that_another_process_has_just_written_is_taken(settings, monkeyp
     locked = prepare.runs.locked
 
     @contextlib.contextmanager
-    def later(folder):  # the other one ends between the look and the lock
+    def later(folder, **options):  # the other one ends between the look and the lock
         monkeypatch.setattr(prepare.runs, "locked", locked)
         prepare.pairs(settings)
-        with locked(folder):
+        with locked(folder, **options):
             yield
 
     monkeypatch.setattr(prepare.runs, "locked", later)
     assert prepare.pairs(settings).ids == prepare.world(settings).ids
+
+
+def test_drivers_that_start_together_wait_for_each_others_trees(settings):
+    """Each writes another data set of one world; a thread stands in for the second process (locks are per opening)."""
+    with ThreadPoolExecutor(2) as pool:
+        whole = list(pool.map(lambda dataset: len(prepare.reader(settings, dataset, "train")), ["bigearthnet"] * 2))
+        folder = next((prepare.config.ROOT / settings.data.stores).glob("**/world/*"))
+        with prepare.runs.locked(folder):
+            other = pool.submit(prepare.reader, settings, "ssl4eo", "all")
+            time.sleep(0.3)
+            assert not other.done() and not (folder / "ssl4eo").exists()
+        assert len(other.result(60)) == settings.world.locations and whole == [settings.world.train] * 2
 
 
 def test_real_samples_split_by_the_official_list(tmp_path):

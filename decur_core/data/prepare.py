@@ -201,7 +201,7 @@ def _written(settings: config.Settings, name: str, write) -> Path:
     root = _stores(settings) / "world" / _source(settings) / name
     if not root.exists():
         temporary = root.with_name(f"{name}.part")
-        with runs.locked(root.parent):
+        with runs.locked(root.parent, wait=True):  # drivers side by side need it; it takes seconds
             if not root.exists():  # another process may just have finished it
                 shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
                 write(temporary)
