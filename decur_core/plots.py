@@ -57,7 +57,7 @@ def pairs(samples: Sequence[dict], *, season: int = 0) -> Figure:
         for row in range(2):
             band = sample["sar"][season][row : row + 1]
             low, high = np.percentile(band, (2, 98))
-            _show(column[1 + row], stretch(band), f"{low:.0f} to {high:.0f} dB", cmap="gray")
+            _show(column[1 + row], stretch(band), f"{round(low)} to {round(high)} dB", cmap="gray")
     for axis, name in zip(axes[:, 0], ("B4 B3 B2", "VV", "VH"), strict=True):
         axis.set_ylabel(name, fontsize=8)
     return figure
