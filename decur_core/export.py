@@ -110,6 +110,10 @@ def in_words(p: Preprocessing) -> str:
     return f"{p.unit}, bands in the order {', '.join(p.bands)}: {steps[p.scheme]}; then divided by 255{copies}."
 
 
+def _number(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _section(metadata: dict) -> str:
     """Of the model card, for one file."""
     settings, made, backbone = metadata["settings"], metadata["provenance"], metadata["backbone"]
@@ -122,7 +126,7 @@ def _section(metadata: dict) -> str:
         code += [f"network.conv1 = torch.nn.Conv2d({channels}, 64, 7, 2, 3, bias=False)"] * (channels != 3)
     code += [f'network.load_state_dict(safetensors.torch.load_file("{name}"))']
     labels = "" if settings["method"] == "supervised" else ", no labels"
-    results = ["; ".join(f"{k} {v}" for k, v in each.items()) for each in metadata["evaluations"]]
+    results = ["; ".join(f"{k} {_number(v)}" for k, v in each.items()) for each in metadata["evaluations"]]
     return f"""
 ## {name}
 

@@ -1,5 +1,6 @@
 """Every figure of the book: arrays in, a matplotlib Figure out. Nothing is computed here that a record should hold."""
 
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -8,32 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from .config import METHODS, MODALITIES
 from .data.bigearthnet import CLASSES_19
-
-# Name and colour of everything, the same in all figures (Okabe and Ito's palette, told apart by colour-blind readers).
-STYLES = {
-    "sar": ("SAR", "#0072B2"),
-    "optical": ("optical", "#D55E00"),
-    "rgb": ("RGB", "#D55E00"),
-    "dem": ("elevation", "#0072B2"),
-    "hha": ("depth (HHA)", "#0072B2"),
-    "both": ("both", "#444444"),
-    "common": ("common", "#009E73"),
-    "unique": ("unique", "#CC79A7"),
-    "total": ("total", "#000000"),
-    "intra1": ("intra-modal, first modality", "#0072B2"),
-    "intra2": ("intra-modal, second modality", "#D55E00"),
-    "decur": ("DeCUR", "#332288"),
-    "barlow_twins": ("Barlow Twins (cross-modal)", "#E69F00"),
-    "barlow_twins_single": ("Barlow Twins (one modality)", "#DDCC77"),
-    "vicreg": ("VICReg", "#117733"),
-    "clip": ("CLIP", "#88CCEE"),
-    "simclr": ("SimCLR (cross-modal)", "#CC6677"),
-    "supervised": ("from scratch", "#555555"),
-    "random": ("random initialisation", "#999999"),
-}
-ABOVE = {"fontsize": 7, "loc": "lower left", "bbox_to_anchor": (0, 1), "frameon": False}  # of a legend
-RGB = (3, 2, 1)  # rows of B4, B3, B2 among the 13 bands
+from .preprocess import OPTICAL, SAR
+from .styles import RGB, STYLES, WAYS, legend, method_of, named, picture, plain_ticks, stretch
 
 
 def _figure(rows: int, columns: int, *, width: float = 9, height: float, **options) -> tuple[Figure, np.ndarray]:
@@ -53,20 +32,6 @@ def _grid(count: int, columns: int, *, width: float, height: float) -> tuple[Fig
     return figure, list(axes.flat[:count])
 
 
-def stretch(image: np.ndarray, low: float = 2, high: float = 98) -> np.ndarray:
-    """An image (C, H, W) as H x W x C in [0, 1], cut at two percentiles of all its pixels; for looking at."""
-    bottom, top = np.percentile(image, (low, high))
-    return np.clip((image - bottom) / max(top - bottom, 1e-6), 0, 1).transpose(1, 2, 0)
-
-
-def picture(image: np.ndarray) -> np.ndarray:
-    """An image of any modality (C x H x W, 0 to 1) as H x W x 3 to look at: true colour, or band 1 in grey."""
-    if len(image) == 3:
-        return image.transpose(1, 2, 0)
-    shown = stretch(image[list(RGB)] if len(image) > 3 else image[:1], 1, 99)
-    return shown if shown.shape[2] == 3 else shown.repeat(3, 2)
-
-
 def _show(axis, image: np.ndarray, title: str = "", **options) -> None:
     axis.imshow(image, interpolation="nearest", **options)
     axis.set_title(title, fontsize=8)
@@ -82,7 +47,7 @@ def _classes(labels: Sequence[str], *, height: float) -> tuple[Figure, plt.Axes]
 
 
 def pairs(samples: Sequence[dict], *, season: int = 0) -> Figure:
-    """One column per sample: the optical image in true colour above, VV and VH in dB below.
+    """One column per sample: the optical image in true colour above, VV and VH below with the dB from black to white.
 
     ``samples``: items of a reader with seasons (``optical`` S x 13 x H x W, ``sar`` S x 2 x H x W).
     """
@@ -90,8 +55,10 @@ def pairs(samples: Sequence[dict], *, season: int = 0) -> Figure:
     for column, sample in zip(axes.T, samples, strict=True):
         _show(column[0], stretch(sample["optical"][season][list(RGB)]), str(sample["id"]).split("/")[-1])
         for row in range(2):
-            _show(column[1 + row], stretch(sample["sar"][season][row : row + 1]), cmap="gray")
-    for axis, name in zip(axes[:, 0], ("B4 B3 B2", "VV (dB)", "VH (dB)"), strict=True):
+            band = sample["sar"][season][row : row + 1]
+            low, high = np.percentile(band, (2, 98))
+            _show(column[1 + row], stretch(band), f"{round(low)} to {round(high)} dB", cmap="gray")
+    for axis, name in zip(axes[:, 0], ("B4 B3 B2", "VV", "VH"), strict=True):
         axis.set_ylabel(name, fontsize=8)
     return figure
 
@@ -118,11 +85,9 @@ def scenes(samples: Sequence[dict], kinds: Sequence[str], *, classes: Sequence[s
                 title = "" if metres.dtype == np.uint8 else f"{np.nanmin(metres):.1f} to {np.nanmax(metres):.1f} m"
                 _show(axis, metres, title, cmap="cividis")
     for axis, kind in zip(axes[:, 0], kinds, strict=True):
-        axis.set_ylabel(kind, fontsize=8)
+        axis.set_ylabel(named(kind), fontsize=8)
     if seen and classes:
-        patches = [Patch(color=colours[k], label=classes[k]) for k in sorted(seen)]
-        options = {"loc": "outside lower center", "fontsize": 7, "frameon": False}
-        figure.legend(handles=patches, ncols=min(6, len(patches)), **options)
+        legend(figure, [Patch(color=colours[k], label=classes[k]) for k in sorted(seen)], columns=6)
     return figure
 
 
@@ -150,13 +115,26 @@ def bands(image: np.ndarray, names: Sequence[str], unit: str) -> Figure:
 
 
 def histograms(values: dict[str, np.ndarray], *, unit: str, bins: int = 64) -> Figure:
-    """Distribution of 8-bit values (or others) per modality: one panel per entry, all bands of it as lines."""
-    figure, axes = _figure(1, len(values), height=2.8)
+    """Distribution of 8-bit values (or others) per modality, logarithmic: a panel per entry, a line per band.
+
+    All bands of a panel are counted in the same bins, for integers as wide as whole numbers are; lines are coloured in
+    the order of bands, which is that of wavelengths.
+    """
+    figure, axes = _figure(1, len(values), height=3.2)
     for axis, (name, images) in zip(axes.flat, values.items(), strict=True):
-        for band in np.moveaxis(images, -3, 0):
-            counts, edges = np.histogram(band, bins=bins)
-            axis.plot((edges[:-1] + edges[1:]) / 2, counts / counts.sum(), color=STYLES[name][1], alpha=0.5, lw=1)
-        axis.set(title=STYLES[name][0], xlabel=unit, ylabel="share of pixels")
+        whole, low, high = np.issubdtype(images.dtype, np.integer), float(images.min()), float(images.max())
+        step = -(-(high - low + 1) // bins) if whole else max(high - low, 1e-9) / bins
+        edges = low - whole / 2 + step * np.arange(np.ceil((high - low + whole) / step) + 1)
+        count = images.shape[-3]
+        names = {"sar": SAR.bands, "optical": OPTICAL.bands}.get(name, [f"band {k + 1}" for k in range(count)])
+        colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, count)) if count > 1 else [STYLES[name][1]]
+        for band, label, colour in zip(np.moveaxis(images, -3, 0), names, colours, strict=True):
+            share = np.histogram(band, bins=edges)[0] / band.size
+            axis.plot((edges[:-1] + edges[1:]) / 2, np.where(share > 0, share, np.nan), color=colour, lw=1, label=label)
+        axis.set(title=STYLES[name][0], xlabel=unit, ylabel="share of pixels", yscale="log")
+        plain_ticks(axis)
+        if count > 1:
+            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=7, fontsize=7, frameon=False)
     return figure
 
 
@@ -167,18 +145,21 @@ def views(rows: dict[str, np.ndarray]) -> Figure:
     for line, (name, images) in zip(axes, rows.items(), strict=True):
         for axis, image in zip(line, images, strict=True):
             _show(axis, picture(image))
-        line[0].set_ylabel(name, fontsize=8)
+        line[0].set_ylabel(named(name), fontsize=8)
     return figure
 
 
 def correlation(matrices: dict[str, np.ndarray], *, dim_common: int | None = None) -> Figure:
-    """Cross-correlation matrices (K x K, values -1 to 1) side by side; lines mark where the unique dimensions begin."""
-    figure, axes = _grid(len(matrices), 4, width=2.7, height=3)
+    """Cross-correlation matrices (K x K, values -1 to 1) side by side; lines mark where the unique dimensions begin.
+
+    A matrix whose name is the label of a run of another method than DeCUR has none, and no lines.
+    """
+    figure, axes = _grid(len(matrices), 4, width=2.3, height=2.6)
     for axis, (name, c) in zip(axes, matrices.items(), strict=True):
         shown = axis.imshow(c, vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
-        axis.set_title(name, fontsize=9)
+        axis.set_title(textwrap.fill(name, 24), fontsize=8)
         axis.set_xlabel("dimension j", fontsize=8)
-        if dim_common is not None:
+        if dim_common is not None and method_of(name) in (None, "decur"):
             for line in (axis.axhline, axis.axvline):
                 line(dim_common - 0.5, color="black", lw=0.8, ls="--")
     axes[0].set_ylabel("dimension i", fontsize=8)
@@ -187,8 +168,11 @@ def correlation(matrices: dict[str, np.ndarray], *, dim_common: int | None = Non
 
 
 def history(runs: dict[str, Sequence[dict]], *, smooth: int = 1) -> Figure:
-    """Every loss term over the steps, one panel per run; ``smooth``: steps averaged for the thick line."""
-    figure, axes = _grid(len(runs), 3, width=3.6, height=2.8)
+    """Every loss term over the steps, one panel per run; ``smooth``: steps averaged for the thick line.
+
+    The scale is logarithmic, its ticks are written out.
+    """
+    figure, axes = _grid(len(runs), 2, width=3.6, height=2.6 + 0.6 / max(1, len(runs)))
     for axis, (title, lines) in zip(axes, runs.items(), strict=True):
         steps = [line["step"] for line in lines]
         for name in ("total", "common", "unique", "intra1", "intra2"):
@@ -199,8 +183,9 @@ def history(runs: dict[str, Sequence[dict]], *, smooth: int = 1) -> Figure:
                 mean = np.convolve(values, np.ones(width) / width, mode="valid")
                 axis.plot(steps[width - 1 :], mean, color=color, lw=1.5, label=label)
         axis.set(xlabel="step", ylabel="loss", yscale="log")
-        axis.set_title(title, fontsize=9)
-        axis.legend(fontsize=7, framealpha=0.5)
+        axis.set_title(textwrap.fill(title, 32), fontsize=9)
+        plain_ticks(axis)
+    legend(figure, columns=3 if len(runs) > 1 else 2)
     return figure
 
 
@@ -220,7 +205,7 @@ def scores(rows: Sequence[dict], *, reference: float | None = None, unit: str = 
     """
     panels = list(dict.fromkeys(r["inputs"] for r in rows))
     groups = list(dict.fromkeys((r["fraction"], r["protocol"]) for r in rows))
-    methods = list(dict.fromkeys(r["method"] for r in rows))
+    methods = [m for m in METHODS if any(r["method"] == m for r in rows)]
     figure, axes = _figure(len(panels), 1, height=2 * len(panels) + 0.8, width=7, sharex=True, sharey=True)
     width = 0.8 / max(1, len(methods))
     offset = {method: (k - (len(methods) - 1) / 2) * width for k, method in enumerate(methods)}
@@ -230,13 +215,13 @@ def scores(rows: Sequence[dict], *, reference: float | None = None, unit: str = 
         axis.bar(at, r["mean"], width, yerr=r["deviation"] or 0, color=color, capsize=2)
     handles = [Patch(color=color, label=label) for label, color in map(STYLES.get, methods)]
     for axis, inputs in zip(axes.flat, panels, strict=True):
-        axis.set_title(STYLES[inputs][0], fontsize=9, loc="right")
+        axis.set_title(STYLES[inputs][0], fontsize=9, loc="left")
         axis.set_ylabel(unit, fontsize=8)
     if reference is not None:
         guessing = [axis.axhline(reference, color="black", ls=":", lw=1, label="guessing") for axis in axes.flat]
         handles.append(guessing[0])
     axis.set_xticks(range(len(groups)), [f"{p}\n{100 * f:g} % labels" for f, p in groups], fontsize=8)
-    axes[0, 0].legend(handles=handles, ncols=4, **ABOVE)
+    legend(figure, handles, side="upper")
     return figure
 
 
@@ -250,11 +235,12 @@ def per_class(
     kept = [i for i in range(len(classes)) if any(v[i] is not None for v in rows.values())]
     figure, axis = _classes([classes[i] for i in kept], height=0.42 * len(kept) + 1)
     height = 0.8 / len(rows)
-    for k, (method, values) in enumerate(rows.items()):
+    for k, (method, values) in enumerate(sorted(rows.items(), key=lambda row: list(METHODS).index(row[0]))):
         at, (label, color) = np.arange(len(kept)) + (k + 0.5) * height - 0.4, STYLES[method]
         axis.barh(at, [values[i] or 0 for i in kept], height, color=color, label=label)
     axis.set_xlabel(unit)
-    axis.legend(ncols=3, **ABOVE)
+    axis.margins(y=0.01)
+    legend(figure, side="upper")
     return figure
 
 
@@ -275,9 +261,8 @@ def bars(groups: Sequence[str], series: dict[str, Sequence[float]], *, unit: str
     """Measurements side by side: a bar per series in every group, its value above it where there are few."""
     figure, ((axis,),) = _figure(1, 1, height=2.8, width=7)
     width = 0.8 / len(series)
-    greys = {"published": "#999999", "tuned": "#DDAA33"}
     for k, (name, values) in enumerate(series.items()):
-        label, colour = STYLES.get(name, (name, greys.get(name.split(",")[0], STYLES["decur"][1])))
+        label, colour = STYLES.get(name, (name, WAYS.get(name, WAYS.get(name.split(",")[0], STYLES["decur"][1]))))
         at = np.arange(len(groups)) + (k - (len(series) - 1) / 2) * width
         drawn = axis.bar(at, values, width, color=colour, label=label)
         if len(groups) * len(series) <= 16:
@@ -286,8 +271,10 @@ def bars(groups: Sequence[str], series: dict[str, Sequence[float]], *, unit: str
     axis.set_xticks(range(len(groups)), groups, fontsize=8)
     axis.set(ylabel=unit, yscale="log" if log else "linear")
     axis.margins(y=0.12)
+    if log:
+        plain_ticks(axis)
     if len(series) > 1:
-        axis.legend(ncols=3, **ABOVE)
+        legend(figure, side="upper")
     return figure
 
 
@@ -295,43 +282,52 @@ def alignment(losses: dict[str, np.ndarray]) -> Figure:
     """Histograms of (1 - C_ii)^2 over the embedding dimensions, a line per run (Fig. 4a); values above 1 count as 1."""
     figure, ((axis,),) = _figure(1, 1, height=3, width=6)
     for k, (name, values) in enumerate(losses.items()):
-        options = {"histtype": "step", "lw": 1.5, "color": plt.get_cmap("tab10")(k), "label": name}
+        colour = STYLES[method][1] if (method := method_of(name)) else plt.get_cmap("tab10")(k)
+        options = {"histtype": "step", "lw": 1.5, "color": colour, "label": name}
         axis.hist(np.clip(values, 0, 1), bins=np.linspace(0, 1, 41), **options)
     axis.set(xlabel="alignment loss of a dimension, $(1 - C_{ii})^2$", ylabel="dimensions", yscale="symlog")
-    axis.legend(fontsize=7)
+    axis.set_xticks(np.linspace(0, 1, 6), ["0", "0.2", "0.4", "0.6", "0.8", "≥ 1"])
+    plain_ticks(axis)
+    legend(figure)
     return figure
 
 
 def dimensions(points: dict[str, np.ndarray], *, dim_common: dict[str, int]) -> Figure:
     """Maps of embedding dimensions, one panel per run (Fig. 1, 9): 2K x 2 points, those of the first modality first.
 
-    Crosses and squares: common dimensions of the two modalities; dots: unique ones.
+    Crosses and squares: common dimensions of the two modalities; dots: unique ones. The name of a pair becomes a title
+    that says which modality is the first.
     """
-    figure, axes = _grid(len(points), 3, width=3.4, height=3.4)
+    figure, axes = _grid(len(points), 3, width=3.4, height=3.6)
     for axis, (name, place) in zip(axes, points.items(), strict=True):
         k = len(place) // 2
         for half, colour, mark, who in ((0, "#D62728", "x", "first"), (k, "#1F77B4", "s", "second")):
             common, unique = place[half : half + dim_common[name]], place[half + dim_common[name] : half + k]
             paint = {"facecolors": "none", "edgecolors": colour} if mark == "s" else {"color": colour}
-            axis.scatter(*common.T, s=16, marker=mark, lw=0.8, label=f"{who}, common", **paint)
-            axis.scatter(*unique.T, s=10, color=colour, label=f"{who}, unique")
-        axis.set_title(name, fontsize=9)
+            axis.scatter(*common.T, s=16, marker=mark, lw=0.8, label=f"{who} modality, common", **paint)
+            axis.scatter(*unique.T, s=10, color=colour, label=f"{who} modality, unique")
+        both = zip(MODALITIES.get(name, ()), ("first", "second"), strict=False)
+        axis.set_title(", ".join(f"{named(m)} ({which})" for m, which in both) or name, fontsize=9)
         axis.set(xticks=[], yticks=[])
-    axes[0].legend(fontsize=6, framealpha=0.6)
+    legend(figure)
     return figure
 
 
 def saliency(rows: Sequence[dict[str, np.ndarray]], columns: Sequence[str]) -> Figure:
     """Images with saliency maps over them, a row per pair (Fig. 4b, 10).
 
-    ``rows``: name -> C x H x W image, or (image, H x W map); ``columns``: which of the names, in order.
+    ``rows``: name -> C x H x W image, or (image, H x W map); ``columns``: which of the names, in order. A map of one
+    value is not drawn but marked as empty.
     """
     figure, axes = _figure(len(rows), len(columns), height=1.5 * len(rows) + 0.3, width=1.5 * len(columns))
     for line, row in zip(axes, rows, strict=True):
         for axis, name in zip(line, columns, strict=True):
             image, heat = row[name] if isinstance(row[name], tuple) else (row[name], None)
-            _show(axis, picture(image), name if row is rows[0] else "")
-            if heat is not None:
+            _show(axis, picture(image), named(name).replace(", ", ",\n") if row is rows[0] else "")
+            if heat is not None and np.ptp(heat) == 0:
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 2}
+                axis.text(0.5, 0.5, "empty", ha="center", va="center", fontsize=8, transform=axis.transAxes, bbox=box)
+            elif heat is not None:
                 axis.imshow(heat, cmap="inferno", alpha=0.55, interpolation="bilinear")
     return figure
 
@@ -348,23 +344,25 @@ def overlaps(values: dict[str, np.ndarray]) -> Figure:
         label = f"{label}: {mean}{1 - len(there) / len(scores):.0%} of pairs without a map"
         axis.hist(there, bins=np.linspace(0, 1, 41), color=colour, alpha=0.5, label=label)
     axis.set(xlabel="overlap of the modalities' saliency (log, scaled to 0 to 1)", ylabel="pairs")
-    axis.legend(fontsize=7)
+    legend(figure, columns=1, side="upper")
     return figure
 
 
 def matrix(tables: dict[str, dict[str, dict[str, float]]], *, unit: str) -> Figure:
     """Heat maps of row -> column -> value of 0 to 1, with the values written in, one panel per entry.
 
-    All panels have the same columns; each may have rows of its own.
+    All panels have the same columns; each may have rows of its own. Not a number is a dash on grey.
     """
     columns, rows = list(next(iter(next(iter(tables.values())).values()))), [len(t) for t in tables.values()]
     size = {"height": 0.32 * sum(rows) + 1.1 * len(rows), "width": 0.75 * len(columns) + 2.5}
     figure, axes = _figure(len(tables), 1, **size, gridspec_kw={"height_ratios": rows})
+    viridis = plt.get_cmap("viridis").with_extremes(bad="#CCCCCC")
     for axis, (title, table) in zip(axes.flat, tables.items(), strict=True):
         values = np.array([[row[c] for c in columns] for row in table.values()])
-        shown = axis.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        for (i, j), value in np.ndenumerate(values):
-            axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color="w" if value < 0.6 else "k")
+        shown = axis.imshow(values, vmin=0, vmax=1, cmap=viridis, aspect="auto")
+        for (i, j), value in np.ndenumerate(np.round(values, 2) + 0.0):  # no -0.00
+            text, color = "–" if np.isnan(value) else f"{value:.2f}", "w" if value < 0.6 else "k"
+            axis.text(j, i, text, ha="center", va="center", fontsize=7, color=color)
         axis.set_xticks(range(len(columns)), columns, rotation=20, fontsize=7)
         axis.set_yticks(range(len(table)), list(table), fontsize=7)
         axis.set_title(title, fontsize=9)
@@ -377,7 +375,8 @@ def _curves(axis: plt.Axes, series: dict[str, dict[float, Sequence[float]]]) -> 
         at = sorted(points)
         mean = [np.mean(points[x]) for x in at]
         spread = [np.std(points[x], ddof=1) if len(points[x]) > 1 else 0 for x in at]
-        axis.errorbar(at, mean, spread, marker="o", ms=4, capsize=2, color=plt.get_cmap("tab10")(k), label=name)
+        label = name if max(map(len, points.values())) > 1 else f"{name} (one seed)"
+        axis.errorbar(at, mean, spread, marker="o", ms=4, capsize=2, color=plt.get_cmap("tab10")(k), label=label)
 
 
 def curves(series: dict[str, dict[float, Sequence[float]]], *, xlabel: str, ylabel: str) -> Figure:
@@ -385,7 +384,7 @@ def curves(series: dict[str, dict[float, Sequence[float]]], *, xlabel: str, ylab
     figure, ((axis,),) = _figure(1, 1, height=3, width=6)
     _curves(axis, series)
     axis.set(xlabel=xlabel, ylabel=ylabel)
-    axis.legend(fontsize=7)
+    legend(figure, columns=2, side="upper")
     return figure
 
 
@@ -397,6 +396,5 @@ def curve_panels(panels: dict[str, dict], *, xlabel: str, ylabel: str) -> Figure
         axis.set(xlabel=xlabel, ylim=(-0.03, 1.05))
         axis.set_title(title, fontsize=9)
     axes[0].set_ylabel(ylabel)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, ncols=2, fontsize=7, frameon=False, loc="outside lower center")
+    legend(figure, columns=2)
     return figure

@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import backbones, config, inputs, pretrain, runs
+from . import backbones, config, inputs, pretrain, results, runs
 from .config import Settings
 from .data.store import Store
 from .pairs import PAIRS
-from .results import NAMES
 
 PENALTIES = np.logspace(-4, 3, 15)
 STEPS = 200  # from which on a small network reads every factor of the miniature worlds
@@ -227,18 +226,26 @@ def normalised(
     }
 
 
+def _empty(row: dict[str, float]) -> bool:
+    """Whether a block has no dimension: exactly 0 for every factor (see ``r2``), or not a number without a ceiling."""
+    return not np.nan_to_num(list(row.values())).any()
+
+
 def panels(
     by_run: dict[str, dict[str, dict]],
     ceilings: dict[str, dict[str, Sequence[float]]],
     kernel: str = "linear",
     methods: Sequence[str] = ("DeCUR", "Barlow Twins", "Random initialisation"),
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Means over seeds for ``plots.matrix``: the ceiling, a row per modality, then a table for each of some methods."""
+    """Means over seeds for ``plots.matrix``: the ceiling, a row per modality, then a table for each of some methods.
 
-    names = [NAMES[modality] for modality in ceilings]
+    Not a number where a block has no dimension to read from.
+    """
+    names = [results.NAMES[modality] for modality in ceilings]
 
     def mean(tables: Sequence[dict]) -> dict[str, dict[str, float]]:
-        return {row: {f: float(np.mean([t[row][f] for t in tables])) for f in tables[0][row]} for row in tables[0]}
+        means = {row: {f: float(np.mean([t[row][f] for t in tables])) for f in tables[0][row]} for row in tables[0]}
+        return {row: dict.fromkeys(v, np.nan) if _empty(v) else v for row, v in means.items()}
 
     panels = {"Supervised network: the ceiling, $R^2$": dict(zip(names, mean([ceilings]).values(), strict=True))}
     for method in methods:
@@ -268,19 +275,28 @@ def over_shares(
 
 
 def report(by_run: dict[str, dict[str, dict]], seen_by: dict[str, str], modalities: Sequence[str]) -> str:
-    """``scores`` of every method, mean ± deviation over seeds, as a Markdown table."""
+    """``scores`` of every method, mean ± deviation over seeds, as a Markdown table.
+
+    Below it: which methods have no unique dimensions, and so 0 there without a measurement.
+    """
     found: dict[tuple, list[dict]] = {}
+    whole = {}  # methods without unique dimensions, in order
     for label, table in by_run.items():
         for kernel, values in table.items():
+            if all(_empty(values[f"unique {m}"]) for m in (1, 2)):
+                whole[label.partition(", seed")[0]] = None
             found.setdefault((label.partition(", seed")[0], kernel), []).append(scores(values, seen_by, modalities))
     names = {"right": "right block", "wrong": "wrong block (leakage)", "block score": "block score"}
     names["impossible"] = "impossible"
-    lines = ["| Method | Probe | " + " | ".join(names.values()) + " |", "|---" * 6 + "|"]
+    lines = []
     for (method, kernel), seeds in found.items():
         cells = [[each[name] for each in seeds] for name in names]
-        texts = [f"{np.mean(c):.2f}" + (f" ± {np.std(c, ddof=1):.2f}" if len(c) > 1 else "") for c in cells]
-        lines.append(f"| {method} | {kernel} | " + " | ".join(texts) + " |")
-    return "\n".join(lines)
+        spreads = [(np.mean(c), np.std(c, ddof=1) if len(c) > 1 else None) for c in cells]
+        texts = ["–" if np.isnan(mean) else results._cell(mean, deviation, digits=2) for mean, deviation in spreads]
+        lines.append([method, kernel, *texts])
+    text = results._markdown(["Method", "Probe", *names.values()], lines)
+    note = "Without unique dimensions, where an $R^2$ of 0 stands by definition and is not measured: "
+    return f"{text}\n\n{note}{'; '.join(whole)}." if whole else text
 
 
 def scores(table: dict[str, dict[str, float]], seen_by: dict[str, str], modalities: Sequence[str]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
 from .runs import METHODS
@@ -66,10 +66,11 @@ def per_class(records: Sequence[dict], *, protocol: str, inputs: str, fraction: 
     }
 
 
-def _cell(mean: float | None, deviation: float | None = None, best: float | None = None) -> str:
+def _cell(mean: float | None, deviation: float | None = None, best: float | None = None, *, digits: int = 1) -> str:
     if mean is None:
         return ""
-    text = f"{mean:.1f}" + (f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{deviation:.1f}" if deviation is not None else "")
+    spread = f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{deviation:.{digits}f}" if deviation is not None else ""
+    text = f"{mean:.{digits}f}{spread}"
     return f"**{text}**" if mean == best else text
 
 
@@ -103,18 +104,33 @@ def _best(values: Iterable[float | None]) -> float | None:
     return max((v for v in values if v is not None), default=None)
 
 
-def _beside(rows: dict[str, list], ours: dict[str, list], columns: Sequence[str], names: dict[str, str]) -> str:
-    """The paper's numbers (row -> one or None per column) and ours (row -> those of the seeds), best in bold."""
+def _beside(
+    rows: dict[str, list],
+    ours: dict[str, list],
+    columns: Sequence[str],
+    names: dict[str, str],
+    *,
+    head: str = "ours",
+    apart: Container[tuple[str, int]] = (),
+) -> str:
+    """The paper's numbers (row -> one or None per column) and ours (row -> those of the seeds), best in bold.
+
+    ``head``: of our columns; ``apart``: (row, column) of cells that are not compared with others, never in bold.
+    """
     spreads = {row: [_spread(values) for values in ours[row]] for row in rows}
-    best = [_best(column) for column in zip(*rows.values(), strict=True)]
-    top = [_best(mean for mean, _ in column) for column in zip(*spreads.values(), strict=True)]
+    best, top = [], []
+    for k in range(len(columns)):
+        compared = [row for row in rows if (row, k) not in apart]
+        best.append(_best(rows[row][k] for row in compared))
+        top.append(_best(spreads[row][k][0] for row in compared))
     lines = []
     for row, values in rows.items():
         cells = [names.get(row, row)]
         for k, value in enumerate(values):
-            cells += [_cell(value, None, best[k]), _cell(*spreads[row][k], top[k])]
+            marked = (None, None) if (row, k) in apart else (best[k], top[k])
+            cells += [_cell(value, None, marked[0]), _cell(*spreads[row][k], marked[1])]
         lines.append(cells)
-    return _markdown(["", *(text for c in columns for text in (f"{c}, paper", "ours"))], lines)
+    return _markdown(["", *(text for c in columns for text in (f"{c}, paper", head))], lines)
 
 
 def table(number: int, records: Sequence[dict], part: str) -> str:
@@ -122,7 +138,9 @@ def table(number: int, records: Sequence[dict], part: str) -> str:
 
     ``number, part``: 1 with ``sar+optical`` or ``sar``; 2 with ``rgb+dem`` or ``rgb``; 3 with ``sunrgbd`` or ``nyuv2``;
     4 with ``sar+optical`` or ``rgb+dem``. Our cells are empty where nothing ran. A row without pretraining has one
-    score for each share of labels, as in the paper. Which data ours come from is for the caption: see ``source``.
+    score for each share of labels, as in the paper; it is compared with others (the best in bold) only in columns of
+    its own protocol. In Table 4 our share of labels may be another than the paper's; the header says it. Which data
+    ours come from is for the caption: see ``source``.
     """
     return {1: _linear_and_finetune, 2: _linear_and_finetune, 3: _table3, 4: _table4}[number](number, records, part)
 
@@ -135,7 +153,8 @@ def _linear_and_finetune(number: int, records: Sequence[dict], part: str) -> str
     for method in rows:
         tasks = [(fraction, ONLY.get(method, protocol)) for fraction, protocol in COLUMNS.values()]
         ours[method] = [[numbers(r)[0] for r in choose(found, method=method, fraction=f, protocol=p)] for f, p in tasks]
-    return _beside(rows, ours, list(COLUMNS), METHODS)
+    apart = {(m, k) for m in rows for k, (_, p) in enumerate(COLUMNS.values()) if ONLY.get(m, p) != p}
+    return _beside(rows, ours, list(COLUMNS), METHODS, apart=apart)
 
 
 # Rows of Table 3: the paper's name, our network, method and inputs; None: systems that the paper quotes.
@@ -182,7 +201,8 @@ def _table4(number: int, records: Sequence[dict], part: str) -> str:
         had = [numbers(r)[0] for r, s in about if [s.get("intra", True), s.get("decoupling", True)] == switches]
         ours[row] = [had]
     rows, names = {row: [paper[row][column]] for row in TABLE4}, {row: name for row, (name, *_) in TABLE4.items()}
-    return _beside(rows, ours, (paper["columns"][column],), names)
+    head = f"ours ({100 * least:g} % finetune)" if found else "ours"
+    return _beside(rows, ours, (paper["columns"][column],), names, head=head)
 
 
 def _series(points: Iterable[tuple[str, float, dict]]) -> dict[str, dict[float, list[float]]]:

@@ -172,3 +172,20 @@ def test_the_ceiling_is_computed_once_and_not_on_images_that_it_is_tested_on(tmp
     runs.path(settings, "ceiling", "sar_optical-sar-seed3.json").unlink()
     probe.ceiling(settings, store, factors, samples=16)
     assert len(calls) == 5 and len(Store(store)) == 32
+
+
+def test_blocks_without_dimensions_are_told_from_measured_ones(random):
+    values = {name: random.uniform(-1, 1, 60) for name in "cab"}
+    z, (member,) = torch.rand(60, 4), config.members(config.load("mini", {"sweep": {}, "method": "vicreg"}))
+    by_run = probe.tables({"VICReg, seed 0": (z, z)}, [member], values)
+    x = random.normal(size=(60, 2))
+    by_run["DeCUR, seed 0"] = {k: probe.matrix(probe.blocks(x, x, 1), values, kernel=k) for k in ("linear", "rbf")}
+    ceilings = {m: {name: [1.0] for name in "cab"} for m in ("sar", "optical")}
+    shown = probe.panels(by_run, ceilings, methods=("VICReg", "DeCUR"))
+    assert np.isnan(list(shown["VICReg"]["unique, SAR"].values())).all()
+    assert np.isfinite([list(row.values()) for row in shown["DeCUR"].values()]).all()
+    table, note = probe.report(by_run, SEEN_BY, ("sar", "optical")).split("\n\n")
+    assert len(table.splitlines()) == 2 + 4 and note.endswith("is not measured: VICReg.")
+    again = {k.replace("0", "1"): v for k, v in by_run.items()}
+    spaced = probe.report(by_run | again, SEEN_BY, ("sar", "optical"))
+    assert "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.00" in spaced and " ± " not in spaced

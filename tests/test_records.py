@@ -84,3 +84,16 @@ def test_every_mark_in_the_book_has_its_table():
 def test_settings_are_listed_with_default_and_meaning(app):
     table = records.settings(app, "")
     assert "| `learning_rate` | `0.2` |" in table and "| `world.layout` | `coregistered` |" in table
+    assert "| `name` | (empty) |" in table and "``" not in table
+
+
+def test_benchmarks_are_drawn_and_their_settings_rounded(app, tmp_path):
+    about = {"hardware": {"gpus": [], "cores": 2, "processor": "some CPU"}, "versions": {"torch": "2"}}
+    about |= {"commit": "c", "modified": False, "date": "2026-01-01"}
+    settings = {"device": "cpu", "k": 8192, "TFLOP per step": 0.125879451648}
+    rows = [{"processes": 1, "pairs/s": 600.0}, {"processes": 2, "pairs/s": 1100.0}]
+    record = {"settings": settings, "rows": rows, "provenance": about}
+    runs.write_json(tmp_path / "benchmarks" / "records" / "scaling.json", record)
+    assert "Settings: device cpu, k 8192, TFLOP per step 0.1259." in records.benchmark(app, "scaling")
+    assert "fig-bench-scaling" in records.figure(app, "scaling")
+    assert "<!-- processes -->" in (tmp_path / "_build" / "figures" / "scaling.svg").read_text()

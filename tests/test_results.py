@@ -61,10 +61,26 @@ def test_table_1_puts_ours_beside_the_paper_and_leaves_gaps():
     rows = rows_of(results.table(1, RECORDS, "sar+optical"))
     assert rows["DeCUR"][:4] == ["**79.4**", "**63.0 ± 3.0**", "**81.7**", ""]
     assert rows["VICReg"][1::2] == [""] * 4
-    assert rows["Random initialisation"][:4] == ["58.7", "40.0", "58.7", "**40.0**"], "one score, as in the paper"
+    assert rows["Random initialisation"][:4] == ["58.7", "40.0", "58.7", "40.0"], "one score, as in the paper"
     assert not any(cell for row in rows_of(results.table(1, [], "sar")).values() for cell in row[1::2])
     elsewhere = [r | {"variant": "common-dim_common8"} for r in RECORDS] + [r | {"dataset": "GeoNRW"} for r in RECORDS]
     assert not any(cell for row in rows_of(results.table(1, elsewhere, "sar+optical")).values() for cell in row[1::2])
+
+
+def test_the_best_is_chosen_among_rows_of_the_columns_own_protocol():
+    found = [record("supervised", 0, 90.0, fraction=1.0, protocol="finetune"), record("random", 0, 70.0, fraction=1.0)]
+    for protocol, score in (("linear", 60.0), ("finetune", 80.0)):
+        found += [record(m, 0, score - k, fraction=1.0, protocol=protocol) for k, m in enumerate(("decur", "clip"))]
+    rows = rows_of(results.table(1, found, "sar+optical"))
+    linear, finetune = (
+        {name: row[2 * list(results.COLUMNS).index(c) + 1] for name, row in rows.items() if any(row[1::2])}
+        for c in ("100 % linear", "100 % finetune")
+    )
+    assert linear == {"Random initialisation": "**70.0**", "Supervised": "90.0", "CLIP": "59.0", "DeCUR": "60.0"}
+    assert finetune == {"Random initialisation": "70.0", "Supervised": "**90.0**", "CLIP": "79.0", "DeCUR": "80.0"}
+    paper = dict(zip(results.COLUMNS, rows["Supervised"][::2], strict=True))
+    assert paper["100 % linear"] == "88.9", "above DeCUR's 85.4, but in another protocol"
+    assert rows["DeCUR"][2 * list(results.COLUMNS).index("100 % linear")] == "**85.4**"
 
 
 def segmented(method, seed, miou, **more):
@@ -100,7 +116,10 @@ def test_table_4_looks_at_its_own_runs_alone():
     about = {"variant": "terms-x", "pair": "sar_optical", "settings": {"pretraining": {}}}
     found = [record("decur", 0, 50.0, fraction=1.0, protocol="finetune") | about]
     found.append(record("decur", 0, 40.0, fraction=0.01, protocol="finetune") | about | {"variant": ""})
-    assert rows_of(results.table(4, found, "sar+optical"))["DeCUR"][1] == "**50.0**"
+    text = results.table(4, found, "sar+optical")
+    assert rows_of(text)["DeCUR"][1] == "**50.0**"
+    assert text.splitlines()[0].endswith("(1% finetune), paper | ours (100 % finetune) |"), "each one's share"
+    assert results.table(4, [], "sar+optical").splitlines()[0].endswith("paper | ours |")
 
 
 def test_source_names_data_profile_commit_and_hardware():

@@ -55,7 +55,10 @@ def table(app, argument: str) -> str:
 
 def settings(app, _: str) -> str:
     """Every setting with its default and meaning."""
-    rows = ((f"`{name}`", f"`{default}`", meaning) for name, default, meaning in config.describe())
+    described = config.describe()
+    rows = (
+        (f"`{name}`", f"`{default}`" if str(default) else "(empty)", meaning) for name, default, meaning in described
+    )
     return results._markdown(("setting", "default", "meaning"), rows)
 
 
@@ -77,7 +80,8 @@ def benchmark(app, name: str) -> str:
         return "*Not measured.*"
     rows, about = record["rows"], record["provenance"]
     lines = results._markdown(list(rows[0]), [list(map(_number, row.values())) for row in rows])
-    chosen = (f"{k} {v}" for k, v in record["settings"].items() if isinstance(v, int | float | str))
+    found = {k: v for k, v in record["settings"].items() if isinstance(v, int | float | str)}
+    chosen = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items())
     hardware, state = about["hardware"], " with changes" if about["modified"] else ""
     machine = ", ".join(hardware["gpus"]) or f"{hardware['cores']} cores of {hardware['processor']}"
     where = f"{machine}; torch {about['versions']['torch']}; commit {about['commit']}{state}; {about['date'][:10]}"
@@ -135,7 +139,10 @@ def figure(app, name: str) -> str:
     series = {label: [row[column] for row in record["rows"]] for column, label in columns.items()}
     target = Path(app.srcdir) / "_build" / "figures" / f"{name}.svg"
     target.parent.mkdir(parents=True, exist_ok=True)
-    plots.bars(groups, series, unit=unit, log=log).savefig(target, metadata={"Date": None})
+    drawn = plots.bars(groups, series, unit=unit, log=log)
+    if all(group.isdigit() for group in groups):  # a number says nothing alone
+        drawn.axes[0].set_xlabel(keys[0])
+    drawn.savefig(target, metadata={"Date": None})
     return f"```{{figure}} /_build/figures/{name}.svg\n:alt: {seen} as bars\n:name: fig-bench-{name}\n\n{seen}.\n```"
 
 

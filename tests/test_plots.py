@@ -1,0 +1,106 @@
+"""Figures say what they show: names of the tables, legends beside the data, marks for what is missing."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from decur_core import plots, styles
+from decur_core.config import METHODS
+
+
+@pytest.fixture
+def random():
+    return np.random.default_rng(0)
+
+
+def legend_of(figure) -> list[str]:
+    assert not any(axis.get_legend() for axis in figure.axes), "it would cover data"
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_methods_have_the_names_and_the_order_of_the_tables():
+    methods = ["decur", "supervised", "barlow_twins", "random"]
+    expected = ["Random initialisation", "Supervised", "Barlow Twins", "DeCUR"]
+    same = {"inputs": "both", "fraction": 1.0, "protocol": "linear", "mean": 50.0, "deviation": None}
+    assert legend_of(plots.scores([{"method": m, **same} for m in methods])) == expected
+    assert legend_of(plots.per_class({m: [1.0, None] for m in methods}, classes=["a", "b"])) == expected
+    assert [styles.STYLES[m][0] for m in METHODS] == list(METHODS.values())
+
+
+def test_a_label_tells_its_method():
+    assert styles.method_of("Barlow Twins, single modality, sar, seed 0") == "barlow_twins_single"
+    assert styles.method_of("Barlow Twins, seed 3") == "barlow_twins" and styles.method_of("DeCUR") == "decur"
+    assert styles.method_of("within modality 1") is None
+    assert styles.named("rgb, common") == "RGB, common" and styles.named("depth") == "depth"
+
+
+def test_only_matrices_of_decur_and_of_no_run_have_a_border():
+    names = ["DeCUR, seed 0", "VICReg, seed 0", "Barlow Twins, single modality, sar, seed 0", "across modalities"]
+    figure = plots.correlation({name: np.eye(4) for name in names}, dim_common=3)
+    assert [len(axis.lines) for axis in figure.axes[:4]] == [2, 0, 0, 2]
+    assert "\n" in figure.axes[2].get_title()
+
+
+def test_losses_have_plain_ticks_and_one_legend():
+    runs = {"DeCUR": [{"step": k, "total": 30.0 - k, "unique": 0.1} for k in range(10)]}
+    runs["CLIP"] = [{"step": k, "total": 5.8 - k / 10} for k in range(10)]
+    figure = plots.history(runs, smooth=2)
+    assert legend_of(figure) == ["total", "unique"]
+    figure.canvas.draw()
+    for axis in figure.axes:
+        texts = [t.get_text() for t in axis.get_yticklabels(which="both")]
+        assert any(texts) and all(float(t) > 0 for t in texts if t)
+
+
+def test_dimensions_of_a_pair_say_which_modality_is_the_first(random):
+    points = {"rgb_dem": random.normal(size=(8, 2)), "a run": random.normal(size=(8, 2))}
+    figure = plots.dimensions(points, dim_common={"rgb_dem": 3, "a run": 3})
+    assert [axis.get_title() for axis in figure.axes] == ["RGB (first), elevation (second)", "a run"]
+    assert len(legend_of(figure)) == 4
+
+
+def test_alignment_has_the_colours_of_methods_and_says_what_it_cuts(random):
+    figure = plots.alignment({"DeCUR, seed 0": random.uniform(0, 1.5, 50), "something": random.uniform(0, 1, 50)})
+    assert figure.axes[0].patches[0].get_edgecolor() == plt.matplotlib.colors.to_rgba(styles.STYLES["decur"][1])
+    assert figure.axes[0].get_xticklabels()[-1].get_text() == "≥ 1"
+
+
+def test_series_of_one_seed_are_marked():
+    figure = plots.curves({"many": {1: [1, 2], 2: [3]}, "few": {1: [1], 2: [2]}}, xlabel="x", ylabel="y")
+    assert legend_of(figure) == ["many", "few (one seed)"]
+
+
+def test_histograms_share_bins_of_whole_numbers_and_name_bands(random):
+    images = random.integers(0, 200, (3, 13, 8, 8)).astype(np.uint8)
+    images[:, 10] = 3
+    axis = plots.histograms({"optical": images}, unit="8-bit value").axes[0]
+    lines = {line.get_label(): line.get_xydata() for line in axis.lines}
+    assert list(lines)[-3:] == ["B10", "B11", "B12"] and axis.get_yscale() == "log"
+    assert len({str(line.get_color()) for line in axis.lines}) == 13
+    assert all(np.nansum(points[:, 1]) == pytest.approx(1) for points in lines.values())
+    assert np.nanmax(lines["B10"][:, 1]) == 1 and np.allclose(np.diff(lines["B1"][:, 0]), 4)
+    real = plots.histograms({"sar": random.normal(size=(3, 2, 8, 8))}, unit="dB").axes[0]
+    assert [np.nansum(line.get_ydata()) for line in real.lines] == pytest.approx([1, 1])
+    flat = plots.histograms({"dem": np.full((3, 1, 8, 8), 7, np.uint8)}, unit="8-bit value").axes[0]
+    assert np.nansum(flat.lines[0].get_ydata()) == 1
+
+
+def test_empty_saliency_and_the_range_of_radar_are_written_in(random):
+    image, heat = random.random((3, 8, 8)), random.random((8, 8))
+    row = {"rgb": image, "rgb, common": (image, heat), "rgb, unique": (image, np.zeros((8, 8)))}
+    axes = plots.saliency([row], list(row)).axes
+    assert [[t.get_text() for t in axis.texts] for axis in axes] == [[], [], ["empty"]]
+    assert axes[1].get_title() == "RGB,\ncommon"
+    radar = np.stack([np.full((8, 8), -12.0), np.full((8, 8), -20.0)])
+    axes = plots.pairs([{"id": "a/b", "optical": random.random((1, 13, 8, 8)), "sar": radar[None]}]).axes
+    assert [axis.get_title() for axis in axes] == ["b", "-12 to -12 dB", "-20 to -20 dB"]
+
+
+def test_what_is_not_a_number_is_a_dash_and_zero_has_no_sign():
+    axis = plots.matrix({"a": {"row": {"x": np.nan, "y": -0.001, "z": 0.5}}}, unit="R2").axes[0]
+    assert [text.get_text() for text in axis.texts] == ["–", "0.00", "0.50"]
+
+
+def test_ways_of_a_benchmark_differ_in_colour():
+    axis = plots.bars([""], {"published": [9], "ours": [2], "ours, gravity given": [1]}, unit="ms").axes[0]
+    assert len({bar.get_facecolor() for bar in axis.patches}) == 3
