@@ -110,7 +110,12 @@ def peak_arithmetic() -> float:
 
 
 def peak_memory(module: str, prepare: str, *, device: str = "cpu", **arguments) -> int:
-    """Bytes that a piece of work holds at its peak on top of its inputs, measured in a fresh process.
+    """Bytes that a piece of work holds at its peak on top of its inputs; see ``cost``."""
+    return cost(module, prepare, device=device, **arguments)[0]
+
+
+def cost(module: str, prepare: str, *, device: str = "cpu", **arguments) -> tuple[int, float]:
+    """Bytes that a piece of work holds at its peak on top of its inputs, and its seconds, in a fresh process.
 
     ``module.prepare(**arguments, device=...)`` makes the inputs and returns the work as a callable; ``arguments`` must
     be JSON-able. On the CPU it is the rise of the resident set to its high-water mark (Linux), on a GPU that of the
@@ -122,7 +127,8 @@ def peak_memory(module: str, prepare: str, *, device: str = "cpu", **arguments) 
     out = subprocess.run(command, cwd=config.ROOT, capture_output=True, text=True)
     if out.returncode:
         raise RuntimeError(f"{module}.{prepare} {text} failed with exit code {out.returncode}:\n{out.stderr}")
-    return int(out.stdout.split()[-1])
+    peak, took = out.stdout.split()[-2:]
+    return int(peak), float(took)
 
 
 def _resident(field: str) -> int:
@@ -133,19 +139,20 @@ def _peak(module: str, prepare: str, text: str) -> None:
     arguments = json.loads(text)
     work = getattr(importlib.import_module(module), prepare)(**arguments)
     gc.collect()
-    if torch.device(arguments["device"]).type == "cuda":
+    gpu = torch.device(arguments["device"]).type == "cuda"
+    if gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        work()
-        torch.cuda.synchronize()
-        print(torch.cuda.max_memory_allocated() - before)
     else:
         # Not ru_maxrss: it starts at the parent's resident set, which survives fork and exec. "5" resets the mark.
         Path("/proc/self/clear_refs").write_text("5")
         before = _resident("VmRSS")
-        work()
-        print(_resident("VmHWM") - before)
+    began = time.perf_counter()
+    work()
+    synchronize(arguments["device"])
+    took = time.perf_counter() - began
+    print((torch.cuda.max_memory_allocated() if gpu else _resident("VmHWM")) - before, took)
 
 
 def table(rows: Sequence[dict]) -> str:

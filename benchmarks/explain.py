@@ -4,7 +4,6 @@ Time and memory in one fresh process each; the second must not grow with the num
 """
 
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -57,11 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sizes = {"pairs": pairs, "side": o.side, "steps": o.steps}
         todo.append((f"saliency of {pairs} pairs", "saliency", sizes))
     for what, prepare, sizes in todo:
-        work = globals()[prepare](**sizes, **shared)
-        began = time.perf_counter()
-        work()
-        took = time.perf_counter() - began
-        peak = common.peak_memory("benchmarks.explain", prepare, **sizes, **shared)
+        peak, took = common.cost("benchmarks.explain", prepare, **sizes, **shared)
         rows.append({"what": what, "seconds": took, "MB at the peak": peak / 1e6})
     print(common.table(rows))
     print(common.save("explain", settings=vars(o), rows=rows, device=o.device))
