@@ -219,9 +219,17 @@ def run_members(settings: Settings, store_path: Path | str, *, shard: tuple[int,
     """``run`` for every member of the profile's ``sweep``, one after the other: run label to folder.
 
     ``shard`` (i, n): only the i-th member and every n-th after it, so that n jobs share the work.
+    Raises what ``run`` raises; ``Interrupted`` also where a signal came too late for a member to stop at.
     """
-    part, count = shard
-    return {runs.label(member): run(member, store_path) for member in config.members(settings)[part::count]}
+    (part, count), folders = shard, {}
+    members = config.members(settings)[part::count]
+    with runs.stop_signals() as received:
+        for member in members:
+            if asked := distributed.largest(received[0] if received else 0):
+                state = f"{len(folders)} of {len(members)} runs are finished"
+                raise Interrupted(f"{signal.Signals(asked).name}: {state}; the same call goes on with the others")
+            folders[runs.label(member)] = run(member, store_path)
+    return folders
 
 
 def example_views(store: Store, modality: Modality, size: int, *, count: int = 8) -> np.ndarray:

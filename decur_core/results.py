@@ -175,12 +175,17 @@ TABLE3 = {
 
 def _table3(number: int, records: Sequence[dict], part: str) -> str:
     dataset, rows, ours = {"sunrgbd": "SUN RGB-D", "nyuv2": "NYU Depth v2"}[part], PAPER["table3_rgbd"][part], {}
+    names = {row: name for row, (name, _) in TABLE3.items()}
     for row in rows:
         network, method, inputs = TABLE3[row][1] or ("", "", "")
         wanted = {"dataset": dataset, "network": network, "method": method, "inputs": inputs, "fraction": 1.0}
         found = choose(records, protocol="finetune", **wanted)
         ours[row] = [[numbers(r)[k] for r in found] for k in (0, 1)]
-    return _beside(rows, ours, ("mIoU", "accuracy"), {k: name for k, (name, _) in TABLE3.items()})
+        about = [r.get("settings", {}).get("pretraining", {}) for r in found if network == "CMX"]
+        used = {f"cmx_{a['backbone'].removeprefix('mit_')}" for a in about if "backbone" in a}
+        if other := sorted(used - {row.partition("/")[0]}):  # the paper's rows have a size of network in their names
+            names[row] += f", ours {', '.join(other).replace('cmx_', '').upper()}"
+    return _beside(rows, ours, ("mIoU", "accuracy"), names)
 
 
 TABLE4 = {  # row: its name, and the settings intra and decoupling

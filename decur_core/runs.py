@@ -92,18 +92,26 @@ def locked(folder: Path, *, wait: bool = False):
         yield
 
 
+_listening: list[list[int]] = []  # of every ``stop_signals`` that has been entered and not left
+
+
 @contextlib.contextmanager
 def stop_signals():
-    """A list that fills with SIGTERM, SIGUSR1 and SIGINT, which would otherwise end the process where it stands."""
+    """A list that fills with SIGTERM, SIGUSR1 and SIGINT, which would otherwise end the process where it stands.
+
+    One inside another does not keep a signal from the outer one.
+    """
     received: list[int] = []
     possible = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) if possible else ()
-    before = {n: signal.signal(n, lambda number, frame: received.append(number)) for n in numbers}
+    _listening.append(received)
+    before = {n: signal.signal(n, lambda number, frame: [each.append(number) for each in _listening]) for n in numbers}
     try:
         yield received
     finally:
         for n, handler in before.items():
             signal.signal(n, handler)
+        _listening[:] = [each for each in _listening if each is not received]
 
 
 def progress(steps: Iterable, *, disable: bool = False, **options):

@@ -561,3 +561,20 @@ def test_a_shard_that_cannot_be_is_refused_before_any_work(capsys, shard):
     with pytest.raises(SystemExit) as stop:
         pretrain.main(["start", f"--shard={shard}"])
     assert stop.value.code == 2 and "expected I/N with I from 0 to N - 1" in capsys.readouterr().err
+
+
+def test_a_signal_in_the_last_step_of_a_member_stops_the_sweep_before_the_next(tiny, pair_store, monkeypatch):
+    settings, real, calls = tiny(sweep={"seed": [0, 1, 2]}), pretrain._loss, []
+
+    def signal_at_the_end(*arguments):
+        calls.append(1)
+        if len(calls) == 16:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(pretrain, "_loss", signal_at_the_end)
+    with pytest.raises(pretrain.Interrupted, match="SIGTERM: 1 of 3 runs are finished"):
+        pretrain.run_members(settings, pair_store)
+    assert len(calls) == 16
+    assert len(pretrain.run_members(settings, pair_store)) == 3 and len(calls) == 48
+    assert not runs._listening and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -97,6 +97,9 @@ def test_table_2_and_3_hold_miou_and_accuracy_of_the_right_network_and_inputs():
     rows = rows_of(results.table(3, found, "nyuv2"))
     assert rows["FCN, RGB"] == ["29.2", "30.0", "60.0", "60.0"]
     assert rows["CMX-B5 (DeCUR)"] == ["**57.3**", "**50.0**", "**80.3**", "**80.0**"]
+    for backbone, name in (("mit_b5", "CMX-B5 (DeCUR)"), ("mit_b0", "CMX-B5 (DeCUR), ours B0")):
+        found[-1]["settings"] = {"pretraining": {"backbone": backbone}}
+        assert rows_of(results.table(3, found, "nyuv2"))[name] == rows["CMX-B5 (DeCUR)"]
     assert rows["OMNIVORE (quoted)"] == ["54.0", "", "", ""] and "CMX-B2" not in rows
     assert list(rows_of(results.table(3, [], "sunrgbd")))[-1] == "CMX-B2 (DeCUR)"
 
