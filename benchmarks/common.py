@@ -117,9 +117,9 @@ def peak_memory(module: str, prepare: str, *, device: str = "cpu", **arguments) 
 def cost(module: str, prepare: str, *, device: str = "cpu", **arguments) -> tuple[int, float]:
     """Bytes that a piece of work holds at its peak on top of its inputs, and its seconds, in a fresh process.
 
-    ``module.prepare(**arguments, device=...)`` makes the inputs and returns the work as a callable; ``arguments`` must
-    be JSON-able. On the CPU it is the rise of the resident set to its high-water mark (Linux), on a GPU that of the
-    memory PyTorch has allocated.
+    ``module.prepare(**arguments, device=...)`` makes the inputs and returns the work as a callable, which runs once,
+    without a warm-up; ``arguments`` must be JSON-able. On the CPU the bytes are the rise of the resident set to its
+    high-water mark (Linux), on a GPU that of the memory PyTorch has allocated.
     """
     text = json.dumps({**arguments, "device": device})
     code = f"from benchmarks.common import _peak; _peak({module!r}, {prepare!r}, {text!r})"

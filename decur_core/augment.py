@@ -18,7 +18,7 @@ from torch import Tensor
 ATTEMPTS = 10  # at a crop that fits, before the central one is taken (as torchvision)
 # Values rendered at once: for a CPU's cache, against the cost of a call where samples go one by one, and to bound a
 # GPU's memory.
-CHUNK = {"cpu": 2**18, "one by one": 2**21, "cuda": 2**26}
+CHUNK = {"matrices": 2**18, "one by one": 2**21, "cuda": 2**26}
 SMALL = 48  # side of views, pixels, up to which a CPU too is faster with matrices for many samples than with a loop
 
 
@@ -82,7 +82,7 @@ def augment(images: Tensor, policy: Policy, *, generator: torch.Generator, part:
     shape, on_cpu, scratch = (count, channels, policy.size, policy.size), images.device.type == "cpu", None
     # numpy asks Linux for huge pages: a page fault for each 4 KiB of fresh memory costs as much as a crop
     views = torch.from_numpy(np.empty(shape, np.float32)) if on_cpu else torch.empty(shape, device=images.device)
-    way = "cpu" if on_cpu else "cuda"
+    way = "matrices" if on_cpu else "cuda"
     if on_cpu and policy.size > SMALL:  # large temporaries would cost more in page faults than in arithmetic
         way = "one by one"
         side = max(policy.size + 2 * _radius(policy.blur_sigma[1]), height, width)

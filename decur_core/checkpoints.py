@@ -17,16 +17,18 @@ def save(state: dict, file: Path) -> None:
         raise OSError(f"{file} cannot be written: {error.__context__ or error}") from error
 
 
-def load(file: Path) -> dict:
-    """What ``save`` wrote; OSError for a torn file, and for bytes that changed since, which torch would not notice."""
+def load(file: Path, way: str = "") -> dict:
+    """What ``save`` wrote; OSError for a torn file, and for bytes that changed since, which torch would not notice.
+
+    ``way``: the way out, for the error's text.
+    """
     try:
         with zipfile.ZipFile(file) as archive:
             if part := archive.testzip():
                 raise zipfile.BadZipFile(f"the checksum of {part} is wrong")
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds
-        about = f"{file} cannot be read ({type(error).__name__}: {error})"
-        raise OSError(f"{about}; if it is removed, the same call does without it") from error
+        raise OSError(f"{file} cannot be read ({type(error).__name__}: {error}); {way}".rstrip("; ")) from error
 
 
 def files(folder: Path) -> list[Path]:
@@ -40,7 +42,7 @@ def newest(folder: Path, identity: dict) -> dict | None:
         try:
             state = load(file)
         except OSError as error:
-            print(f"{error}; now trying the one before")
+            print(f"{error}; trying the one before")
             continue
         same_settings(state["settings"], identity, folder)
         return state

@@ -311,14 +311,21 @@ def overrides(items: Iterable[str]) -> dict:
     return made
 
 
+def check_shard(part: int, count: int) -> None:
+    """Refuse a part of a work that cannot be: ``part`` is 0 to ``count`` - 1."""
+    if not 0 <= part < count:
+        raise ConfigError(f"shard {part}/{count}: expected I/N with I from 0 to N - 1")
+
+
 def add_shard(parser: argparse.ArgumentParser, meaning: str) -> None:
     """The option ``--shard I/N`` of a command line, a pair of numbers."""
 
     def shard(text: str) -> tuple[int, int]:
-        part, _, count = text.partition("/")
-        if not (part.isdecimal() and count.isdecimal() and int(part) < int(count)):
-            raise argparse.ArgumentTypeError(f"{text!r}; expected I/N with I from 0 to N - 1")
-        return int(part), int(count)
+        try:
+            check_shard(*(parts := [int(number) for number in text.split("/")]))
+        except (TypeError, ValueError):  # the first: not two of them
+            raise argparse.ArgumentTypeError(f"{text!r}; expected I/N with I from 0 to N - 1") from None
+        return tuple(parts)
 
     parser.add_argument("--shard", metavar="I/N", type=shard, default=(0, 1), help=meaning)
 

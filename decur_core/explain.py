@@ -232,7 +232,7 @@ def statistics(
         return line
 
     about = {"run": Path(folder).name, "settings": trained, "samples": samples, "batch": batch_size, "steps": steps}
-    about["images"] = store.meta["summary"]["sha256"]
+    about["images"] = store.sha256
     file = runs.path(settings, "explain", f"{Path(folder).name}.jsonl")
     with runs.locked(file.parent):
         lines = _stream(file, about, range(samples), batch_size, compute)

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
-from . import backbones, config, runs
+from . import backbones, checkpoints, config, runs
 from .data.raster import DataError
 from .model import backbone_state
 from .preprocess import Preprocessing
@@ -30,12 +29,13 @@ def write(folder: Path | str, target: Path | str, modality: str) -> Path:
     """Export one backbone of a finished run (``pretrain.run``); returns ``<target>/<run>-<modality>.safetensors``.
 
     The file's header carries the metadata that ``load`` returns. ``<target>/README.md`` is written anew, for all
-    exports in ``target``. Evaluations are those in the profile's ``records`` at this moment. Raises DataError.
+    exports in ``target``. Evaluations are those in the profile's ``records`` at this moment. Raises DataError, and
+    OSError for damaged weights.
     """
     folder, target = Path(folder).resolve(), Path(target)
     if missing := [name for name in ("final.pt", "run.json") if not (folder / name).is_file()]:
         raise DataError(f"{folder}: no {missing[0]}; this is not the folder of a finished pretraining")
-    saved = torch.load(folder / "final.pt", map_location="cpu", weights_only=True, mmap=True)
+    saved = checkpoints.load(folder / "final.pt", "remove it and pretrain again")
     if modality not in (names := list(saved["preprocessing"])):
         raise DataError(f"{folder.name}: modality {modality!r} is unknown; it has {' and '.join(names)}")
     about = json.loads((folder / "run.json").read_text())

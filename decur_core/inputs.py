@@ -24,7 +24,7 @@ def load_pretrained(folder: Path) -> tuple[MultimodalModel, dict[str, Preprocess
     file = Path(folder) / "final.pt"
     if not file.exists():
         raise FileNotFoundError(f"{file}: no finished pretraining; run the pretraining notebook of this profile first")
-    state = checkpoints.load(file)
+    state = checkpoints.load(file, "remove it and run the pretraining notebook of this profile again")
     preprocessing = {name: Preprocessing.from_dict(d) for name, d in state["preprocessing"].items()}
     settings = state["settings"]
     network = model.build(settings, [p.copies * len(p.bands) for p in preprocessing.values()])
@@ -37,9 +37,10 @@ def given(pair: str, inputs: str) -> dict[int, Modality]:
     return {k: m for k, m in enumerate(PAIRS[pair], start=1) if inputs in ("both", m.name)}
 
 
-def stored(store: Store, name: str, rows: Iterable[int], device="cpu") -> Tensor:
-    """Images of some of a store's items, first season: uint8 N x C x H x W on ``device``."""
-    return torch.stack([torch.from_numpy(store.read(i, name, 0).copy()) for i in rows]).to(device)
+def stored(store: Store, name: str, rows: Sequence[int], device="cpu", *, seasons: Sequence[int] = ()) -> Tensor:
+    """Images of some of a store's items, of these seasons or else the first: uint8 N x C x H x W on ``device``."""
+    pairs = zip(rows, seasons or [0] * len(rows), strict=True)
+    return torch.stack([torch.from_numpy(store.read(i, name, season).copy()) for i, season in pairs]).to(device)
 
 
 def views(

@@ -51,7 +51,7 @@ class LARS(torch.optim.Optimizer):
         return loss
 
     def _step_in_blocks(self, p: Tensor, group: dict) -> None:
-        """The whole update of one parameter, block by block: memory bounds it, and so fetches each value twice."""
+        """The whole update of one parameter, in blocks: memory bounds it, and so a value is fetched only twice."""
         if not _in_memory(self.state[p]["momentum"], p).is_contiguous():  # loaded from a model of another layout
             self.state[p]["momentum"] = torch.empty_like(p).copy_(self.state[p]["momentum"])
         rows = (_in_memory(x, p).reshape(-1).split(BLOCK) for x in (p, p.grad, self.state[p]["momentum"]))

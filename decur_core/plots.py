@@ -117,8 +117,7 @@ def bands(image: np.ndarray, names: Sequence[str], unit: str) -> Figure:
 def histograms(values: dict[str, np.ndarray], *, unit: str, bins: int = 64) -> Figure:
     """Distribution of 8-bit values (or others) per modality, logarithmic: a panel per entry, a line per band.
 
-    All bands of a panel are counted in the same bins, for integers as wide as whole numbers are; lines are coloured in
-    the order of bands, which is that of wavelengths.
+    All bands of a panel have the same bins, of whole numbers for integers; colours follow the bands' wavelengths.
     """
     figure, axes = _figure(1, len(values), height=3.2)
     for axis, (name, images) in zip(axes.flat, values.items(), strict=True):
@@ -126,7 +125,8 @@ def histograms(values: dict[str, np.ndarray], *, unit: str, bins: int = 64) -> F
         step = -(-(high - low + 1) // bins) if whole else max(high - low, 1e-9) / bins
         edges = low - whole / 2 + step * np.arange(np.ceil((high - low + whole) / step) + 1)
         count = images.shape[-3]
-        names = {"sar": SAR.bands, "optical": OPTICAL.bands}.get(name, [f"band {k + 1}" for k in range(count)])
+        known = {"sar": SAR.bands, "optical": OPTICAL.bands}.get(name, ())
+        names = known if len(known) == count else [f"band {k + 1}" for k in range(count)]
         colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, count)) if count > 1 else [STYLES[name][1]]
         for band, label, colour in zip(np.moveaxis(images, -3, 0), names, colours, strict=True):
             share = np.histogram(band, bins=edges)[0] / band.size
@@ -389,11 +389,11 @@ def curves(series: dict[str, dict[float, Sequence[float]]], *, xlabel: str, ylab
 
 
 def curve_panels(panels: dict[str, dict], *, xlabel: str, ylabel: str) -> Figure:
-    """``curves`` side by side on one scale of 0 to 1: title -> series, which are the same in every panel."""
+    """``curves`` side by side on one scale from 0 on: title -> series, which are the same in every panel."""
     figure, (axes,) = _figure(1, len(panels), height=3.2, width=4 * len(panels), sharey=True)
     for axis, (title, series) in zip(axes, panels.items(), strict=True):
         _curves(axis, series)
-        axis.set(xlabel=xlabel, ylim=(-0.03, 1.05))
+        axis.set(xlabel=xlabel, ylim=(-0.03, None))
         axis.set_title(title, fontsize=9)
     axes[0].set_ylabel(ylabel)
     legend(figure, columns=2)

@@ -25,19 +25,21 @@ from torch import Tensor, nn
 from . import backbones, checkpoints, config, distributed, losses, runs
 from . import model as models
 from .config import Settings
+from .data.raster import DataError
 from .data.store import Store
 from .lars import LARS, cosine, parameter_groups, set_learning_rates
 from .pairs import PAIRS, Modality
 
 VIEWS = ((0, "a"), (1, "a"), (0, "b"), (1, "b"))
+AGAIN = "if it is removed, the same call trains again"
 
 
 class Interrupted(RuntimeError):
-    """The run was told to stop; its checkpoint is written and the same call resumes it."""
+    """What ran was told to stop, at a place from which the same call goes on."""
 
 
 class NonFinite(RuntimeError):
-    """A loss term became NaN or infinite; the message names the step, the term and the last good checkpoint."""
+    """A loss became NaN or infinite; the message says where, and what to do."""
 
 
 def seeded(*parts) -> torch.Generator:
@@ -178,11 +180,11 @@ def run(settings: Settings, store_path: Path | str) -> Path:
         world = world if joined else _processes(settings)
         config.check_world_size(settings, world)
         _check(settings, store)
-        about = {"data.pairs": len(store), "data.sha256": store.meta["summary"].get("sha256")}
+        about = {"data.pairs": len(store), "data.sha256": store.sha256}
         identity = {**config.identity(settings), **about}
         total = settings.epochs * (len(store) // settings.batch_size) if runs.trained(settings) else 0
         if distributed.largest((folder / "final.pt").exists()):
-            checkpoints.same_settings(checkpoints.load(folder / "final.pt")["settings"], identity, folder)
+            checkpoints.same_settings(checkpoints.load(folder / "final.pt", AGAIN)["settings"], identity, folder)
         elif joined or world == 1:
             _train(settings, store, folder, identity, total)
         else:
@@ -211,7 +213,8 @@ def _launch(world: int, settings: Settings, store: Store, folder: Path, identity
         except Exception as error:
             if not received or type(error) is not RuntimeError:
                 raise
-            raise Interrupted(f"{folder.name}: a signal came before the first step; the same call resumes") from error
+            when = f"after step {bar.n}" if bar.n else "before the first step"
+            raise Interrupted(f"{folder.name}: a signal came {when} ({error}); the same call resumes") from error
         tick()
 
 
@@ -221,14 +224,15 @@ def run_members(settings: Settings, store_path: Path | str, *, shard: tuple[int,
     ``shard`` (i, n): only the i-th member and every n-th after it, so that n jobs share the work.
     Raises what ``run`` raises; ``Interrupted`` also where a signal came too late for a member to stop at.
     """
-    (part, count), folders = shard, {}
-    members = config.members(settings)[part::count]
+    config.check_shard(*shard)
+    members, folders = config.members(settings)[shard[0] :: shard[1]], {}
     with runs.stop_signals() as received:
-        for member in members:
+        for member in [*members, None]:
             if asked := distributed.largest(received[0] if received else 0):
                 state = f"{len(folders)} of {len(members)} runs are finished"
-                raise Interrupted(f"{signal.Signals(asked).name}: {state}; the same call goes on with the others")
-            folders[runs.label(member)] = run(member, store_path)
+                raise Interrupted(f"{signal.Signals(asked).name}: {state}; the same call finds them and goes on")
+            if member:
+                folders[runs.label(member)] = run(member, store_path)
     return folders
 
 
@@ -364,7 +368,7 @@ def main(argv: list[str] | None = None) -> None:
                 prepare.pretraining_store(settings)  # the others find it finished
             distributed.largest()
             run_members(settings, prepare.pretraining_store(settings), shard=args.shard)
-    except (config.ConfigError, Interrupted) as error:
+    except (config.ConfigError, DataError, Interrupted, NonFinite, OSError) as error:
         sys.exit(str(error))
 
 

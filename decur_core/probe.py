@@ -22,7 +22,7 @@ from .pairs import PAIRS
 
 PENALTIES = np.logspace(-4, 3, 15)
 STEPS = 200  # from which on a small network reads every factor of the miniature worlds
-# Where they belong, then where they do not.
+# What a block may hold: twice what belongs there, then twice what does not.
 HELD = (
     "common factors, common block",
     "own factors, unique block",
@@ -134,7 +134,7 @@ def supervised_r2(
     cycle of AdamW.
     """
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # networks are made on the CPU
         torch.manual_seed(seed)
         encoder, width = backbones.build(backbone, held_out.shape[1])
         network = nn.Sequential(encoder, nn.Linear(width, target.shape[1]))
@@ -150,7 +150,7 @@ def supervised_r2(
         schedule.step()
     network.eval()
     with torch.no_grad():
-        error = network(held_out).cpu() - target[train:]
+        error = torch.cat([network(images).cpu() for images in held_out.split(batch)]) - target[train:]
     return (1 - error.square().mean(0) / target[train:].var(0, correction=0)).numpy()
 
 
@@ -173,17 +173,15 @@ def ceiling(
     found: dict[str, dict[str, list[float]]] = {}
     for m, seed in runs.progress(todo, desc=f"{settings.pair}, supervised"):
         about = {"backbone": settings.backbone, "steps": steps, "batch": settings.batch_size, "samples": size}
-        about |= {"size": settings.crop_size, "store": store.meta["summary"]["sha256"], "factors": list(factors)}
+        about |= {"size": settings.crop_size, "store": store.sha256, "factors": list(factors)}
         file = runs.path(settings, "ceiling", f"{settings.pair}-{m.name}-seed{seed}.json")
         if not file.exists() or (kept := json.loads(file.read_text()))["settings"] != about:
             policy = inputs.plain(settings.crop_size)
             flips = replace(policy, p_hflip=m.policy.p_hflip, p_vflip=m.policy.p_vflip)
 
             def view(picked: Tensor, step: int, generator: torch.Generator, m=m, flips=flips) -> Tensor:
-                chosen = [rows[k] for k in picked.tolist()]
-                draw = torch.randint(store.seasons, (len(chosen),), generator=generator).tolist()
-                images = [torch.from_numpy(store.read(i, m.name, s).copy()) for i, s in zip(chosen, draw, strict=True)]
-                images = torch.stack(images).to(device)
+                seasons = torch.randint(store.seasons, (len(picked),), generator=generator).tolist()
+                images = inputs.stored(store, m.name, [rows[k] for k in picked.tolist()], device, seasons=seasons)
                 return m.view(images, size=flips.size, policy=flips, generator=generator)
 
             options = {"steps": steps, "backbone": settings.backbone, "batch": settings.batch_size, "seed": seed}
@@ -249,7 +247,7 @@ def panels(
 
     panels = {"Supervised network: the ceiling, $R^2$": dict(zip(names, mean([ceilings]).values(), strict=True))}
     for method in methods:
-        if found := [t[kernel] for label, t in by_run.items() if label.partition(", seed")[0] == method]:
+        if found := [t[kernel] for label, t in by_run.items() if _method(label) == method]:
             panels[method] = {f"{row[:-2]}, {names[int(row[-1]) - 1]}": values for row, values in mean(found).items()}
     return panels
 
@@ -274,6 +272,11 @@ def over_shares(
     return panels
 
 
+def _method(label: str) -> str:
+    """The part of a run's label (``runs.label``) before the seed."""
+    return label.partition(", seed")[0]
+
+
 def report(by_run: dict[str, dict[str, dict]], seen_by: dict[str, str], modalities: Sequence[str]) -> str:
     """``scores`` of every method, mean ± deviation over seeds, as a Markdown table.
 
@@ -284,17 +287,17 @@ def report(by_run: dict[str, dict[str, dict]], seen_by: dict[str, str], modaliti
     for label, table in by_run.items():
         for kernel, values in table.items():
             if all(_empty(values[f"unique {m}"]) for m in (1, 2)):
-                whole[label.partition(", seed")[0]] = None
-            found.setdefault((label.partition(", seed")[0], kernel), []).append(scores(values, seen_by, modalities))
+                whole[_method(label)] = None
+            found.setdefault((_method(label), kernel), []).append(scores(values, seen_by, modalities))
     names = {"right": "right block", "wrong": "wrong block (leakage)", "block score": "block score"}
     names["impossible"] = "impossible"
     lines = []
     for (method, kernel), seeds in found.items():
         cells = [[each[name] for each in seeds] for name in names]
         spreads = [(np.mean(c), np.std(c, ddof=1) if len(c) > 1 else None) for c in cells]
-        texts = ["–" if np.isnan(mean) else results._cell(mean, deviation, digits=2) for mean, deviation in spreads]
+        texts = ["–" if np.isnan(mean) else results.cell(mean, deviation, digits=2) for mean, deviation in spreads]
         lines.append([method, kernel, *texts])
-    text = results._markdown(["Method", "Probe", *names.values()], lines)
+    text = results.grid(["Method", "Probe", *names.values()], lines)
     note = "Without unique dimensions, where an $R^2$ of 0 stands by definition and is not measured: "
     return f"{text}\n\n{note}{'; '.join(whole)}." if whole else text
 

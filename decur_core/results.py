@@ -66,15 +66,17 @@ def per_class(records: Sequence[dict], *, protocol: str, inputs: str, fraction: 
     }
 
 
-def _cell(mean: float | None, deviation: float | None = None, best: float | None = None, *, digits: int = 1) -> str:
+def cell(mean: float | None, deviation: float | None = None, best: float | None = None, *, digits: int = 1) -> str:
+    """Mean ± deviation for a table; bold where the mean is the ``best``."""
     if mean is None:
         return ""
     spread = f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{deviation:.{digits}f}" if deviation is not None else ""
-    text = f"{mean:.{digits}f}{spread}"
+    text = f"{round(mean, digits) + 0.0:.{digits}f}{spread}"  # without the sign of -0.0
     return f"**{text}**" if mean == best else text
 
 
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
@@ -94,10 +96,10 @@ def markdown(rows: Sequence[dict]) -> str:
         found = {r["method"]: r for r in rows if (r["inputs"], r["fraction"], r["protocol"]) == task}
         best, cells = max(r["mean"] for r in found.values()), [NAMES[task[0]], f"{100 * task[1]:g} %", task[2]]
         for r in map(found.get, methods):
-            second = _cell(r["second"], r["second_deviation"]) if r else ""
-            cells.append(f"{_cell(r['mean'], r['deviation'], best)} / {second}" if r else "")
+            second = cell(r["second"], r["second_deviation"]) if r else ""
+            cells.append(f"{cell(r['mean'], r['deviation'], best)} / {second}" if r else "")
         lines.append(cells)
-    return _markdown(["Inputs", "Labels", "Protocol", *(METHODS[m] for m in methods)], lines)
+    return grid(["Inputs", "Labels", "Protocol", *(METHODS[m] for m in methods)], lines)
 
 
 def _best(values: Iterable[float | None]) -> float | None:
@@ -128,9 +130,9 @@ def _beside(
         cells = [names.get(row, row)]
         for k, value in enumerate(values):
             marked = (None, None) if (row, k) in apart else (best[k], top[k])
-            cells += [_cell(value, None, marked[0]), _cell(*spreads[row][k], marked[1])]
+            cells += [cell(value, None, marked[0]), cell(*spreads[row][k], marked[1])]
         lines.append(cells)
-    return _markdown(["", *(text for c in columns for text in (f"{c}, paper", head))], lines)
+    return grid(["", *(text for c in columns for text in (f"{c}, paper", head))], lines)
 
 
 def table(number: int, records: Sequence[dict], part: str) -> str:
@@ -238,8 +240,8 @@ def share_table(found: dict[str, Sequence[dict]]) -> str:
         for name, points in by_share(records).items():
             scores = {x: _spread(points[x]) for x in sorted(points)}
             best = _best(mean for mean, _ in scores.values())
-            rows += [[title, name, f"{x:g} %", _cell(*spread, best)] for x, spread in scores.items()]
-    return _markdown(["Pair", "Embedding", "Common", "Score (%)"], rows)
+            rows += [[title, name, f"{x:g} %", cell(*spread, best)] for x, spread in scores.items()]
+    return grid(["Pair", "Embedding", "Common", "Score (%)"], rows)
 
 
 def source(records: Sequence[dict]) -> str:

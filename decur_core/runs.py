@@ -99,9 +99,9 @@ _listening: list[list[int]] = []  # of every ``stop_signals`` that has been ente
 def stop_signals():
     """A list that fills with SIGTERM, SIGUSR1 and SIGINT, which would otherwise end the process where it stands.
 
-    One inside another does not keep a signal from the outer one.
+    One inside another begins with what the outer one has received, and keeps no signal from it.
     """
-    received: list[int] = []
+    received = list(_listening[-1]) if _listening else []
     possible = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) if possible else ()
     _listening.append(received)

@@ -15,7 +15,7 @@ STYLES = {
     "optical": ("optical", "#D55E00"),
     "rgb": ("RGB", "#D55E00"),
     "dem": ("elevation", "#0072B2"),
-    "hha": ("depth (HHA)", "#0072B2"),
+    "hha": ("depth", "#0072B2"),
     "both": ("both", "#444444"),
     "common": ("common", "#009E73"),
     "unique": ("unique", "#CC79A7"),

@@ -1,6 +1,5 @@
 """What pretrained encoders are worth on labelled images: linear probe and fine-tuning (paper, section 5)."""
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -71,7 +70,7 @@ def mean_average_precision(scores: Tensor, labels: Tensor) -> dict:
     """mAP in percent over a whole set: ``micro``, ``macro`` and ``per_class`` (None where a class never occurs).
 
     ``scores``: N x L, any finite score, for its order alone counts; ``labels``: N x L of 0 and 1. Macro: of the classes
-    that occur. Raises DataError where none does.
+    that occur. Raises DataError where none does, ValueError for scores that are not finite.
     """
     if not labels.any():
         raise DataError("no positive label to score: every label is 0")
@@ -108,7 +107,8 @@ def evaluate(
     labels (a linear classifier, mAP) or masks (FCN or CMX, mIoU); ``protocol``: ``linear`` (frozen encoders in eval
     mode) or ``finetune``; ``inputs``: ``both`` or one modality; ``fraction``: share of the training labels, drawn
     without replacement. An evaluation on record with the same settings and images is not run again; an interrupted one
-    goes on. Raises ConfigError (request, stores) and ``pretrain.NonFinite`` (loss).
+    goes on. Raises ConfigError (request, stores), DataError (stores; no positive label), FileNotFoundError or OSError
+    (no or damaged encoders), and pretraining's ``NonFinite`` (loss) and ``Interrupted`` (signal).
     """
     _check_request(settings, dataset=dataset, protocol=protocol, inputs=inputs)
     wanted = {"protocol": protocol, "inputs": inputs, "fraction": fraction}
@@ -118,7 +118,7 @@ def evaluate(
     train, test = (_labelled(stores[part], preprocessing, scene=scene) for part in ("train", "test"))
     how = {k: v for k, v in config.to_dict(settings)["transfer"].items() if k not in SWEPT}
     described = {"pretraining": pretraining, "transfer": how, **wanted, "patches": [len(train), len(test)]}
-    images = [store.meta["summary"]["sha256"] for store in (train, test)]
+    images = [store.sha256 for store in (train, test)]
     digest = hashlib.sha256(json.dumps([described, images], sort_keys=True).encode()).hexdigest()[:16]
     existing = runs.path(settings, "records", f"{name}.json")
     if existing.exists() and (record := json.loads(existing.read_text()))["settings_hash"] == digest:
@@ -286,7 +286,9 @@ def _optimizer(network: nn.Module, settings: Settings, rate: float) -> torch.opt
 
 
 def _fit(network, store: Store, chosen: list[int], settings: Settings, *, inputs, seed, desc, file, digest) -> None:
-    """Train on the chosen items; ``file`` holds a checkpoint, renewed every minute, from which another call goes on."""
+    """Train on the chosen items; ``file`` holds a checkpoint from which another call goes on, renewed where an epoch
+    ends, once a minute at most.
+    """
     t, device = settings.transfer, next(network.parameters()).device
     frozen = getattr(network, "frozen", False)
     setting = f"learning_rate_{'linear' if frozen else 'finetune'}"
@@ -297,8 +299,10 @@ def _fit(network, store: Store, chosen: list[int], settings: Settings, *, inputs
     total = t.iterations or t.epochs * per_epoch
     epochs, first, state = -(-total // per_epoch), 0, {}
     if file.exists():
-        with contextlib.suppress(Exception):  # damaged: begin again
-            state = torch.load(file, map_location=device, weights_only=True)
+        try:
+            state = checkpoints.load(file)
+        except OSError as error:
+            print(f"{error}; {desc} begins again")
     if state.get("digest") == digest:
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
@@ -321,9 +325,11 @@ def _fit(network, store: Store, chosen: list[int], settings: Settings, *, inputs
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
-                if received:
+                if received and step + 1 < total:
                     name, at = signal.Signals(received[0]).name, f"epoch {epoch + 1} of {epochs}"
-                    raise pretrain.Interrupted(f"{desc}: {name} in {at}; the same call goes on from the last minute")
+                    raise pretrain.Interrupted(
+                        f"{desc}: {name} in {at}; the same call goes on from its last checkpoint"
+                    )
             if not loss.isfinite():
                 raise pretrain.NonFinite(
                     f"{desc}: loss {loss:g} in epoch {epoch + 1}; lower transfer.{setting} = {rate:g}"

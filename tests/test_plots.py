@@ -104,3 +104,10 @@ def test_what_is_not_a_number_is_a_dash_and_zero_has_no_sign():
 def test_ways_of_a_benchmark_differ_in_colour():
     axis = plots.bars([""], {"published": [9], "ours": [2], "ours, gravity given": [1]}, unit="ms").axes[0]
     assert len({bar.get_facecolor() for bar in axis.patches}) == 3
+
+
+def test_histograms_take_any_number_of_bands():
+    random = np.random.default_rng(0)
+    values = {"optical": random.integers(0, 256, (2, 4, 8, 8), np.uint8), "sar": random.normal(size=(2, 1, 8, 8))}
+    optical, sar = plots.histograms(values, unit="x").axes
+    assert [line.get_label() for line in optical.lines] == [f"band {k}" for k in (1, 2, 3, 4)] and len(sar.lines) == 1

@@ -187,7 +187,9 @@ def test_a_damaged_end_is_named_with_the_way_out(tiny, pair_store, damage):
     file = pretrain.run(tiny(epochs=1), pair_store) / "final.pt"
     whole = final(file.parent)
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(OSError, match=rf"{file} cannot be read \(BadZipFile: .*\); if it is removed, the same call"):
+    with pytest.raises(
+        OSError, match=rf"{file} cannot be read \(BadZipFile: .*\); if it is removed, the same call trains again"
+    ):
         pretrain.run(tiny(epochs=1), pair_store)
     file.unlink()
     assert same_weights(whole, final(pretrain.run(tiny(epochs=1), pair_store)))
@@ -578,3 +580,30 @@ def test_a_signal_in_the_last_step_of_a_member_stops_the_sweep_before_the_next(t
     assert len(calls) == 16
     assert len(pretrain.run_members(settings, pair_store)) == 3 and len(calls) == 48
     assert not runs._listening and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_while_a_member_is_set_up_stops_it_after_its_first_step(tiny, pair_store, monkeypatch):
+    settings, real = tiny(sweep={"seed": [0, 1]}), pretrain._model
+
+    def signalled(*arguments):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return real(*arguments)
+
+    monkeypatch.setattr(pretrain, "_model", signalled)
+    with pytest.raises(pretrain.Interrupted, match="SIGUSR1 after step 1 of 16"):
+        pretrain.run_members(settings, pair_store)
+
+
+def test_a_signal_at_the_very_end_of_a_sweep_is_not_swallowed(tiny, pair_store, monkeypatch):
+    settings, real = tiny(sweep={"seed": [0]}, checkpoint_steps=100), checkpoints.save
+    monkeypatch.setattr(checkpoints, "save", lambda *a: real(*a) or os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(pretrain.Interrupted, match="SIGINT: 1 of 1 runs are finished"):
+        pretrain.run_members(settings, pair_store)
+    monkeypatch.setattr(checkpoints, "save", lambda *a: pytest.fail("trained again"))
+    assert len(pretrain.run_members(settings, pair_store)) == 1
+
+
+@pytest.mark.parametrize("shard", [(3, 3), (-1, 2), (0, 0)])
+def test_a_part_of_a_sweep_that_cannot_be_is_refused(pair_store, shard):
+    with pytest.raises(config.ConfigError, match="expected I/N with I from 0 to N - 1"):
+        pretrain.run_members(config.load("start"), pair_store, shard=shard)

@@ -297,3 +297,29 @@ def test_committed_ids_survive_a_kill(tmp_path):
     with writer(tmp_path / "killed") as target:
         assert target.done == set(IDS[:3])
     assert content(fill(tmp_path / "killed")) == content(fill(tmp_path / "whole"))
+
+
+def test_a_store_from_before_digests_is_named_where_one_is_needed(tmp_path, monkeypatch):
+    with StoreWriter(tmp_path / "old", ids=["a"], shapes={"x": (1, 2, 2)}, seasons=1, meta={}) as writer:
+        writer.put("a", {"x": np.zeros((1, 1, 2, 2), np.uint8)})
+    store = Store(tmp_path / "old")
+    assert len(store.sha256) == 64
+    del store.meta["summary"]["sha256"]
+    with pytest.raises(DataError, match="old: from an earlier version, without a digest.*convert it again"):
+        assert store.sha256
+
+
+def test_what_lmdb_finds_wrong_when_it_looks_is_named(tmp_path, monkeypatch):
+    with StoreWriter(tmp_path / "s", ids=["a"], shapes={"x": (1, 2, 2)}, seasons=1, meta={}) as writer:
+        writer.put("a", {"x": np.zeros((1, 1, 2, 2), np.uint8)})
+
+    class Broken:
+        def stat(self):
+            raise lmdb.CorruptedError("page 7")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(lmdb, "open", lambda *a, **k: Broken())
+    with pytest.raises(DataError, match="no store that can be read.*page 7"):
+        Store(tmp_path / "s")

@@ -276,6 +276,8 @@ def test_frames_behind_links_are_found(tree):
     everything = SUNRGBD(root, labels=False).ids
     (root / "SUNRGBD" / "kv2").rename(root / "elsewhere")
     (root / "SUNRGBD" / "kv2").symlink_to(root / "elsewhere")
+    (root / "SUNRGBD" / "kv1" / "again").symlink_to(root / "SUNRGBD")  # leads back up
+    (root / "SUNRGBD" / ".trash" / "image").mkdir(parents=True)
     assert SUNRGBD(root, labels=False).ids == everything == sorted(TRAIN + TEST)
 
 

@@ -105,7 +105,7 @@ def test_every_image_is_predicted_once(settings, stores, monkeypatch):
     assert len(examples) == transfer.EXAMPLES
 
 
-def test_a_damaged_checkpoint_of_an_evaluation_is_replaced(settings, stores):
+def test_a_damaged_checkpoint_of_an_evaluation_is_named_and_replaced(settings, stores, capsys):
     chosen, paths = settings(transfer={**TRANSFER, "epochs": 1}), stores["rgb_dem"]
     folder, kinds = pretrain.run(chosen, paths["train"]), {"dataset": "geonrw", "protocol": "linear"}
     whole = transfer.evaluate(chosen, folder, paths, **kinds)
@@ -113,6 +113,7 @@ def test_a_damaged_checkpoint_of_an_evaluation_is_replaced(settings, stores):
     runs.write_text(runs.path(chosen, "transfer", f"{file.stem}.pt"), "torn")
     file.unlink()
     assert transfer.evaluate(chosen, folder, paths, **kinds)["per_class"] == whole["per_class"]
+    assert f"{file.stem}.pt cannot be read (BadZipFile" in capsys.readouterr().out
 
 
 def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_score(settings, stores, monkeypatch):

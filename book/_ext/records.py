@@ -59,7 +59,7 @@ def settings(app, _: str) -> str:
     rows = (
         (f"`{name}`", f"`{default}`" if str(default) else "(empty)", meaning) for name, default, meaning in described
     )
-    return results._markdown(("setting", "default", "meaning"), rows)
+    return results.grid(("setting", "default", "meaning"), rows)
 
 
 def _benchmark(app, name: str) -> dict | None:
@@ -79,7 +79,7 @@ def benchmark(app, name: str) -> str:
     if record is None:
         return "*Not measured.*"
     rows, about = record["rows"], record["provenance"]
-    lines = results._markdown(list(rows[0]), [list(map(_number, row.values())) for row in rows])
+    lines = results.grid(list(rows[0]), [list(map(_number, row.values())) for row in rows])
     found = {k: v for k, v in record["settings"].items() if isinstance(v, int | float | str)}
     chosen = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items())
     hardware, state = about["hardware"], " with changes" if about["modified"] else ""
@@ -97,7 +97,7 @@ def targets(app, _: str) -> str:
         found = record["rows"][row][column] if record else None
         verdict = "open" if record is None else "reached" if (found >= aim if aim > 0 else found <= -aim) else "missed"
         lines.append((what, wanted, "" if record is None else _number(found), verdict))
-    return results._markdown(("what", "aim", "measured", ""), lines)
+    return results.grid(("what", "aim", "measured", ""), lines)
 
 
 # record: columns that name a group, {column: series}, unit, whether the scale is logarithmic, what is seen

@@ -118,9 +118,9 @@ def _map(path: Path) -> lmdb.Environment | None:
         if not stat.st_size:  # killed before the first write
             return None
         key = (stat.st_dev, stat.st_ino)
-        env = _MAPS.get(key) or lmdb.open(str(path), readonly=True, lock=False, readahead=False)
+        env, finished = _MAPS.get(key) or lmdb.open(str(path), readonly=True, lock=False, readahead=False), False
         try:
-            used, finished = env.stat()["psize"] * (env.info()["last_pgno"] + 1), False
+            used = env.stat()["psize"] * (env.info()["last_pgno"] + 1)
             if (size := os.path.getsize(path / "data.mdb")) < used:  # asked for now: a writer may have made it grow
                 # Reading behind the end of a file would kill the process.
                 raise DataError(f"{path}: data.mdb is truncated, {size} of {used} bytes; remove it, convert again")
@@ -311,6 +311,13 @@ class Store:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def sha256(self) -> str:
+        """Of the content, whatever the number of workers, parts and interruptions that made it."""
+        if not (found := self.meta["summary"].get("sha256")):
+            raise DataError(f"{self.path}: from an earlier version, without a digest of its content; convert it again")
+        return found
 
     def check(self, preprocessing: dict[str, dict]) -> None:
         """Refuse, with a DataError, a store that was not made with this preprocessing (`to_dict()` by modality)."""

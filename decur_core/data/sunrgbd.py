@@ -10,6 +10,7 @@ files in github.com/ankurhanda/sunrgbd-meta-data. No licence comes with the file
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
@@ -102,8 +103,7 @@ class SUNRGBD(Reader):
             if count != len(frames):
                 raise DataError(f"{path}: {count} masks, but {len(frames)} frames in the lists; take both as published")
             self._rows = {frame: row for row, frame in enumerate(frames)}
-        here = (Path(at) for at, folders, _ in os.walk(self._top, followlinks=True) if "image" in folders)
-        wanted = lists[split] if split else sorted(frame.relative_to(self._top).as_posix() for frame in here)
+        wanted = lists[split] if split else sorted(_frames(self._top))
         self.ids = [frame for frame in wanted if (self._top / frame / "image").is_dir()]
         self.left_out = {"absent": len(wanted) - len(self.ids)}
         if not self.ids or self.left_out["absent"] and missing == "error":
@@ -147,6 +147,19 @@ class SUNRGBD(Reader):
                     raise ValueError(line)
                 frames.append(match[1])
         return frames
+
+
+def _frames(top: Path) -> Iterator[str]:
+    """Folders with an image below the top, also behind links, none twice."""
+    seen = set()
+    for at, folders, _ in os.walk(top, followlinks=True):
+        if os.path.realpath(at) in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(at))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if "image" in folders:
+            yield Path(at).relative_to(top).as_posix()
 
 
 def _file(folder: Path, pattern: str, *, last: bool = False) -> Path:

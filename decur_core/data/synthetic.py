@@ -85,7 +85,8 @@ def integers(**limits: tuple[object, float, float]) -> None:
     """Refuse, with a ValueError, settings that are no integers within limits: name=(value, lowest, highest)."""
     for name, (value, low, high) in limits.items():
         if not isinstance(value, (int, np.integer)) or not low <= value <= high:
-            raise ValueError(f"{name} = {value!r}: an integer from {low} to {high} is needed")
+            limit = "on" if high == inf else f"to {high}"
+            raise ValueError(f"{name} = {value!r}: an integer from {low} {limit} is needed")
 
 
 class Locations(Reader):
