@@ -1,6 +1,6 @@
 """Pairs per second of pretraining with 1, 2 and 4 processes on one machine, started by the library itself.
 
-    python -m benchmarks.scaling                  # a small network on a CPU, one thread for each process
+    python -m benchmarks.scaling                  # ResNet-18 at 64 px on a CPU, one thread for each process
     python -m benchmarks.scaling --device cuda    # one GPU for each process, as many as there are
 
 The global batch stays the same. More processes than cores (or GPUs) cannot be faster. What the start takes does not
@@ -32,11 +32,11 @@ def settings(options, processes: int, folder: str) -> config.Settings:
 
 def main(argv: Sequence[str] | None = None) -> None:
     gpus = [n for n in (1, 2, 4) if n <= torch.cuda.device_count()] or [1]
-    known = {"backbone": ("small", "resnet50", "network of each modality"), "side": (36, 264, "of images, pixels")}
-    known |= {"size": (32, 224, "of views, pixels"), "batch": (256, 256, "pairs in a step, over all processes")}
-    known |= {"k": (512, 8192, "embedding dimensions, and width of the projectors' other layers")}
+    known = {"backbone": ("resnet18", "resnet50", "network of each modality"), "side": (72, 264, "of images, pixels")}
+    known |= {"size": (64, 224, "of views, pixels"), "batch": (64, 256, "pairs in a step, over all processes")}
+    known |= {"k": (2048, 8192, "embedding dimensions, and width of the projectors' other layers")}
     known |= {"processes": ([1, 2, 4], gpus, "numbers of processes"), "workers": (0, 8, "loader workers of each")}
-    known |= {"steps": (24, 60, "of each run"), "threads": (1, 1, "CPU threads of each process")}
+    known |= {"steps": (12, 60, "of each run"), "threads": (1, 1, "CPU threads of each process")}
     options = common.arguments(__doc__, argv, **known)
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -137,7 +137,7 @@ COMMANDS = {
     "lars": "--backbone small --width 16 --repeats 1",
     "loader": "--locations 4 --side 24 --size 20 --batch 2 --seconds .05 --turns 1",
     "step": "--backbone small --side 24 --size 20 --batch 8 --k 32 --repeats 1 --workers 1",
-    "scaling": "--side 24 --size 20 --batch 8 --k 16 --steps 4 --processes 1",
+    "scaling": "--backbone small --side 24 --size 20 --batch 8 --k 16 --steps 4 --processes 1",
 }
 
 
