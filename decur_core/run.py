@@ -204,7 +204,8 @@ def run_one(path: Path, state: State, *, parameters: dict, output: Path, execute
         return "a signal came"
     if not is_finished(done):
         return f"the last cell did not print {runs.SENTINEL!r}; decur_core.runs.finished() does"
-    commit = runs.git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*") or "unknown"
+    made_by, modified = runs.commit()
+    commit = f"{made_by}-dirty" if modified else made_by
     date, seconds = datetime.now(UTC).isoformat(timespec="seconds"), round(time.monotonic() - start, 1)
     publish(done, executed / path.name, {**parameters, "date": date, "seconds": seconds, "commit": commit})
     print(f"{path.name}: {seconds} s, published in {executed}", flush=True)

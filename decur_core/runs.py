@@ -139,15 +139,22 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def commit() -> tuple[str, bool]:
+    """The repository's commit, and whether library or notebooks differ from it; results in the tree do not count."""
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", "decur_core", "notebooks")
+    return git("rev-parse", "--short=12", "HEAD") or "unknown", bool(changes)
+
+
 def provenance() -> dict:
     """Commit, whether files differ from it, date (UTC), hardware and versions; JSON-able."""
     import torch  # here, so that the headless driver and the book's build need not load it
     import torchvision
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    made_by, modified = commit()
     return {
-        "commit": git("rev-parse", "--short=12", "HEAD") or "unknown",
-        "modified": bool(git("status", "--porcelain", "--untracked-files=no", "--", "decur_core", "notebooks")),
+        "commit": made_by,
+        "modified": modified,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": {"processor": _processor(), "cores": os.cpu_count(), "gpus": gpus},
         "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, torchvision)},
