@@ -63,19 +63,25 @@ def test_seed_changes_the_result(tiny, pair_store):
     assert not same_weights(one, two)
 
 
+def stop_after(step: int, monkeypatch):
+    """Send SIGTERM in the step with this number; the list that is returned has an entry for every step."""
+    real, calls = pretrain._loss, []
+
+    def counted(*arguments):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(pretrain, "_loss", counted)
+    return calls
+
+
 @pytest.mark.parametrize("optimizer", ["lars", "adamw"])
 def test_stop_signal_writes_a_checkpoint_and_resume_is_exact(tiny, pair_store, monkeypatch, optimizer):
     whole = final(pretrain.run(tiny(name="whole", optimizer=optimizer), pair_store))
     settings = tiny(name="stopped", optimizer=optimizer)
-    real, calls = pretrain._loss, []
-
-    def signal_in_step_7(*arguments):
-        calls.append(1)
-        if len(calls) == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments)
-
-    monkeypatch.setattr(pretrain, "_loss", signal_in_step_7)
+    calls = stop_after(7, monkeypatch)
     with pytest.raises(pretrain.Interrupted, match=r"SIGTERM after step 7 of 16"):
         pretrain.run(settings, pair_store)
     folder = runs.path(settings, "pretrain", runs.title(settings))
@@ -485,19 +491,6 @@ def test_a_shared_projector_is_trained_by_both(tiny, pair_store):
     assert all(torch.equal(v, end[k]) for k, v in start.items() if k.startswith("backbone_1"))
 
 
-def stop_after(step: int, monkeypatch):
-    real, calls = pretrain._loss, []
-
-    def counted(*arguments):
-        calls.append(1)
-        if len(calls) == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments)
-
-    monkeypatch.setattr(pretrain, "_loss", counted)
-    return calls
-
-
 def test_the_temperature_is_learnt_saved_and_resumed(tiny, pair_store, monkeypatch):
     rates = {"method": "clip", "learning_rate_biases": 0.05}
     folder = pretrain.run(tiny(name="whole", **rates), pair_store)
@@ -566,15 +559,7 @@ def test_a_shard_that_cannot_be_is_refused_before_any_work(capsys, shard):
 
 
 def test_a_signal_in_the_last_step_of_a_member_stops_the_sweep_before_the_next(tiny, pair_store, monkeypatch):
-    settings, real, calls = tiny(sweep={"seed": [0, 1, 2]}), pretrain._loss, []
-
-    def signal_at_the_end(*arguments):
-        calls.append(1)
-        if len(calls) == 16:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments)
-
-    monkeypatch.setattr(pretrain, "_loss", signal_at_the_end)
+    settings, calls = tiny(sweep={"seed": [0, 1, 2]}), stop_after(16, monkeypatch)
     with pytest.raises(pretrain.Interrupted, match="SIGTERM: 1 of 3 runs are finished"):
         pretrain.run_members(settings, pair_store)
     assert len(calls) == 16
