@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from decur_core import config, runs
+from decur_core import config
+from decur_core.data.modality import PAIRS
 from decur_core.data.store import Store, StoreWriter
-from decur_core.pairs import PAIRS
+from decur_core.running import folders as runs
 
 RECORDS = config.ROOT / "benchmarks" / "records"
 PAIR = PAIRS["sar_optical"]

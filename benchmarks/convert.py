@@ -26,10 +26,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from decur_core.data.convert import convert
+from decur_core.data.modality import OPTICAL, SAR
 from decur_core.data.ssl4eo import SSL4EOS12
-from decur_core.data.synthetic import World
-from decur_core.data.synthetic_files import write_ssl4eo
-from decur_core.preprocess import OPTICAL, SAR
+from decur_core.worlds.files import write_ssl4eo
+from decur_core.worlds.sar_optical import World
 
 from . import common
 

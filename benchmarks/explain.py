@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from decur_core import config, explain, pretrain
+from decur_core import config, pretrain
+from decur_core.explain import embeddings as explain
 
 from . import common
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from decur_core import config, pretrain, runs
+from decur_core import config, pretrain
+from decur_core.running import folders as runs
 
 from . import common
 

@@ -12,10 +12,12 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from . import backbones, checkpoints, config, runs
-from .data.raster import DataError
-from .model import backbone_state
-from .preprocess import Preprocessing
+from decur_core import backbones, config
+from decur_core.data.modality import Preprocessing
+from decur_core.data.raster import DataError
+from decur_core.model import backbone_state
+from decur_core.running import checkpoints
+from decur_core.running import folders as runs
 
 DATA = {"sar_optical": "SSL4EO-S12", "rgb_dem": "GeoNRW, training split", "rgb_depth": "SUN RGB-D"}
 TOY = {

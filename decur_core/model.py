@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import backbones
+from decur_core import backbones
 
 
 def mlp(features: int, widths: Sequence[int]) -> nn.Sequential:

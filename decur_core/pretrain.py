@@ -22,13 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import backbones, checkpoints, config, distributed, losses, runs
-from . import model as models
-from .config import Settings
-from .data.raster import DataError
-from .data.store import Store
-from .lars import LARS, cosine, parameter_groups, set_learning_rates
-from .pairs import PAIRS, Modality
+from decur_core import backbones, config, losses
+from decur_core import model as models
+from decur_core.config import Settings
+from decur_core.data.modality import PAIRS, Modality
+from decur_core.data.raster import DataError
+from decur_core.data.store import Store
+from decur_core.lars import LARS, cosine, parameter_groups, set_learning_rates
+from decur_core.running import checkpoints
+from decur_core.running import folders as runs
+from decur_core.running import processes as distributed
 
 VIEWS = ((0, "a"), (1, "a"), (0, "b"), (1, "b"))
 AGAIN = "if it is removed, the same call trains again"
@@ -354,7 +357,7 @@ def _keep_history(folder: Path, start: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line; exits with a message for settings that cannot be used, and after a signal."""
-    from .data import prepare
+    from decur_core.data import prepare
 
     parser = argparse.ArgumentParser(prog="python -m decur_core.pretrain", description="Pretrain, without a notebook.")
     parser.add_argument("profile", help="a file in notebooks/profiles, without .yaml")

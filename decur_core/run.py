@@ -26,7 +26,8 @@ from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from papermill.execute import execute_notebook
 
-from . import config, runs
+from decur_core import config
+from decur_core.running import folders as runs
 
 # Bars as rare text lines. Threads that wait must sleep: spinning ones make a shared machine many times slower.
 ENVIRONMENT = {"DECUR_HEADLESS": "1", "OMP_WAIT_POLICY": "PASSIVE"}

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from decur_core import config
+from decur_core.data.modality import PAIRS
 from decur_core.data.store import StoreWriter
-from decur_core.pairs import PAIRS
 
 torch.set_num_threads(1)
 

@@ -20,8 +20,8 @@ from decur_core.data.bigearthnet import (
     labels_19,
     read_list,
 )
+from decur_core.data.modality import OPTICAL, SAR
 from decur_core.data.raster import DataError
-from decur_core.preprocess import OPTICAL, SAR
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 REAL, SPLITS = SHARED / "bigearthnet_real", SHARED / "bigearthnet_splits"

@@ -18,8 +18,10 @@ from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from decur_core import backbones, cmx, segmentation
+from decur_core import backbones
 from decur_core.data.raster import DataError
+from decur_core.transfer import cmx
+from decur_core.transfer import fcn as segmentation
 
 PUBLISHED = json.loads((Path(__file__).parent / "cmx_layout.json").read_text())
 SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "nyu_rgbd_sample"

@@ -19,15 +19,15 @@ import lmdb
 import numpy as np
 import pytest
 
-from decur_core import runs
 from decur_core.data import convert as convert_module
 from decur_core.data import store
 from decur_core.data.bigearthnet import BigEarthNetMM
 from decur_core.data.convert import Report, convert, verify
+from decur_core.data.modality import DEM, OPTICAL, RGB, SAR
 from decur_core.data.raster import DataError
 from decur_core.data.ssl4eo import SSL4EOS12
 from decur_core.data.store import Store
-from decur_core.preprocess import DEM, OPTICAL, RGB, SAR
+from decur_core.running import folders as runs
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -609,8 +609,8 @@ def test_the_job_array_converts_its_part_and_goes_back_into_the_queue(tmp_path, 
 def test_the_published_conversion_of_the_benchmark_gives_nearly_the_same_bytes(tmp_path):
     pytest.importorskip("cv2", reason="opencv-python-headless is an extra of the benchmarks")
     from benchmarks import convert as benchmark
-    from decur_core.data.synthetic import World
-    from decur_core.data.synthetic_files import write_ssl4eo
+    from decur_core.worlds.files import write_ssl4eo
+    from decur_core.worlds.sar_optical import World
 
     root = tmp_path / "root"
     write_ssl4eo(root, World(2, tile=36), range(2))

@@ -24,8 +24,10 @@ from conftest import TINY, make_store
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from decur_core import config, distributed, losses, pretrain, runs
+from decur_core import config, losses, pretrain
 from decur_core.lars import cosine, set_learning_rates
+from decur_core.running import folders as runs
+from decur_core.running import processes as distributed
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

@@ -8,9 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from decur_core import explain, plots, pretrain, runs
+from decur_core import pretrain
 from decur_core.data.store import Store
+from decur_core.explain import embeddings as explain
 from decur_core.model import MultimodalModel
+from decur_core.report import figures as plots
+from decur_core.running import folders as runs
 
 
 @pytest.fixture(scope="module")

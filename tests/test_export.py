@@ -11,9 +11,9 @@ import torchvision
 
 import decur_core.backbones
 from decur_core import export, pretrain
+from decur_core.data.modality import PAIRS
 from decur_core.data.raster import DataError
 from decur_core.model import MultimodalModel
-from decur_core.pairs import PAIRS
 
 
 def make_run(folder, backbone, pair="sar_optical", source="published"):

@@ -10,9 +10,9 @@ from PIL import Image
 
 from decur_core.data import geonrw
 from decur_core.data.geonrw import CLASSES, COLOURS, SPLITS, GeoNRW
+from decur_core.data.modality import DEM, RGB
 from decur_core.data.raster import DataError
-from decur_core.data.terrain import TerrainWorld, write_geonrw
-from decur_core.preprocess import DEM, RGB
+from decur_core.worlds.terrain import TerrainWorld, write_geonrw
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 FIXTURE = SHARED / "torchgeo_fixtures" / "geonrw"

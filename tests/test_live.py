@@ -13,7 +13,8 @@ from jupyter_client.manager import start_new_kernel
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from decur_core import config, run, runs
+from decur_core import config, run
+from decur_core.running import folders as runs
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = run.find([], ROOT / "notebooks")

@@ -13,12 +13,12 @@ import rasterio
 
 from decur_core.data.bigearthnet import BigEarthNetMM, BigEarthNetV2
 from decur_core.data.geonrw import CLASSES, COLOURS, SPLITS, GeoNRW
+from decur_core.data.modality import OPTICAL
 from decur_core.data.raster import OPTICAL_STEPS, resize
 from decur_core.data.ssl4eo import SSL4EOS12
-from decur_core.data.synthetic import BigEarthNetWorld, World
-from decur_core.data.synthetic_files import write_bigearthnet, write_ssl4eo
-from decur_core.data.terrain import TerrainWorld, write_geonrw
-from decur_core.preprocess import OPTICAL
+from decur_core.worlds.files import write_bigearthnet, write_ssl4eo
+from decur_core.worlds.sar_optical import BigEarthNetWorld, World
+from decur_core.worlds.terrain import TerrainWorld, write_geonrw
 
 peer = pytest.importorskip("torchgeo.datasets", reason="torchgeo, the reader to compare with, is not installed")
 FIXTURES = Path(__file__).resolve().parents[2] / "shared" / "data" / "torchgeo_fixtures"

@@ -4,8 +4,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from decur_core import plots, styles
 from decur_core.config import METHODS
+from decur_core.report import figures as plots
+from decur_core.report import styles
 
 
 @pytest.fixture

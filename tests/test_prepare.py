@@ -11,9 +11,9 @@ import pytest
 from decur_core import config
 from decur_core.data import prepare
 from decur_core.data.bigearthnet import BigEarthNetMM
+from decur_core.data.modality import PAIRS
 from decur_core.data.ssl4eo import SSL4EOS12
 from decur_core.data.store import Store
-from decur_core.pairs import PAIRS
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 WORLD = {"locations": 10, "through_files": 3, "train": 6, "test": 5, "tile": 36}

@@ -7,8 +7,8 @@ import pytest
 import rasterio
 import torch
 
+from decur_core.data.modality import DEM, HHA, OPTICAL, RGB, SAR, Preprocessing
 from decur_core.data.raster import DataError
-from decur_core.preprocess import DEM, HHA, OPTICAL, RGB, SAR, Preprocessing
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_samples = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} with the sample data is missing")

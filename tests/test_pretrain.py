@@ -16,9 +16,11 @@ import pytest
 import torch
 from conftest import make_store
 
-from decur_core import backbones, checkpoints, config, pretrain, runs
+from decur_core import backbones, config, pretrain
 from decur_core.data.store import Store
 from decur_core.model import MultimodalModel
+from decur_core.running import checkpoints
+from decur_core.running import folders as runs
 
 ROOT = Path(__file__).resolve().parents[1]
 

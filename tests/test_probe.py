@@ -5,9 +5,12 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
-from decur_core import config, plots, probe, runs
+from decur_core import config
 from decur_core.data import prepare
 from decur_core.data.store import Store
+from decur_core.explain import probes as probe
+from decur_core.report import figures as plots
+from decur_core.running import folders as runs
 
 
 @pytest.fixture

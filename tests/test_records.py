@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from decur_core import runs
+from decur_core.running import folders as runs
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("records", ROOT / "book/_ext/records.py")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from decur_core import results
+from decur_core.report import tables as results
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

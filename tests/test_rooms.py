@@ -12,7 +12,9 @@ from scipy.ndimage import maximum_filter, minimum_filter
 
 from decur_core.data.hha import depth_to_hha
 from decur_core.data.nyuv2 import NYUv2
-from decur_core.data.rooms import (
+from decur_core.data.sunrgbd import SUNRGBD
+from decur_core.explain.probes import supervised_r2
+from decur_core.worlds.rooms import (
     CEILING,
     FACTORS,
     FLOOR,
@@ -24,8 +26,6 @@ from decur_core.data.rooms import (
     write_nyuv2,
     write_sunrgbd,
 )
-from decur_core.data.sunrgbd import SUNRGBD
-from decur_core.probe import supervised_r2
 
 SPLITS = {"train": range(3, 12), "test": [0, 15, 1]}
 

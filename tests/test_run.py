@@ -14,7 +14,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from decur_core import run
-from decur_core.runs import SENTINEL
+from decur_core.running.folders import SENTINEL
 
 DRIVER = """
 import sys

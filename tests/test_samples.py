@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import rasterio
 
+from decur_core.data.modality import OPTICAL, SAR
 from decur_core.data.raster import DataError
 from decur_core.data.samples import RealPairs
-from decur_core.preprocess import OPTICAL, SAR
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} with the sample data is missing")

@@ -10,10 +10,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_jaccard_index
 
-from decur_core import augment, backbones, segmentation
+from decur_core import augment, backbones
 from decur_core.data.raster import DataError
 from decur_core.model import MultimodalModel
-from decur_core.segmentation import FCN, IGNORE
+from decur_core.transfer import fcn as segmentation
+from decur_core.transfer.fcn import FCN, IGNORE
 
 
 def seeded(seed=0):

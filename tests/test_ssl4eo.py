@@ -10,9 +10,9 @@ import pytest
 import rasterio
 from rasterio import Affine
 
+from decur_core.data.modality import OPTICAL, SAR
 from decur_core.data.raster import OPTICAL_STEPS, DataError, read, read_bands, resize
 from decur_core.data.ssl4eo import SSL4EOS12
-from decur_core.preprocess import OPTICAL, SAR
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 FIXTURE = SHARED / "torchgeo_fixtures" / "ssl4eo_s12"

@@ -10,8 +10,11 @@ import rasterio
 import torch
 
 from decur_core.data.bigearthnet import CLASS_OF, CLASSES_19, BigEarthNetMM
+from decur_core.data.modality import OPTICAL, SAR
 from decur_core.data.ssl4eo import SSL4EOS12
-from decur_core.data.synthetic import (
+from decur_core.explain.probes import supervised_r2
+from decur_core.worlds.files import write_bigearthnet, write_ssl4eo
+from decur_core.worlds.sar_optical import (
     BUILT,
     FACTORS,
     LABEL_RULES,
@@ -22,9 +25,6 @@ from decur_core.data.synthetic import (
     World,
     factors,
 )
-from decur_core.data.synthetic_files import write_bigearthnet, write_ssl4eo
-from decur_core.preprocess import OPTICAL, SAR
-from decur_core.probe import supervised_r2
 
 MODALITIES = {"sar": SAR, "optical": OPTICAL}
 

@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 
 from decur_core.data.geonrw import CLASSES, SPLITS, GeoNRW
-from decur_core.data.terrain import (
+from decur_core.data.modality import DEM, RGB
+from decur_core.explain.probes import supervised_r2
+from decur_core.worlds.terrain import (
     BUILDING,
     FACTORS,
     FIELD,
@@ -24,8 +26,6 @@ from decur_core.data.terrain import (
     TerrainWorld,
     write_geonrw,
 )
-from decur_core.preprocess import DEM, RGB
-from decur_core.probe import supervised_r2
 
 MODALITIES = {"rgb": RGB, "dem": DEM}
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
-from decur_core import config, pretrain, runs, transfer
+from decur_core import config, pretrain
 from decur_core.data.raster import DataError
 from decur_core.data.store import Store
+from decur_core.running import folders as runs
+from decur_core.transfer import evaluation as transfer
 
 
 @pytest.fixture

@@ -5,9 +5,12 @@ import pytest
 import torch
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from decur_core import config, model, pretrain, runs, segmentation, transfer
+from decur_core import config, model, pretrain
+from decur_core.data.modality import PAIRS
 from decur_core.data.store import Store, StoreWriter
-from decur_core.pairs import PAIRS
+from decur_core.running import folders as runs
+from decur_core.transfer import evaluation as transfer
+from decur_core.transfer import fcn as segmentation
 
 SMALL = {"projector": [16, 8], "dim_common": 6, "crop_size": 20, "batch_size": 8, "epochs": 1, "device": "cpu"}
 TRANSFER = {"epochs": 3, "batch_size": 8, "crop_size": 20, "optimizer": "adamw", "learning_rate_finetune": 0.01}

@@ -14,7 +14,7 @@ from pathlib import Path
 import nbformat
 from sphinx.util import logging
 
-from decur_core.runs import SENTINEL
+from decur_core.running.folders import SENTINEL
 
 logger = logging.getLogger(__name__)
 

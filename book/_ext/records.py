@@ -9,7 +9,9 @@ import json
 import re
 from pathlib import Path
 
-from decur_core import config, plots, results
+from decur_core import config
+from decur_core.report import figures as plots
+from decur_core.report import tables as results
 
 MARK = re.compile(r"^<!-- decur: (.+?) -->$", re.MULTILINE)
 NOT_RUN = "*Not run yet.*"

@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from decur_core import runs
 from decur_core.data.raster import DataError
+from decur_core.running import folders as runs
 
 PUBLISHED: dict[str, str] = json.loads(Path(__file__).with_name("archives.json").read_text())  # file name -> md5
 _NAME = re.compile(r"(.+\.tar\.gz(?:\.part(?=..))?)([a-z]{2})?")  # archive, part

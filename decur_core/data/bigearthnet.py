@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from decur_core.data.modality import OPTICAL, SAR
 from decur_core.data.raster import DataError, Reader, read_pair, reading, visible
-from decur_core.preprocess import OPTICAL, SAR
 
 # The 19 classes of BigEarthNet-MM in index order, each with its CORINE level-3 names, the labels in the files.
 _TABLE = """\

@@ -17,10 +17,11 @@ import rasterio
 import torch
 from torch.utils.data import DataLoader
 
-from decur_core import distributed, runs
+from decur_core.data.modality import Preprocessing
 from decur_core.data.raster import DataError
 from decur_core.data.store import Store, StoreWriter, checksum, digest, parts, positions
-from decur_core.preprocess import Preprocessing
+from decur_core.running import folders as runs
+from decur_core.running import processes as distributed
 
 PROBES = 100  # samples tried before a data set is given up as a whole
 _PAGE = 4096  # bytes; LMDB gives each image whole ones

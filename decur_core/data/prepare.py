@@ -13,23 +13,25 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import ConcatDataset, Subset
 
-from .. import config, runs
-from ..pairs import PAIRS
-from . import convert as conversion
-from . import rooms, synthetic, terrain
-from .bigearthnet import BigEarthNetMM, BigEarthNetV2
-from .geonrw import SPLITS, GeoNRW
-from .hha import depth_to_hha
-from .nyuv2 import NYUv2
-from .raster import DataError, Reader, resize
-from .rooms import RoomWorld, write_nyuv2, write_sunrgbd
-from .samples import RealPairs
-from .ssl4eo import SSL4EOS12
-from .store import Store
-from .sunrgbd import SUNRGBD
-from .synthetic import BigEarthNetWorld, World
-from .synthetic_files import write_bigearthnet, write_ssl4eo
-from .terrain import TerrainWorld, write_geonrw
+from decur_core import config
+from decur_core.data import convert as conversion
+from decur_core.data.bigearthnet import BigEarthNetMM, BigEarthNetV2
+from decur_core.data.geonrw import SPLITS, GeoNRW
+from decur_core.data.hha import depth_to_hha
+from decur_core.data.modality import PAIRS
+from decur_core.data.nyuv2 import NYUv2
+from decur_core.data.raster import DataError, Reader, resize
+from decur_core.data.samples import RealPairs
+from decur_core.data.ssl4eo import SSL4EOS12
+from decur_core.data.store import Store
+from decur_core.data.sunrgbd import SUNRGBD
+from decur_core.running import folders as runs
+from decur_core.worlds import rooms, terrain
+from decur_core.worlds import sar_optical as synthetic
+from decur_core.worlds.files import write_bigearthnet, write_ssl4eo
+from decur_core.worlds.rooms import RoomWorld, write_nyuv2, write_sunrgbd
+from decur_core.worlds.sar_optical import BigEarthNetWorld, World
+from decur_core.worlds.terrain import TerrainWorld, write_geonrw
 
 # Pair -> the data set and split it is pretrained on (paper, section 4), and those with labels it is transferred to.
 PRETRAINING = {"sar_optical": ("ssl4eo", "all"), "rgb_dem": ("geonrw", "train"), "rgb_depth": ("sunrgbd", "all")}

@@ -10,8 +10,8 @@ import numpy as np
 import rasterio
 
 from decur_core.data.bigearthnet import BigEarthNetMM
+from decur_core.data.modality import OPTICAL, SAR, Preprocessing
 from decur_core.data.raster import DataError, Reader, read, visible
-from decur_core.preprocess import OPTICAL, SAR, Preprocessing
 
 FOLDERS = {"sen1floods11": "sen1floods11_sample", "sen12mscr": "sen12mscr_pair", "bigearthnet": "bigearthnet_real"}
 

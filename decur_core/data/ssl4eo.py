@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from decur_core.data.modality import OPTICAL, SAR
 from decur_core.data.raster import DataError, Reader, read_pair, repeated, visible
-from decur_core.preprocess import OPTICAL, SAR
 
 # Scene names: S1A_IW_GRDH_1SDV_20200329T001515_... and 20200323T162931_20200323T163750_T15QXA
 _SCENE_DATES = {"s1": re.compile(r"^.{16}_(\d{8}T\d{6})_"), "s2c": re.compile(r"^(\d{8}T\d{6})_")}

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from decur_core.data.bigearthnet import labels_19
+from decur_core.data.modality import OPTICAL
 from decur_core.data.raster import OPTICAL_STEPS, Reader, resize
-from decur_core.preprocess import OPTICAL
 
 # name: who sees it. What each one does is written where it is used, in `draw_layout`, `_optical` and `_sar`.
 FACTORS = {

@@ -25,7 +25,7 @@ from rasterio import Affine
 from rasterio.enums import ColorInterp
 
 from decur_core.data.geonrw import SPLITS
-from decur_core.data.synthetic import Locations, _blocks, _lowest, _smooth, integers
+from decur_core.worlds.sar_optical import Locations, _blocks, _lowest, _smooth, integers
 
 # name: who sees it. What each one does is written where it is used, in `draw_scene`, `_rgb` and `_dem`.
 FACTORS = {

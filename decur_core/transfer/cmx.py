@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import backbones
-from .backbones import MixTransformer
-from .data.raster import DataError
+from decur_core import backbones
+from decur_core.backbones import MixTransformer
+from decur_core.data.raster import DataError
 
 DECODER = 512  # channels to which the decoder brings every stage
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; published for both inputs

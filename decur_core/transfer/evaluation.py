@@ -17,19 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix, multilabel_average_precision
 
-from . import checkpoints, cmx, config, model, pretrain, runs, segmentation
-from .config import Settings
-from .data.bigearthnet import CLASSES_19
-from .data.geonrw import CLASSES as CLASSES_GEONRW
-from .data.nyuv2 import CLASSES_40
-from .data.raster import DataError
-from .data.store import Store
-from .data.sunrgbd import CLASSES_37
-from .inputs import given, load_pretrained, plain, stored, views
-from .model import MultimodalModel, OnEncoders
-from .pairs import PAIRS
-from .preprocess import Preprocessing
-from .results import ONLY
+from decur_core import config, model, pretrain
+from decur_core.config import Settings
+from decur_core.data.bigearthnet import CLASSES_19
+from decur_core.data.geonrw import CLASSES as CLASSES_GEONRW
+from decur_core.data.modality import PAIRS, Preprocessing
+from decur_core.data.nyuv2 import CLASSES_40
+from decur_core.data.raster import DataError
+from decur_core.data.store import Store
+from decur_core.data.sunrgbd import CLASSES_37
+from decur_core.model import MultimodalModel, OnEncoders
+from decur_core.report.tables import ONLY
+from decur_core.running import checkpoints
+from decur_core.running import folders as runs
+from decur_core.transfer import cmx
+from decur_core.transfer import fcn as segmentation
+from decur_core.transfer.encoders import given, load_pretrained, plain, stored, views
 
 # Data set: its name in tables, and its classes (of masks: those of the values from 1 on).
 DATASETS = {

@@ -11,8 +11,8 @@ from rasterio import Affine
 from rasterio.crs import CRS
 
 from decur_core.data.bigearthnet import BAND_FILES
-from decur_core.data.synthetic import GROUPS, BigEarthNetWorld, World
-from decur_core.preprocess import OPTICAL, SAR
+from decur_core.data.modality import OPTICAL, SAR
+from decur_core.worlds.sar_optical import GROUPS, BigEarthNetWorld, World
 
 _TIME = "%Y%m%dT%H%M%S"
 _LONLAT, _UTM = CRS.from_epsg(4326), CRS.from_epsg(32633)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tqdm.auto
 
-from . import config
+from decur_core import config
 
 METHODS = config.METHODS
 SENTINEL = "decur: notebook finished"

@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from .config import METHODS, MODALITIES
-from .data.bigearthnet import CLASSES_19
-from .preprocess import OPTICAL, SAR
-from .styles import RGB, STYLES, WAYS, legend, method_of, named, picture, plain_ticks, stretch
+from decur_core.config import METHODS, MODALITIES
+from decur_core.data.bigearthnet import CLASSES_19
+from decur_core.data.modality import OPTICAL, SAR
+from decur_core.report.styles import RGB, STYLES, WAYS, legend, method_of, named, picture, plain_ticks, stretch
 
 
 def _figure(rows: int, columns: int, *, width: float = 9, height: float, **options) -> tuple[Figure, np.ndarray]:

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from .config import METHODS
+from decur_core.config import METHODS
 
 # Okabe and Ito's palette, told apart by colour-blind readers.
 STYLES = {

@@ -17,10 +17,12 @@ from captum.attr import IntegratedGradients, LayerGradCam
 from sklearn.manifold import TSNE
 from torch import Tensor, nn
 
-from . import config, inputs, losses, pretrain, runs
-from .data.store import Store
-from .model import MultimodalModel
-from .pairs import PAIRS
+from decur_core import config, losses, pretrain
+from decur_core.data.modality import PAIRS
+from decur_core.data.store import Store
+from decur_core.model import MultimodalModel
+from decur_core.running import folders as runs
+from decur_core.transfer import encoders as inputs
 
 PARTS = ("common", "unique")
 FLOOR = math.log(1e-12)

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from decur_core.data.nyuv2 import intrinsics
-from decur_core.data.synthetic import Locations
+from decur_core.worlds.sar_optical import Locations
 
 # name: who sees it. What each one does is written where it is used, in `scene`, `_photograph` and `_sensed`.
 FACTORS = {

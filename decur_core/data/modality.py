@@ -4,11 +4,14 @@ A `Preprocessing` travels with the weights: stores and checkpoints carry its dic
 which bands, unit and scaling a set of weights expects.
 """
 
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from decur_core import augment
+from decur_core.augment import Policy
 from decur_core.data.raster import DataError
 
 
@@ -158,3 +161,38 @@ HHA = Preprocessing(
     valid_range=(0.0, 255.0),
     scheme="bytes",
 )
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One sensor: its name in a sample, its preprocessing (bands, units, statistics) and its augmentations."""
+
+    name: str
+    preprocessing: Preprocessing
+    policy: Policy
+
+    @property
+    def channels(self) -> int:
+        """Of a network's input."""
+        return self.preprocessing.copies * len(self.preprocessing.bands)
+
+    def view(self, images: Tensor, *, size: int, policy: Policy | None = None, **options) -> Tensor:
+        """One random view of each image, as a network takes it: float32 N x channels x size x size, channels last.
+
+        ``images``: uint8 N x bands x H x W on any device; ``policy``: the modality's own unless given; ``options``: of
+        ``augment.augment``.
+        """
+        views = augment.augment(images, replace(policy or self.policy, size=size), **options)
+        copies = views.repeat(1, self.preprocessing.copies, 1, 1) if self.preprocessing.copies > 1 else views
+        return copies.contiguous(memory_format=torch.channels_last)
+
+
+UPRIGHT = Policy(p_vflip=0.0)  # rooms have a floor and a ceiling
+# What keeps the values: a grey or brighter radar image would be another measurement (paper, section 4).
+GEOMETRY = {"p_jitter": 0.0, "p_gray": 0.0, "p_blur": 0.0, "p_solarize": 0.0}
+
+PAIRS: dict[str, tuple[Modality, Modality]] = {
+    "sar_optical": (Modality("sar", SAR, augment.SAR), Modality("optical", OPTICAL, augment.OPTICAL)),
+    "rgb_dem": (Modality("rgb", RGB, augment.OPTICAL), Modality("dem", DEM, Policy(**GEOMETRY))),
+    "rgb_depth": (Modality("rgb", RGB, UPRIGHT), Modality("hha", HHA, Policy(**GEOMETRY, p_vflip=0.0))),
+}

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
-from .runs import METHODS
+from decur_core.running.folders import METHODS
 
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
 COLUMNS = {f"{100 * f:g} % {p}": (f, p) for f in (0.01, 1.0) for p in ("linear", "finetune")}

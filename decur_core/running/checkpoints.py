@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from . import config, runs
+from decur_core import config
+from decur_core.running import folders as runs
 
 
 def save(state: dict, file: Path) -> None:

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import augment, backbones
-from .data.raster import DataError
-from .model import MultimodalModel, OnEncoders
-from .pairs import GEOMETRY
+from decur_core import augment, backbones
+from decur_core.data.modality import GEOMETRY
+from decur_core.data.raster import DataError
+from decur_core.model import MultimodalModel, OnEncoders
 
 IGNORE = -1
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of images in the training of the published CMX

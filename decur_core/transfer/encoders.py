@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import checkpoints, model, pretrain
-from .augment import Policy
-from .data.store import Store
-from .model import MultimodalModel
-from .pairs import GEOMETRY, PAIRS, Modality
-from .preprocess import Preprocessing
+from decur_core import model, pretrain
+from decur_core.augment import Policy
+from decur_core.data.modality import GEOMETRY, PAIRS, Modality, Preprocessing
+from decur_core.data.store import Store
+from decur_core.model import MultimodalModel
+from decur_core.running import checkpoints
 
 
 def plain(size: int) -> Policy:

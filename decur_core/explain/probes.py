@@ -15,10 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import backbones, config, inputs, pretrain, results, runs
-from .config import Settings
-from .data.store import Store
-from .pairs import PAIRS
+from decur_core import backbones, config, pretrain
+from decur_core.config import Settings
+from decur_core.data.modality import PAIRS
+from decur_core.data.store import Store
+from decur_core.report import tables as results
+from decur_core.running import folders as runs
+from decur_core.transfer import encoders as inputs
 
 PENALTIES = np.logspace(-4, 3, 15)
 STEPS = 200  # from which on a small network reads every factor of the miniature worlds

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from . import losses
+from decur_core import losses
 
 asked = ctypes.c_int()  # number of a signal to stop at; memory shared with the process that launched this one
 followed = False  # whether that process shows the progress of this one

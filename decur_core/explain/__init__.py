@@ -1,0 +1,1 @@
+"""A look into trained encoders."""

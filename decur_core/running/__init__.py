@@ -1,0 +1,1 @@
+"""Run folders, records, checkpoints, processes: what keeps long work safe."""

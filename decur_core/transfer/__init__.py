@@ -1,0 +1,1 @@
+"""What encoders are worth on labelled images."""

@@ -1,0 +1,1 @@
+"""Miniature worlds with known factors, and their files in the published layouts."""
