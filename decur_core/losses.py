@@ -4,6 +4,8 @@ Shapes: N samples, K embedding dimensions. C is the cross-correlation matrix of 
 Every loss takes embeddings in any float dtype and computes in float32 or better, outside autocast.
 """
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -244,3 +246,70 @@ def simclr(z1: Tensor, z2: Tensor, *, temperature: float = 0.1) -> ContrastiveTe
         partner = torch.arange(2 * n, device=z.device).roll(n)
         anchor1, anchor2 = F.cross_entropy(logits, partner, reduction="none").view(2, n).sum(1) / (2 * n)
         return ContrastiveTerms(anchor1 + anchor2, anchor1, anchor2)
+
+
+class Method(NamedTuple):
+    """A pretraining method: its name for readers, how many views of a modality its loss looks at, and that loss.
+
+    ``loss(z, settings, squares=…, scale=…)``: embeddings ``{modality: (first view, second or None)}`` of the global
+    batch, each N x K, to named terms, of which ``total`` is minimised; None: nothing is trained. ``settings``: those of
+    ``config.Settings`` that the loss needs. ``views(settings)``: 1 or 2. ``single``: trains one modality alone.
+    ``scaled``: learns the scale that the loss is given.
+    """
+
+    title: str
+    loss: Callable[..., dict[str, Tensor]] | None = None
+    views: Callable[..., int] = lambda settings: 1
+    single: bool = False
+    scaled: bool = False
+
+
+def _over_pairs(loss: Callable[..., tuple], z: dict[str, tuple]) -> dict[str, Tensor]:
+    """Mean of a loss of two embeddings over all pairs of modalities, with its terms, named by the pair if several."""
+    pairs, terms = list(itertools.combinations(z, 2)), {}
+    for m, n in pairs:
+        for name, value in loss(z[m][0], z[n][0])._asdict().items():
+            name = name.replace("anchor1", f"anchor/{m}").replace("anchor2", f"anchor/{n}")
+            terms[name] = terms.get(name, 0) + value / len(pairs)
+    return terms
+
+
+def _barlow_twins(z: dict[str, tuple], settings, *, squares: Callable, scale=None) -> dict[str, Tensor]:
+    loss = functools.partial(barlow_twins, lambd=settings.lambd, squares=squares)
+    pairs = [*itertools.combinations((first for first, _ in z.values()), 2)] or [*z.values()]
+    return {"total": sum(loss(*pair) for pair in pairs) / len(pairs)}
+
+
+def _decur(z: dict[str, tuple], settings, *, squares: Callable, scale=None) -> dict[str, Tensor]:
+    options = {"lambd": settings.lambd, "squares": squares}
+    if settings.blocks:
+        found = decur_blocks(z, settings.blocks, **options)
+        return {"total": found.total, **found.terms}
+    (m, first), (n, second) = z.items()
+    dim_common = settings.dim_common if settings.decoupling else first[0].shape[1]
+    total, common, unique, intra1, intra2 = decur(*first, *second, dim_common=dim_common, **options)
+    return {"total": total, "common": common, "unique": unique, f"intra/{m}": intra1, f"intra/{n}": intra2}
+
+
+def _vicreg(z: dict[str, tuple], settings, *, squares: Callable, scale=None) -> dict[str, Tensor]:
+    return _over_pairs(functools.partial(vicreg, weights=settings.vicreg_weights, squares=squares), z)
+
+
+# In the order of the paper's tables.
+METHODS: dict[str, Method] = {
+    "random": Method("Random initialisation"),
+    "supervised": Method("Supervised"),
+    "simclr": Method(
+        "SimCLR-cross",
+        lambda z, settings, **_: _over_pairs(functools.partial(simclr, temperature=settings.temperature), z),
+    ),
+    "clip": Method(
+        "CLIP",
+        lambda z, _, *, scale, **__: _over_pairs(functools.partial(clip, scale=scale), z) | {"scale": scale},
+        scaled=True,
+    ),
+    "barlow_twins": Method("Barlow Twins", _barlow_twins),
+    "vicreg": Method("VICReg", _vicreg),
+    "barlow_twins_single": Method("Barlow Twins, single modality", _barlow_twins, lambda settings: 2, single=True),
+    "decur": Method("DeCUR", _decur, lambda settings: 1 + settings.intra),
+}

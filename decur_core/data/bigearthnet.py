@@ -18,8 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
+from decur_core.data.datasets import DataSet
 from decur_core.data.modality import OPTICAL, SAR
-from decur_core.data.raster import DataError, Reader, read_pair, reading, visible
+from decur_core.data.raster import DataError, Part, Reader, read_pair, reading, visible
+from decur_core.data.tasks import Scene
 
 # The 19 classes of BigEarthNet-MM in index order, each with its CORINE level-3 names, the labels in the files.
 _TABLE = """\
@@ -240,3 +242,39 @@ def _read_parquet(path: Path) -> list[tuple[str, str, str, list[str]]]:
         if not isinstance(names, list) or not all(name in CLASSES_19 for name in names):
             raise DataError(f"{path}: {s2} has the labels {names}, expected some of the 19 names of BigEarthNet")
     return rows
+
+
+def _read(root: Path, split: str | None = None, *, missing: str = "error", exclude: bool = False) -> Reader:
+    """Either release; ``exclude``: without the patches of the published lists of snow, clouds and shadow."""
+    if (root / "metadata.parquet").exists():
+        return BigEarthNetV2(root, split, missing=missing)
+    lists = sorted(visible(root, "patches_with_*")) if exclude else []
+    if exclude and not lists:
+        wanted = "the published lists of patches with snow, cloud or shadow"
+        raise DataError(f"{root}: no patches_with_*, {wanted}; put them there or set transfer: exclude to false")
+    return BigEarthNetMM(root, split, exclude=lists, missing=missing)
+
+
+def _samples(folder: Path, split: str | None) -> Reader:
+    """The real example patches under the official split lists: the train list's, and all others as test."""
+    train = BigEarthNetMM(folder / "bigearthnet_real", folder / "bigearthnet_splits" / "train.csv.bz2", missing="skip")
+    if split == "train":
+        return train
+    everything = BigEarthNetMM(folder / "bigearthnet_real")
+    return Part(everything, [i for i, name in enumerate(everything.ids) if name not in train.ids])
+
+
+DATASETS = (
+    DataSet(
+        name="bigearthnet",
+        title="BigEarthNet-MM",
+        pair="sar_optical",
+        modalities=(SAR, OPTICAL),
+        read=_read,
+        task=Scene(CLASSES_19),
+        samples=_samples,
+        world="decur_core.worlds.files:BIGEARTHNET",
+        excludes=True,
+        cite="sumbul2021bigearthnetmm",
+    ),
+)

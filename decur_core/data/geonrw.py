@@ -12,7 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from decur_core.data.datasets import DataSet
+from decur_core.data.modality import DEM, RGB
 from decur_core.data.raster import DataError, Reader, read
+from decur_core.data.tasks import Masks
 
 SPLITS = {
     "train": (
@@ -117,3 +120,18 @@ class GeoNRW(Reader):
         if rgb.dtype != np.uint8:
             raise DataError(f"{self.root / tile}_rgb.jp2: expected 8-bit colours, found {rgb.dtype}")
         return {"rgb": rgb, "dem": dem, "mask": mask[0].astype(np.uint8)}
+
+
+DATASETS = (
+    DataSet(
+        name="geonrw",
+        title="GeoNRW",
+        pair="rgb_dem",
+        modalities=(RGB, DEM),
+        read=GeoNRW,
+        pretrain="train",
+        task=Masks(CLASSES[1:]),
+        world="decur_core.worlds.terrain:GEONRW",
+        cite="baier2020geonrw",
+    ),
+)

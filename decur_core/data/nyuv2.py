@@ -16,8 +16,11 @@ import h5py
 import numpy as np
 import scipy.io
 
+from decur_core.data.datasets import DataSet
+from decur_core.data.modality import INDOORS
 from decur_core.data.raster import DataError, Reader, reading, repeated, visible
-from decur_core.data.sunrgbd import CLASSES_37, checked, read_image
+from decur_core.data.sunrgbd import CLASSES_37, AsHHA, checked, read_image
+from decur_core.data.tasks import Masks
 
 _NAMES = {"fridge": "refridgerator", "tv": "television"}  # the other 35 of the first 37 are those of SUN RGB-D
 CLASSES_40: tuple[str, ...] = (  # values 1 to 40 of masks
@@ -129,3 +132,19 @@ class NYUv2(Reader):
         if twice := repeated(lists["train"] + lists["test"]):
             raise DataError(f"{self.root}: train.txt and test.txt name {twice[0]} twice; take both as published")
         return lists[split]
+
+
+DATASETS = (
+    DataSet(
+        name="nyuv2",
+        title="NYU Depth v2",
+        pair="rgb_depth",
+        modalities=INDOORS,
+        read=NYUv2,
+        task=Masks(CLASSES_40),
+        stored=AsHHA,
+        samples=lambda folder, split: NYUv2(folder / "nyu_rgbd_sample", split, missing="skip"),
+        world="decur_core.worlds.rooms:NYUV2",
+        cite="silberman2012nyuv2",
+    ),
+)

@@ -30,6 +30,28 @@ class Reader:
         return len(self.ids)
 
 
+class Part(Reader):
+    """The items of a reader at some positions."""
+
+    def __init__(self, reader: Reader, positions: Sequence[int]):
+        self.reader, self.positions, self.ids = reader, positions, [reader.ids[i] for i in positions]
+
+    def __getitem__(self, i: int) -> dict:
+        return self.reader[self.positions[i]]
+
+
+class Joined(Reader):
+    """Several readers one after the other, as one."""
+
+    def __init__(self, *readers: Reader):
+        self.places = [(reader, i) for reader in readers for i in range(len(reader))]
+        self.ids = [name for reader in readers for name in reader.ids]
+
+    def __getitem__(self, i: int) -> dict:
+        reader, place = self.places[i]
+        return reader[place]
+
+
 def repeated(names: Iterable[str]) -> list[str]:
     """Those that are given more than once."""
     return [name for name, count in Counter(names).items() if count > 1]

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from decur_core.data.datasets import DataSet
 from decur_core.data.modality import OPTICAL, SAR
 from decur_core.data.raster import DataError, Reader, read_pair, repeated, visible
+from decur_core.data.samples import RealPairs
 
 # Scene names: S1A_IW_GRDH_1SDV_20200329T001515_... and 20200323T162931_20200323T163750_T15QXA
 _SCENE_DATES = {"s1": re.compile(r"^.{16}_(\d{8}T\d{6})_"), "s2c": re.compile(r"^(\d{8}T\d{6})_")}
@@ -93,3 +95,23 @@ class SSL4EOS12(Reader):
             raise DataError(f"{place}: {len(scenes)} season directories, expected {self.seasons}")
         dates, paths = zip(*sorted(scenes), strict=True)
         return list(dates), list(paths)
+
+
+def _read(root: Path, split: str | None = None, *, missing: str = "error") -> SSL4EOS12:
+    return SSL4EOS12(root)
+
+
+DATASETS = (
+    DataSet(
+        name="ssl4eo",
+        title="SSL4EO-S12",
+        pair="sar_optical",
+        modalities=(SAR, OPTICAL),
+        read=_read,
+        splits=("all",),
+        pretrain="all",
+        samples=lambda folder, split: RealPairs(folder),
+        world="decur_core.worlds.files:SSL4EO",
+        cite="wang2023ssl4eo",
+    ),
+)
