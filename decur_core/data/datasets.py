@@ -40,9 +40,7 @@ def register(dataset: DataSet) -> DataSet:
     """Make a data set known by its name, in the place of one that had it."""
     used = [m.name for m in dataset.modalities]
     if len(set(used)) < max(2, len(used)):
-        raise ValueError(
-            f"data set {dataset.name!r}: modalities {used}; at least two different ones are needed"
-        )
+        raise ValueError(f"data set {dataset.name!r}: modalities {used}; at least two different ones are needed")
     for other in of_pair(dataset.pair):
         if other.name != dataset.name and other.modalities != dataset.modalities:
             raise ValueError(f"data set {dataset.name!r}: pair {dataset.pair!r} has other modalities in {other.name!r}")
