@@ -10,13 +10,14 @@ import rasterio
 from PIL import Image
 from rasterio import Affine
 
+from decur_core.data import datasets, modality
 from decur_core.data.folders import Folders, looks_like, measure
 from decur_core.data.modality import RGB, Modality
 from decur_core.data.raster import DataError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} with the sample data is missing")
-HEAT = Modality(name="heat", bands=("thermal",), unit="digital numbers")
+HEAT = modality.declared("heat", {"bands": ("thermal",), "unit": "digital numbers"})
 MODALITIES, SIZE, IDS = (RGB, HEAT), (12, 16), ["a", "b.2", "c"]
 
 
@@ -84,12 +85,12 @@ def test_a_photograph_is_close_to_what_was_saved(root):
 
 
 def seasonal(root, names):
-    for modality, channels in (("rgb", 3), ("heat", 1)):
-        for path in (root / modality).iterdir():
+    for folder, channels in (("rgb", 3), ("heat", 1)):
+        for path in (root / folder).iterdir():
             path.unlink()
         for id in IDS:
-            for season, name in enumerate(names[modality]):
-                path = root / modality / id / name
+            for season, name in enumerate(names[folder]):
+                path = root / folder / id / name
                 save(path, pixels(id, channels, season).astype(np.uint8 if channels == 3 else np.uint16))
 
 
@@ -318,6 +319,26 @@ def test_masks_keep_their_values(root):
         Folders(root, MODALITIES, masks=("x", "y"))[2]
 
 
+def test_a_declared_data_set_reads_them(root):
+    (root / "fit.txt").write_text("c\na\nb.2\n")
+    (root / "labels.csv").write_text("a,forest\nb.2\nc,snow\n")
+    spec = {"modalities": ["rgb", "heat"], "splits": ["fit"], "labels": ["snow", "forest"]}
+    found = datasets.declared("mine", spec, {"heat": HEAT})
+    assert found.modalities == (RGB, HEAT) and found.pretrain == "fit" and datasets.find("mine") is found
+    data = found.read(root, "fit")
+    assert data.ids == ["c", "a", "b.2"] and data[0]["labels"].tolist() == [True, False]
+    (root / "heat" / "b.2.tif").unlink()
+    with pytest.raises(DataError, match="b.2 for one is not in heat"):
+        found.read(root, "fit")
+    with pytest.warns(UserWarning, match="'ids': 1"):
+        assert found.read(root, "fit", missing="skip").ids == ["c", "a"]
+    for id in IDS:
+        save(root / "mask" / f"{id}.png", np.full((1, *SIZE), 2, np.uint8))
+    found = datasets.declared("mine", spec | {"labels": [], "masks": ["x"]}, {"heat": HEAT})
+    with pytest.warns(UserWarning), pytest.raises(DataError, match="mask/c.png: class 2, expected 0 to 1"):
+        found.read(root, missing="skip")[1]
+
+
 def test_other_sizes_are_resampled_on_request(root):
     y, x = np.indices((6, 8))
     ramp = (100 * x + 20 * y + 500).astype(np.uint16)[None]
@@ -394,14 +415,14 @@ def test_pixels_without_data_are_not_numbers(root):
 def test_a_mapping_is_measured_and_said(root, capsys):
     data = Folders(root, MODALITIES)
     mapping = measure(data, HEAT)
-    modality = Modality.from_mapping(mapping)
+    heat = Modality.from_mapping(mapping)
     values = np.concatenate([pixels(id, 1).ravel() for id in IDS])
-    assert modality.scheme == "range_8bit" and modality.name == "heat" and modality.unit == HEAT.unit
-    assert modality.low + modality.high == pytest.approx(np.percentile(values, (1, 99)), rel=1e-4)
+    assert heat.scheme == "range_8bit" and heat.name == "heat" and heat.unit == HEAT.unit
+    assert heat.low + heat.high == pytest.approx(np.percentile(values, (1, 99)), rel=1e-4)
     said = capsys.readouterr().out
     assert said.startswith("heat: 3 samples look like whole numbers of 12 bits") and said.count("\n") == 1
-    assert "declared as digital numbers" in said and f"thermal {modality.low[0]:g} to {modality.high[0]:g}" in said
-    encoded = modality.encode(data[0]["heat"])
+    assert "declared as digital numbers" in said and f"thermal {heat.low[0]:g} to {heat.high[0]:g}" in said
+    encoded = heat.encode(data[0]["heat"])
     assert encoded.min() == 0 and encoded.max() == 255 and abs(encoded.mean() - 127) < 12
     mapping = measure(data, replace(RGB, scheme="measured"))
     assert mapping["scheme"] == "bytes" and "low" not in mapping
@@ -453,7 +474,7 @@ def test_real_flood_patches_in_two_folders(tmp_path):
         (tmp_path / name).mkdir()
         for path in sorted((half / f"OmbriaS{sensor}" / "test" / "AFTER").iterdir()):
             (tmp_path / name / f"{path.stem[-4:]}.png").symlink_to(path)
-    sar = Modality(name="sar", bands=("VV",), unit="8-bit backscatter", scheme="bytes")
+    sar = replace(RGB, name="sar", bands=("VV",))
     optical = replace(RGB, name="optical", bands=("B11", "B8", "B3"))
     data = Folders(tmp_path, (sar, optical))
     assert len(data) == 70 and not data.left_out
@@ -469,7 +490,7 @@ def test_real_photograph_and_elevation_on_other_grids(tmp_path, capsys):
     source = SHARED / "rgb_dem_rmnp"
     files = sorted(source.rglob("*.tif"))
     with_bands = {rasterio.open(path).count: path for path in files}
-    elevation = Modality(name="dem", bands=("elevation",), unit="metres")
+    elevation = modality.declared("dem", {"bands": ["elevation"], "unit": "metres"})
     for name, count in (("dem", 1), ("rgb", 3)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "rmnp.tif").symlink_to(with_bands[count])
