@@ -319,7 +319,8 @@ def test_masks_keep_their_values(root):
         Folders(root, MODALITIES, masks=("x", "y"))[2]
 
 
-def test_a_declared_data_set_reads_them(root):
+def test_a_declared_data_set_reads_them(root, monkeypatch):
+    monkeypatch.setattr(datasets, "_TABLE", dict(datasets._TABLE))
     (root / "fit.txt").write_text("c\na\nb.2\n")
     (root / "labels.csv").write_text("a,forest\nb.2\nc,snow\n")
     spec = {"modalities": ["rgb", "heat"], "splits": ["fit"], "labels": ["snow", "forest"]}

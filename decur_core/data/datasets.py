@@ -9,7 +9,8 @@ from decur_core.data.modality import Modality
 from decur_core.data.raster import DataError, Reader
 from decur_core.data.tasks import Masks, Scene, Task
 
-_MODULES = ("ssl4eo", "bigearthnet", "geonrw", "sunrgbd", "nyuv2", "ombria")  # of this folder, in the order of the book
+# Of this folder, in the order of the book
+_MODULES = ("ssl4eo", "bigearthnet", "geonrw", "sunrgbd", "nyuv2", "ombria", "ssl4eo_v11")
 _TABLE: dict[str, "DataSet"] = {}
 
 
