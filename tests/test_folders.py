@@ -1,7 +1,6 @@
 import pickle
 import warnings
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -56,13 +55,6 @@ def test_items_are_the_files_of_one_name(root):
         assert list(item) == ["id", "rgb", "heat"] and item["id"] == id
         assert item["rgb"].dtype == np.uint8 and np.array_equal(item["rgb"], pixels(id, 3))
         assert item["heat"].dtype == np.float32 and np.array_equal(item["heat"], pixels(id, 1))
-
-
-def test_a_spawned_process_reads_the_same(root):
-    data = Folders(root, MODALITIES)
-    with get_context("spawn").Pool(1) as pool:
-        item = pool.map(data.__getitem__, [1])[0]
-    assert item["id"] == "b.2" and np.array_equal(item["heat"], pixels("b.2", 1))
 
 
 @pytest.mark.parametrize(("suffix", "dtype"), [(".npy", np.float64), (".npy", np.uint16), (".png", np.uint16)])

@@ -113,9 +113,7 @@ def test_masks_have_two_values(tree):
 
 def test_what_is_missing_is_named_or_left_out(tree):
     file_of(tree, "train", 700, 2, "MASK").unlink()
-    with pytest.raises(
-        DataError, match="1 events or patches are not whole: no 0700 in .*OmbriaS2/train/MASK"
-    ):
+    with pytest.raises(DataError, match="1 events or patches are not whole: no 0700 in .*OmbriaS2/train/MASK"):
         Ombria(tree, "train")
     data = Ombria(tree, "train", missing="skip")
     assert data.ids == ["train/0002", "train/0010"] and data.left_out == {"absent": 1}
