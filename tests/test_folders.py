@@ -258,7 +258,9 @@ def test_ids_that_lack_a_modality_can_be_left_out(root):
 
 def test_hidden_files_and_dangling_links_are_counted(root):
     (root / "rgb" / "._a.png").write_bytes(b"left by an archiver")
-    (root / "heat" / ".DS_Store").write_bytes(b"")
+    for id in IDS:
+        save(root / "mask" / f"{id}.png", np.ones((1, *SIZE), np.uint8))
+    (root / "mask" / ".DS_Store").write_bytes(b"")
     (root / "rgb" / "a.txt").write_text("a note")
     (root / "heat" / "z.tif").symlink_to(root / "gone.tif")
     (root / "heat" / "c.tif").rename(root / "elsewhere.tif")

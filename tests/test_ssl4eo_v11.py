@@ -145,6 +145,8 @@ def test_the_offset_is_told_from_the_data():
         with pytest.raises(DataError, match="at 3000: neither near 0 nor 1000; give offset=0 or 1000"):
             find_offset([snow])
     assert darkest(np.zeros((4, 13, 8, 8))) == np.inf
+    with pytest.raises(DataError, match="neither near 0 nor 1000"):
+        find_offset([])
     scene[:, :, :35] = 0  # outside of the acquisition
     assert 1000 < darkest(np.where(scene > 0, scene + 1000, 0)) < 1020
 
@@ -232,11 +234,12 @@ def cut(data):
     return data[: len(data) // 2]
 
 
-def test_damaged_archives_are_named(root, form):
-    path = change(root, form, "S1GRD", cut)
+@pytest.mark.parametrize("folder", ["S1GRD", "S2L1C"])
+def test_damaged_archives_are_named(root, form, folder):
+    path = change(root, form, folder, cut)
     found = raised(root)
     assert str(path) in found and "cannot be read" in found
-    if form == TAR:
+    if form == TAR:  # the others are still there, and tell the offset
         assert SSL4EOS12v11(root, "train", missing="skip")[1]["id"] == "0000001"
 
 

@@ -133,6 +133,7 @@ class Folders(Reader):
         self.root, self.modalities, self.resample, self.masks = Path(root), tuple(modalities), resample, tuple(masks)
         self.left_out = Counter()
         self._files = {modality.name: self._scan(modality.name) for modality in modalities}
+        self._masks = self._scan("mask") if (self.root / "mask").is_dir() else None
         known = set().union(*self._files.values())
         wanted = sorted(known) if split in (None, "all") else self._list(split, known)
         lacking = {i: name for name, files in self._files.items() for i in wanted if i not in files}
@@ -146,13 +147,12 @@ class Folders(Reader):
         self.left_out = +(self.left_out + Counter(ids=len(lacking)))
         if self.left_out:
             warnings.warn(f"{self.root}: left out: {dict(self.left_out)}", stacklevel=2)
-        self.classes, self._labels, self._masks = tuple(classes), None, None
+        self.classes, self._labels = tuple(classes), None
         if (path := self.root / "labels.csv").is_file():
             self.classes, self._labels = read_labels(path, self.classes)
             self._match(path, self._labels, known)
-        if (path := self.root / "mask").is_dir():
-            self._masks = self._scan("mask")
-            self._match(path, self._masks, known)
+        if self._masks is not None:
+            self._match(self.root / "mask", self._masks, known)
 
     def __getitem__(self, i: int) -> dict:
         id = self.ids[i]
@@ -260,7 +260,7 @@ def read_labels(path: Path, classes: Sequence[str] = ()) -> tuple[tuple[str, ...
             keep = {cell: [cell] for cell in classes}
             names = [sum((keep.get(c) or re.split(between, c) for c in row[1:]), []) for row in rows]
             names = [[name.strip() for name in own if name.strip()] for own in names]
-            found = sorted(set(sum(names, [])))
+            found = sorted({name for own in names for name in own})
     if twice := repeated(row[0] for row in rows):
         raise DataError(f"{path}: {twice[0]} is there more than once")
     labels = {row[0]: own for row, own in zip(rows, names, strict=True)}

@@ -17,6 +17,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def find_offset(places: Iterable[np.ndarray]) -> int:
     places have water, shade or vegetation far below (B10: about 20). The lower quartile of the places tells; a
     DataError if it fits neither, as on snow or desert alone.
     """
-    found = float(np.quantile([darkest(images) for images in places], 0.25))
+    found = float(np.quantile([darkest(images) for images in places] or [np.inf], 0.25, method="lower"))
     if found < 800:
         return 0
     if 950 <= found < 1300:
@@ -144,8 +145,11 @@ class SSL4EOS12v11(Reader):
         shared = int((self._places[:, 0, 0] == self._places[0, 0, 0]).sum())
         self.chunk = 1 if self._places[0, 0, 2] else shared
         if offset is None and "optical" in names:
-            probes, product = np.linspace(0, len(self.ids) - 1, _PROBES).astype(int), names.index("optical")
-            offset = find_offset(self._read(i, product, slice(1))[0] for i in np.unique(probes))
+            probes = []
+            for i in np.unique(np.linspace(0, len(self.ids) - 1, _PROBES).astype(int)):
+                with suppress(DataError):  # a damaged place is refused when it is asked for
+                    probes.append(self._read(i, names.index("optical"), slice(1))[0])
+            offset = find_offset(probes)
         self.offset = offset
 
     def __getitem__(self, i: int) -> dict:
