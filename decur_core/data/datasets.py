@@ -88,6 +88,13 @@ def pretraining(pair: str) -> DataSet:
     return next(d for d in of_pair(pair) if d.pretrain)
 
 
+def declare(modalities: Mapping[str, Mapping], specs: Mapping[str, Mapping]) -> None:
+    """Register the data sets that a profile declares, and its own modalities with them; ValueError: what is wrong."""
+    own = {name: Modality.from_mapping({**spec, "name": name}) for name, spec in modalities.items()}
+    for name, spec in specs.items():
+        declared(name, spec, own)
+
+
 def declared(name: str, spec: Mapping, modalities: Mapping[str, Modality]) -> DataSet:
     """Register the data set of layout ``folders`` that a profile declares.
 
