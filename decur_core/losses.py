@@ -210,14 +210,16 @@ def decur_blocks(
         else:
             join, multiply = lambda parts: torch.cat(parts, 1), squares
 
-        def across(a_shares: bool, b_shares: bool) -> Tensor:
-            parts = [
-                [side[k] for k in side if (k in shared) == shares] for side, shares in ((a, a_shares), (b, b_shares))
-            ]
-            return multiply(*map(join, parts)) if all(parts) else zero
+        def part(side: dict[str, Tensor], inside: bool) -> Tensor | None:
+            pieces = [piece for block, piece in side.items() if (block in shared) == inside]
+            return join(pieces) if pieces else None
 
-        rest = across(True, False) + across(False, True) + across(False, False)
-        return _invariance(on, across(True, True), lambd), lambd * rest
+        def cost(x: Tensor | None, y: Tensor | None) -> Tensor:
+            return zero if x is None or y is None else multiply(x, y)
+
+        (a_in, a_out), (b_in, b_out) = ((part(side, True), part(side, False)) for side in (a, b))
+        rest = cost(a_in, b_out) + cost(a_out, b_in) + cost(a_out, b_out)
+        return _invariance(on, cost(a_in, b_in), lambd), lambd * rest
 
     with torch.autocast(first.device.type, enabled=False):
         terms = {f"intra/{m}": zero if b is None else compare(m, m, 1)[0] for m, (_, b) in views.items()}

@@ -201,11 +201,12 @@ def loss_of_blocks(n: int, missing: bool, dtype: torch.dtype) -> dict[str, torch
         if world > 1:
             dist.all_reduce(w.grad)
         w.grad /= world  # as DDP does
-    return found.terms | {f"gradient of {m}": w.grad for m, w in weights.items()}
+    terms = {name: value.detach() for name, value in found.terms.items()}
+    return terms | {f"gradient of {m}": w.grad for m, w in weights.items()}
 
 
 def losses_of_blocks() -> dict:
-    return {case: {k: v.detach() for k, v in loss_of_blocks(*case).items()} for case in WITH_BLOCKS}
+    return {case: loss_of_blocks(*case) for case in WITH_BLOCKS}
 
 
 def check_gather(dtype: torch.dtype) -> None:
