@@ -304,7 +304,7 @@ def _fit(network, store: Store, chosen: list[int], settings: Settings, *, inputs
     if file.exists():
         try:
             state = checkpoints.load(file)
-        except OSError as error:
+        except checkpoints.Damaged as error:
             print(f"{error}; {desc} begins again")
     if state.get("digest") == digest:
         network.load_state_dict(state["network"])
@@ -339,7 +339,7 @@ def _fit(network, store: Store, chosen: list[int], settings: Settings, *, inputs
                 )
             if time.monotonic() - saved > SAVE_SECONDS and epoch + 1 < epochs:
                 state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "digest": digest}
-                checkpoints.save({**state, "epoch": epoch + 1}, file)
+                checkpoints.save_or_say({**state, "epoch": epoch + 1}, file, f"{desc}, epoch {epoch + 1}")
                 saved = time.monotonic()
 
 
