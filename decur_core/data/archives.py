@@ -58,10 +58,10 @@ def unpack(parts: Sequence, target: Path | str, *, md5: Mapping[str, str] | None
     """Unpack one `.tar.gz`, whole or in parts (in any order), into the folder `target`; returns the files written.
 
     `md5`, file name -> digest: parts of this archive that it names must be there and agree before anything is written.
-    Run again after an interruption to go on: what is there is compared with the archive as that is read, and a file that
-    ends too early is completed. DataError: a part is missing or differs from its md5, the archive is damaged, a member
-    (absolute path, `..`, link to the outside, device) would leave `target`, or something else lies in its place, which
-    is not touched, be it the archive itself.
+    Run again after an interruption to go on: what is there is compared with the archive as that is read, and a file
+    that ends too early is completed. DataError: a part is missing or differs from its md5, the archive is damaged, a
+    member (absolute path, `..`, link to the outside, device) would leave `target`, or something else lies in its place,
+    which is not touched, be it the archive itself.
     """
     md5, paths = md5 or {}, sorted(map(Path, parts))
     if len(archives := {_archive(path) for path in paths}) != 1:

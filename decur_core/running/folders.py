@@ -139,7 +139,7 @@ def progress(steps: Iterable, *, disable: bool = False, **options):
 def git(*command: str) -> str:
     """What a git command says about the tree that this library is in; empty where it fails or there is none.
 
-    Variables such as GIT_DIR, which a git hook or an alias sets, speak of another tree; those of its configuration stay.
+    Variables such as GIT_DIR, which hooks set, speak of another tree; those of git's configuration stay.
     """
     kept = {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or k.startswith("GIT_CONFIG_")}
     options = {"cwd": config.ROOT, "env": kept, "capture_output": True, "text": True, "timeout": 30, "check": True}
@@ -157,7 +157,7 @@ def _processor() -> str:
 
 
 def commit() -> tuple[str, bool]:
-    """The commit of this tree, and whether library or notebooks differ from it, new files included; results do not count.
+    """The commit of this tree, and whether library or notebooks differ from it; new files count, results do not.
 
     ("unknown", False) outside of git, and where the repository is another one that these files merely lie in.
     """
