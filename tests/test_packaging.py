@@ -48,7 +48,7 @@ esac
 
 
 def fake_checkout(folder: Path):
-    """Makefile and pyproject.toml in ``my work``, and ``make(goal, VENV=...)`` there -> (exit code, output, commands)."""
+    """Makefile and pyproject.toml in ``my work``; ``make(goal, VENV=...)`` there -> (exit code, output, commands)."""
     if not shutil.which("make"):
         pytest.skip("make is not installed")
     work, log = folder / "my work", folder / "log"

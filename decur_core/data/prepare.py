@@ -130,7 +130,10 @@ def _files(settings: config.Settings, dataset: str, root: Path, split: str, miss
         return SSL4EOS12(root)
     if dataset == "bigearthnet" and not (root / "metadata.parquet").exists():
         return BigEarthNetMM(root, split, exclude=_excluded(settings, root), missing=missing)
-    readers = {"bigearthnet": BigEarthNetV2, "geonrw": GeoNRW, "sunrgbd": SUNRGBD, "nyuv2": NYUv2}
+    if dataset == "bigearthnet":
+        part = None if split == "all" else split
+        return BigEarthNetV2(root, part, exclude=settings.transfer.exclude, missing=missing)
+    readers = {"geonrw": GeoNRW, "sunrgbd": SUNRGBD, "nyuv2": NYUv2}
     return readers[dataset](root, None if split == "all" else split, missing=missing)
 
 
