@@ -217,6 +217,12 @@ def test_embeddings_without_a_map_are_refused(z1, z2, reason):
         explain.tsne(z1, z2)
 
 
+def test_a_rank_of_nothing():
+    assert explain.effective_rank(torch.ones(5, 3)) == 0 == explain.effective_rank(torch.rand(1, 3))
+    with pytest.raises(ValueError, match="holds NaN or infinity"):
+        explain.effective_rank(torch.full((5, 3), torch.nan))
+
+
 def test_constant_dimensions_lie_together_on_the_map():
     make = torch.Generator().manual_seed(0)
     z1, z2 = torch.randn(50, 12, generator=make), torch.randn(50, 12, generator=make)

@@ -66,8 +66,11 @@ def effective_rank(z_NK: Tensor) -> float:
     """How many independent directions an embedding uses, 1 to K: exp of the entropy of its correlation spectrum.
 
     (Roy and Vetterli 2007, with the eigenvalues of the dimensions' correlation matrix in place of singular values.)
-    Dimensions that repeat one another lower it; constant ones do not count, and 0 says that all are.
+    Dimensions that repeat one another lower it; constant ones do not count, and 0 says that all are. ValueError for
+    values that are not finite.
     """
+    if not z_NK.isfinite().all():
+        raise ValueError("the embedding holds NaN or infinity; look at the loss of the run, which may have diverged")
     spectrum = torch.linalg.eigvalsh(losses.cross_correlation(z_NK, z_NK).double()).clamp_min(0)
     if not spectrum.any():
         return 0.0

@@ -2,8 +2,10 @@
 
 import contextlib
 import pickle
+import pickletools
 import re
 import zipfile
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -61,6 +63,14 @@ def _whole(file: Path) -> list[str]:
         return archive.namelist()
 
 
+def _pickles(file: Path) -> list[str]:
+    """Nothing; ValueError where the pickles, four of them, at the start of an older checkpoint are cut short."""
+    with file.open("rb") as opened:
+        for _ in range(4):
+            deque(pickletools.genops(opened), maxlen=0)
+    return []
+
+
 def _unpickled(file: Path):
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
@@ -77,6 +87,7 @@ _OTHERS = {
     b"{": ("text (JSON), not weights", "read what it says, and download the file itself"),
     b"\x1f\x8b": ("compressed by gzip", "unpack it first"),
 }
+_LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")  # how torch.save began before it wrote zip archives
 _MORE = re.compile(r"GLOBAL|Can only (build|create)|must be imported")  # what torch says of things it will not make
 
 
@@ -94,14 +105,16 @@ def read_weights(path: Path | str) -> dict:
     for sign, (kind, way) in _OTHERS.items():
         if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(sign):
             raise ValueError(f"{path}: is {kind}; {way}")
+    legacy = _LEGACY.startswith(start[: len(_LEGACY)])
     try:
-        names = _whole(path) if start.startswith(b"PK") else names
+        names = _whole(path) if start.startswith(b"PK") else _pickles(path) if legacy else []
         content = _unpickled(path)
     except (OSError, MemoryError):
         raise
     except Exception as error:
-        reason = f"({type(error).__name__}: {error})"
-        if isinstance(error, pickle.UnpicklingError) and _MORE.search(str(error)):
+        text = re.sub(r"(?s).*WeightsUnpickler error: |\. Please use .*|\s*Check the documentation.*", "", str(error))
+        reason = f"({type(error).__name__}: {text.strip()})"
+        if isinstance(error, pickle.UnpicklingError) and _MORE.search(text):
             way = "if you trust it, open it with weights_only=False elsewhere and save its state dict ('model') alone"
             raise ValueError(
                 f"{path}: holds more than tensors, and loading that can run code; {way} {reason}"
@@ -112,7 +125,7 @@ def read_weights(path: Path | str) -> dict:
         if names and not any(name.endswith("/data.pkl") for name in names):
             way = f"it holds {', '.join(names[:3])}; unpack it first"
             raise ValueError(f"{path}: is a zip archive that torch.save did not write; {way}") from error
-        if not start.startswith((b"PK", b"\x80\x02")):  # an archive, or the pickles that older versions wrote
+        if not legacy and not start.startswith(b"PK"):
             found, way = f"it begins with {start[:20]!r}", f"{again}, or save its tensors with torch.save"
             raise ValueError(f"{path}: is no file of torch.save, {found}; {way}") from error
         raise ValueError(f"{path}: is cut short or damaged; {again} {reason}") from error
