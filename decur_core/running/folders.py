@@ -16,8 +16,8 @@ from pathlib import Path
 import tqdm.auto
 
 from decur_core import config
-from decur_core.losses import METHODS
 from decur_core.data.raster import visible
+from decur_core.losses import METHODS
 
 SENTINEL = "decur: notebook finished"
 
