@@ -1,6 +1,7 @@
 """Run folders, provenance and records: what was computed, from what, by which code, on which machine."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -8,6 +9,7 @@ import platform
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -81,15 +83,62 @@ def write_json(file: Path, value) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, wait: bool = False):
-    """Hold ``folder`` for this process; a second process that wants it gets an error, or its turn with ``wait``."""
+def locked(folder: Path, *, wait: bool = False, name: str = ".lock"):
+    """Hold ``folder``, or what ``name`` stands for in it, for this process.
+
+    A second process that wants it gets a RuntimeError, or its turn with ``wait``. Where nothing can be written nothing
+    is held: who reads a finished result of a read-only disk needs no lock. File systems without locks have a file
+    instead that says who holds the folder, for as long as it does.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as f:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
+            file = stack.enter_context(open(folder / name, "a"))
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
             raise RuntimeError(f"{folder} is in use by another process; wait for it or stop it first") from None
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                stack.enter_context(_owned(folder / f"{name}-owner", wait=wait, reason=error.strerror))
+            elif error.errno not in (errno.EROFS, errno.EACCES):
+                raise
         yield
+
+
+@contextlib.contextmanager
+def _owned(file: Path, *, wait: bool, reason: str):
+    """Hold a file that only one process can make, and that names it; as ``locked`` else."""
+    here = platform.node()
+    while True:
+        try:
+            with open(file, "x") as made:
+                made.write(f"process {os.getpid()} on {here}")
+            break
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):  # just given back
+                who = file.read_text()
+                number, _, node = who.removeprefix("process ").partition(" on ")
+                if node == here and not _runs(int(number)):  # killed
+                    file.unlink(missing_ok=True)
+                elif not wait:
+                    state = f"{file.parent} is in use by {who}; wait for it or stop it first"
+                    raise RuntimeError(f"{state}; if it has died, remove {file} ({reason}: no locks there)") from None
+                else:
+                    time.sleep(0.2)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 _listening: list[list[int]] = []  # of every ``stop_signals`` that has been entered and not left
