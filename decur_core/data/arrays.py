@@ -26,11 +26,12 @@ from pathlib import Path
 import numpy as np
 
 from decur_core.data.raster import DataError
+from decur_core.running import folders as runs
 
 FORMAT = 3
 TODO, STORED, QUARANTINED = range(3)
 REASON = 1024  # bytes that are kept of a reason
-_BLOCK = 4096  # rows that are looked at together
+_BLOCK = 1024  # rows that are looked at together
 
 
 def positions(count: int, shard: tuple[int, int], chunk: int = 1) -> range:
@@ -64,6 +65,12 @@ def load(path: Path) -> dict | None:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: no store that can be read; remove it and convert again ({error!r})") from error
+
+
+def save(path: Path, index: dict) -> None:
+    """Write an index, a line for each of its keys."""
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in index.items())
+    runs.write_text(path / "index.json", f"{{\n{lines}\n}}\n")
 
 
 def measured(index: dict) -> dict[str, int]:

@@ -114,8 +114,9 @@ class StoreWriter:
     ):  # fmt: skip
         _check_names(ids, shapes)
         self.span, self.allowed = positions(len(ids), shard, chunk), allowed
-        wanted = {"format": arrays.FORMAT, "finished": False, "parts": shard[1], "chunk": chunk, "ids": list(ids)}
+        wanted = {"format": arrays.FORMAT, "finished": False, "parts": shard[1], "chunk": chunk}
         wanted |= {"shapes": shapes, "seasons": seasons, "labels": labels, "meta": meta, "rows_per_file": {}}
+        wanted = json.loads(json.dumps(wanted)) | {"ids": list(ids)}
         for name, shape in shapes.items():
             files = -(-len(ids) * seasons * math.prod(shape) // _LARGEST)
             wanted["rows_per_file"][name] = -(-len(ids) // files)
@@ -123,7 +124,7 @@ class StoreWriter:
         with contextlib.ExitStack() as stack:
             stack.enter_context(runs.locked(Path(path), name=f".lock{part}"))
             with runs.locked(Path(path), name=".lock-index", wait=True), disk(path):
-                _begin(Path(path), json.loads(json.dumps(wanted)), retry=retry)
+                _begin(Path(path), wanted, retry=retry)
                 self._open(Path(path))
                 for row in self.span if retry else ():
                     if self.state[row] == QUARANTINED:
@@ -251,14 +252,14 @@ def _begin(path: Path, wanted: dict, *, retry: bool) -> None:
     if index is None:
         if foreign := [file for each in arrays.files(wanted).values() for file, *_ in each if (path / file).exists()]:
             raise DataError(f"{path}: holds {foreign[0]} but no index.json, so no store; choose another path")
-        runs.write_json(path / "index.json", wanted)
+        arrays.save(path, wanted)
     elif unlike := arrays.unlike(index, wanted):
         raise DataError(f"{path}: holds another store, choose another path ({unlike})")
     elif index["parts"] != wanted["parts"]:
         what = f"holds a store in {index['parts']} part(s), not {wanted['parts']}"
         raise DataError(f"{path}: {what}; choose another path")
     elif retry and index["finished"] and index["quarantined"]:
-        runs.write_json(path / "index.json", index | {"finished": False})
+        arrays.save(path, index | {"finished": False})
     if not (path / "state.npy").exists():
         arrays.make(path, index or wanted)
 
@@ -273,7 +274,7 @@ def _finish(path: Path, allowed: float) -> None:
     bad = found.pop("quarantined")
     if len(bad) > allowed * len(state):
         raise DataError(too_many(path, len(bad), len(state), allowed, ": ".join([*bad.items()][-1])))
-    runs.write_json(path / "index.json", index | {"finished": True, "quarantined": bad, "summary": found})
+    arrays.save(path, index | {"finished": True, "quarantined": bad, "summary": found})
 
 
 def too_many(path: Path, bad: int, count: int, allowed: float, last: str) -> str:
