@@ -1,11 +1,9 @@
 """Run folders, provenance and records: what was computed, from what, by which code, on which machine."""
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
-import re
 import signal
 import subprocess
 import threading
@@ -16,8 +14,8 @@ from pathlib import Path
 import tqdm.auto
 
 from decur_core import config
-from decur_core.data.raster import visible
 from decur_core.losses import METHODS
+from decur_core.running.files import locked, remove_torn, replacing, visible, write_json, write_text  # noqa: F401
 
 SENTINEL = "decur: notebook finished"
 
@@ -56,55 +54,6 @@ def _only(settings: config.Settings) -> list[str]:
     if not METHODS[settings.method].single:
         return []
     return [settings.single or config.modalities(settings)[0].name]
-
-
-@contextlib.contextmanager
-def replacing(file: Path):
-    """Binary writing under a temporary name, flushed to disk, then renamed: a reader never sees half a file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-# Names under which ``replacing`` writes the files of a pretraining; nothing else that is hidden there is ours.
-_TORN = re.compile(r"\.(checkpoint-\d+\.pt|final\.pt|history\.jsonl|run\.json)\.\d+")
-
-
-def remove_torn(folder: Path) -> None:
-    """Remove what killed processes left of files that they were writing; ``folder`` is held by this process."""
-    for file in folder.iterdir():
-        if _TORN.fullmatch(file.name):
-            file.unlink()
-
-
-def write_text(file: Path, text: str) -> None:
-    """``text`` as UTF-8, written like any file that others read."""
-    with replacing(file) as f:
-        f.write(text.encode())
-
-
-def write_json(file: Path, value) -> None:
-    """``value`` as JSON, written like any text."""
-    write_text(file, json.dumps(value, indent=1))
-
-
-@contextlib.contextmanager
-def locked(folder: Path, *, wait: bool = False):
-    """Hold ``folder`` for this process; a second process that wants it gets an error, or its turn with ``wait``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            raise RuntimeError(f"{folder} is in use by another process; wait for it or stop it first") from None
-        yield
 
 
 _listening: list[list[int]] = []  # of every ``stop_signals`` that has been entered and not left
