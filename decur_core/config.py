@@ -1,37 +1,34 @@
 """Settings: every number of a run, strict and typed. Defaults are the paper's for SAR-optical pretraining."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, JsonValue
 
 from decur_core import backbones, losses
 from decur_core.data import datasets
 from decur_core.data.modality import Modality
-from decur_core.running import profiles
-from decur_core.running.profiles import (
-    ROOT,
-    ConfigError,
+from decur_core.running import profiles, sections
+from decur_core.running.kinds import (
     Declared,
     Flag,
     Folder,
     Listed,
+    Natural,
+    Positive,
     Real,
-    Section,
+    Scale,
+    Share,
+    Weight,
     Whole,
-    as_real,
-    as_whole,
 )
+from decur_core.running.sections import ROOT, ConfigError, Section, at, nearest
 
-PROFILES, meant, profile_path = profiles.PROFILES, profiles.meant, profiles.located
+PROFILES, profile_path, meant = profiles.PROFILES, profiles.located, profiles.meant
 add_shard, check_shard, check_world_size = profiles.add_shard, profiles.check_shard, profiles.check_world_size
-
-Natural, Positive = Annotated[int, Field(ge=0), as_whole], Annotated[int, Field(ge=1), as_whole]
-Weight, Scale = Annotated[float, Field(ge=0), as_real], Annotated[float, Field(ge=0.1), as_real]
-Share, Word = Annotated[float, Field(gt=0, le=1), as_real], Annotated[str, Field(pattern=r"^[\w.-]*$")]
 Aside = partial(Field, json_schema_extra={"result": False})  # a field that cannot change what pretraining computes
 Some, Three = partial(Field, min_length=1), partial(Field, min_length=3, max_length=3)
 # Settings that name an entry of a table, to which others may add.
@@ -92,8 +89,8 @@ class Settings(Section):
     """All settings of a profile; ``load`` makes and checks it."""
 
     profile: str = Aside("", description="name of the profile")
-    name: Word = Aside("", description="suffix of the run's folder, which tells it from others")
-    variant: Word = Aside("", description="chosen part of the profile, and what varies")
+    name: str = Aside("", pattern=r"^[\w.-]*$", description="suffix of the run's folder, which tells it from others")
+    variant: str = Aside("", pattern=r"^[\w.-]*$", description="chosen part of the profile, and what varies")
     pair: str = Field("sar_optical", description="modalities that go together")
     method: str = Field("decur", description="pretraining loss; supervised and random: none")
     single: str = Field("", description="modality that barlow_twins_single trains; empty: the first")
@@ -137,11 +134,12 @@ class Settings(Section):
 
     def faults(self) -> Iterator[str]:
         """Names that are in no table, and settings that are fine alone and impossible together."""
+        self.register()
         for name, table in TABLES.items():
             if getattr(self, name) not in table():
                 yield f"{name} = {getattr(self, name)!r}; allowed: {', '.join(table())}"
         for name in self.data.roots.keys() - datasets.names():
-            yield f"data.roots: unknown data set {name!r}; {profiles.nearest(name, datasets.names())}"
+            yield f"data.roots: unknown data set {name!r}; {nearest(name, datasets.names())}"
         has, inputs = [m.name for m in modalities(self)], [name for name in self.transfer.inputs if name != "both"]
         if self.single not in ("", *has):
             yield f"single = {self.single!r}, but pair = {self.pair!r} has: {', '.join(has)}"
@@ -153,24 +151,33 @@ class Settings(Section):
         widths = {sum(k for name, k in self.blocks.items() if m in name.split("+")) for m in has}
         if self.blocks and (0 in widths or not self.projector or (self.shared_projector and len(widths) > 1)):
             yield f"blocks = {self.blocks}; each modality needs some, and a projector of its own if sums differ"
-        if self.dim_common == "auto" and (self.blocks or not (self.intra and self.decoupling)):
+        if self.method == "decur" and not self.blocks and len(has) > 2 and self.dim_common != "auto":
+            yield f"blocks = {{}}; with {len(has)} modalities decur needs them, or dim_common: auto"
+        if (
+            self.method == "decur"
+            and self.dim_common == "auto"
+            and (self.blocks or not self.intra or not self.decoupling)
+        ):
             yield "dim_common = 'auto'; it needs intra: true, decoupling: true and no blocks"
         if self.data.source == "world" and self.world.locations < self.batch_size:
             yield f"batch_size = {self.batch_size} is more than world.locations = {self.world.locations}"
         if self.projector:  # without one, the width is known where networks are made
             check_dim_common(self, self.projector[-1])
 
+    def register(self) -> None:
+        """Make known what the profile brings along: Python files, modalities, data sets in folders."""
+        profiles.extend(self.extensions)
+        datasets.declare(self.modalities, self.datasets)
+
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        _add(self.extensions, self.modalities, self.datasets)  # helper processes have to know them too
+        self.register()  # in a helper process, too
 
 
-def _add(extensions: Iterable[str], modalities: dict, sets: dict) -> None:
-    profiles.extend(extensions)
-    try:
-        datasets.declare(modalities, sets)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"modalities or datasets: {error}") from None
+overrides = partial(profiles.assigned, Settings)  # the KEY=VALUE items of a command line, for `load`
+to_dict = partial(Settings.model_dump, mode="json")  # nested plain values, as JSON and YAML hold them
+defaults = partial(sections.defaults, Settings)  # what `identity` would give for a setting that nobody changes
+describe = partial(sections.describe, Settings, TABLES)  # rows of the book's table
 
 
 def load(
@@ -185,10 +192,9 @@ def load(
     Raises ``ConfigError`` for unknown names, wrong types, and values that are out of range or contradict each other.
     """
     values, pairs = profiles.layered(Settings, profile, overrides, pair=pair, variant=variant)
-    _add(*(values.get(name, {}) for name in ("extensions", "modalities", "datasets")))
+    settings = Settings.made(values, f"{values['profile']}.yaml")
     if unknown := [p for p in pairs if p not in datasets.pairs()]:
         raise ConfigError(f"{profile}: pairs: unknown pair {unknown[0]!r}; allowed: {', '.join(datasets.pairs())}")
-    settings = Settings.made(values, f"{values['profile']}.yaml")
     members(settings)
     return settings
 
@@ -205,14 +211,10 @@ def root_of(settings: Settings, dataset: str) -> Path:
 
 def check_dim_common(settings: Settings, width: int) -> None:
     """Refuse more common dimensions than an embedding of ``width`` has, where the loss tells them from the others."""
-    found, split = settings.dim_common, settings.method == "decur" and settings.decoupling and not settings.blocks
-    if split and found != "auto" and found > width:
+    told = settings.method == "decur" and settings.decoupling and not settings.blocks and settings.dim_common != "auto"
+    if told and settings.dim_common > width:
         source = "the last width of projector" if settings.projector else f"the width of {settings.backbone}"
-        limit = f"{source} is {width}; allowed: 0 to {width}"
-        raise ConfigError(f"dim_common = {found} is more than the embedding has: {limit}")
-
-
-overrides = partial(profiles.assigned, Settings)  # the KEY=VALUE items of a command line, for `load`
+        raise ConfigError(f"dim_common = {settings.dim_common} is more than {source}; allowed: 0 to {width}")
 
 
 def members(settings: Settings) -> list[Settings]:
@@ -226,27 +228,8 @@ def members(settings: Settings) -> list[Settings]:
     return made
 
 
-def to_dict(settings: Section) -> dict:
-    """Nested plain values, as JSON and YAML hold them (tuples become lists)."""
-    return settings.model_dump(mode="json")
-
-
 def identity(settings: Settings) -> dict:
     """The settings that decide what a pretraining run computes, as a flat dict of dotted names."""
     values, skipped = to_dict(settings), ("transfer", "" if settings.data.source == "world" else "world")
     decide = [name for name, field in Settings.fields() if not field.json_schema_extra]
-    return {name: profiles.at(values, name) for name in decide if name.partition(".")[0] not in skipped}
-
-
-def defaults() -> dict:
-    """The default of every setting, as ``identity`` would give it."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value, _ in describe()}
-
-
-def describe() -> list[tuple[str, object, str]]:
-    """(name, default, meaning) of every setting, for the book's table; paths as in a profile."""
-    rows = []
-    for name, field in Settings.fields():
-        choices = ", ".join(TABLES[name]() if name in TABLES else profiles.choices(field.annotation))
-        rows.append((name, field.default, f"{field.description}{': ' if choices else ''}{choices}"))
-    return rows
+    return {name: at(values, name) for name in decide if name.partition(".")[0] not in skipped}
