@@ -356,7 +356,7 @@ def test_garbage_is_refused_as_a_setting_or_accepted_as_one(profile):
     rng = random.Random(0)
     known = [*(name for name, _ in names()), "data", "world", "transfer"]
     outcomes = {True: 0, False: 0}
-    for _ in range(1500):
+    for _ in range(2500):
         overrides = {}
         for _ in range(rng.randrange(1, 3)):
             name = rng.choice(known) if rng.random() < 0.9 else rng.choice([None, 3, "", ".", "world.", "a.b.c"])

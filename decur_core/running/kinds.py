@@ -65,7 +65,7 @@ def meant(path: Path | str) -> str:
 
 T = TypeVar("T")
 _as_whole, _as_real = BeforeValidator(_whole), BeforeValidator(_real)
-Flag, Whole, Real = Annotated[bool, BeforeValidator(_plain)], Annotated[int, _as_whole], Annotated[float, _as_real]
+Flag, Int, Real = Annotated[bool, BeforeValidator(_plain)], Annotated[int, _as_whole], Annotated[float, _as_real]
 Natural, Positive = Annotated[int, Field(ge=0), _as_whole], Annotated[int, Field(ge=1), _as_whole]
 Weight, Scale = Annotated[float, Field(ge=0), _as_real], Annotated[float, Field(ge=0.1), _as_real]
 Share = Annotated[float, Field(gt=0, le=1), _as_real]
