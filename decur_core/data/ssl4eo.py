@@ -68,19 +68,16 @@ class SSL4EOS12(Reader):
     def __getitem__(self, i: int) -> dict:
         sar_dates, sar_scenes = self._scenes("s1", self.ids[i])
         optical_dates, optical_scenes = self._scenes("s2c", self.ids[i])
-        optical, sar, size = [], [], None
-        for optical_scene, sar_scene in zip(optical_scenes, sar_scenes, strict=True):
+        optical = sar = np.empty(0)
+        for k, (optical_scene, sar_scene) in enumerate(zip(optical_scenes, sar_scenes, strict=True)):
             paths = [f"{optical_scene}/{band}.tif" for band in OPTICAL.bands]
+            size = optical.shape[2:] or None
             images = read_pair(paths, [f"{sar_scene}/{band}.tif" for band in SAR.bands], size=size)
-            size = images[0].shape[1:]
-            optical.append(images[0])
-            sar.append(images[1])
-        return {
-            "id": self.ids[i],
-            "sar": np.stack(sar),
-            "optical": np.stack(optical),
-            "dates": {"sar": sar_dates, "optical": optical_dates},
-        }
+            if not k:  # of this size are all of them
+                optical, sar = (np.empty((self.seasons, *image.shape), np.float32) for image in images)
+            optical[k], sar[k] = images
+        dates = {"sar": sar_dates, "optical": optical_dates}
+        return {"id": self.ids[i], "sar": sar, "optical": optical, "dates": dates}
 
     def _scenes(self, folder: str, location: str) -> tuple[list[str], list[str]]:
         """Dates and directories of a location's scenes, in order of the date."""
