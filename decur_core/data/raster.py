@@ -1,10 +1,7 @@
 """GeoTIFF (and JPEG 2000) bands as arrays on one grid, and what all readers share, first errors that name the file."""
 
-import fnmatch
 import logging
-import os
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from rasterio.crs import CRS
 from rasterio.io import DatasetReader
+
+from decur_core.running.files import visible as visible  # part of what readers share
 
 # Pixel size of the 13 Sentinel-2 bands B1..B8, B8A, B9..B12 in units of 10 m.
 OPTICAL_STEPS = (6, 1, 1, 1, 2, 2, 2, 1, 2, 6, 6, 2, 2)
@@ -61,29 +60,6 @@ class Joined(Reader):
 def repeated(names: Iterable[str]) -> list[str]:
     """Those that are given more than once."""
     return [name for name, count in Counter(names).items() if count > 1]
-
-
-def visible(folder: Path | str, pattern: str) -> list[Path]:
-    """Files, or folders for a pattern that ends with a slash, in any order: the one rule for what belongs to the data.
-
-    Hidden ones, which are of other programs, and links to what is gone are left out; a warning counts and names them.
-    """
-    *above, last = pattern.rstrip("/").split("/")
-    found, left = [os.fspath(folder)], []
-    for depth, part in enumerate([*above, last]):
-        only_folders, entries = depth < len(above) or pattern.endswith("/"), []
-        for place in filter(os.path.isdir, found):
-            with os.scandir(place) as there:  # knows files from folders without asking for each, of 250,000 ids
-                entries += [entry for entry in there if fnmatch.fnmatchcase(entry.name, part)]
-        found = []
-        for entry in entries:
-            gone = entry.is_symlink() and not os.path.exists(entry.path)
-            if gone or entry.is_dir() or not only_folders:
-                (left if gone or entry.name.startswith(".") else found).append(entry.path)
-    if left:
-        what = "are left out, hidden or links to what is gone"
-        warnings.warn(f"{folder}: {len(left)} of {pattern} {what}, first {min(left)}", stacklevel=2)
-    return [Path(path) for path in found]
 
 
 @contextmanager

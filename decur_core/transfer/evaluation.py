@@ -6,7 +6,6 @@ import json
 import signal
 import statistics
 import time
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_confusion_matrix, multilabel_average_precision
+from torchmetrics.functional.classification import binary_average_precision, multiclass_confusion_matrix
 
 from decur_core import config, model, pretrain
 from decur_core.config import Settings
@@ -81,17 +80,14 @@ def mean_average_precision(scores: Tensor, labels: Tensor) -> dict:
         raise ValueError("scores that are not finite numbers cannot be ranked")
     # Places in the order of all: of scores outside of 0 to 1 the metric takes a sigmoid, which makes large ones equal.
     order = scores.detach().flatten().unique(return_inverse=True)[1].view_as(scores).double() / scores.numel()
-    with warnings.catch_warnings():  # about classes that never occur
-        warnings.filterwarnings("ignore", message=".*no positive samples.*")
-        warnings.filterwarnings("ignore", message="Average precision score for one or more classes was `nan`.*")
-        micro, each = (
-            100 * multilabel_average_precision(order, labels.int(), labels.shape[1], average=average)
-            for average in ("micro", "none")
-        )
-    occurs = labels.bool().any(0).tolist()
-    per_class = [round(v, 4) if o else None for v, o in zip(each.tolist(), occurs, strict=True)]
+    labels = labels.int()
+    micro, *each = (
+        100 * float(binary_average_precision(ranked, true)) if true.any() else None
+        for ranked, true in [(order.flatten(), labels.flatten()), *zip(order.T, labels.T, strict=True)]
+    )
+    per_class = [v if v is None else round(v, 4) for v in each]
     macro = statistics.fmean(v for v in per_class if v is not None)
-    return {"micro": float(micro), "macro": macro, "per_class": per_class}
+    return {"micro": micro, "macro": macro, "per_class": per_class}
 
 
 def evaluate(
@@ -304,7 +300,7 @@ def _fit(network, store: Store, chosen: list[int], settings: Settings, *, inputs
     if file.exists():
         try:
             state = checkpoints.load(file)
-        except OSError as error:
+        except checkpoints.Damaged as error:
             print(f"{error}; {desc} begins again")
     if state.get("digest") == digest:
         network.load_state_dict(state["network"])
@@ -339,7 +335,7 @@ def _fit(network, store: Store, chosen: list[int], settings: Settings, *, inputs
                 )
             if time.monotonic() - saved > SAVE_SECONDS and epoch + 1 < epochs:
                 state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "digest": digest}
-                checkpoints.save({**state, "epoch": epoch + 1}, file)
+                checkpoints.save_or_say({**state, "epoch": epoch + 1}, file, f"{desc}, epoch {epoch + 1}")
                 saved = time.monotonic()
 
 
