@@ -18,8 +18,6 @@ from decur_core import augment
 from decur_core.augment import Policy
 from decur_core.data.raster import DataError
 
-_ANY = (-3.4e38, 3.4e38)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Modality:
@@ -30,7 +28,7 @@ class Modality:
     name: str  # in errors; key in samples, stores, views and embeddings
     bands: tuple[str, ...]  # in the order of the channel axis
     unit: str  # of the physical input, in words
-    valid_range: tuple[float, float] = _ANY  # in `unit`; values outside it mean another unit
+    valid_range: tuple[float, float]  # in `unit`; values outside it mean another unit
     scheme: str = "measured"  # of the 8-bit mapping, see `encode`; "measured": not known before the data are looked at
     scale: float | None = None  # reflectance_8bit: the value that becomes 255
     outliers: float | None = None  # outliers_*: share of pixels cut per image and band, half at each end
@@ -176,6 +174,16 @@ class Modality:
 
 
 _ADAPTER = pydantic.TypeAdapter(Modality)
+
+
+def declared(name: str, spec: Mapping) -> Modality:
+    """The sensor that a profile declares: fields of ``Modality``, at least ``bands`` and ``unit``.
+
+    Without a ``scheme`` its 8-bit mapping is measured on the data, and any value is valid. ValueError as above.
+    """
+    return Modality.from_mapping(
+        ({} if "scheme" in spec else {"valid_range": (-3.4e38, 3.4e38)}) | {**spec, "name": name}
+    )
 
 
 # What keeps the values: a grey or brighter radar image would be another measurement (paper, section 4).

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decur_core import backbones
-from decur_core.backbones import MixTransformer
 from decur_core.data.raster import DataError
 
 DECODER = 512  # channels to which the decoder brings every stage
@@ -120,7 +119,7 @@ class DualEncoder(nn.Module):
         super().__init__()
         widths = backbones.widths(backbone)
         for prefix in ("", "extra_"):
-            for name, module in MixTransformer(backbone, 3).named_children():
+            for name, module in backbones.build(backbone, 3)[0].named_children():
                 setattr(self, prefix + name, module)
         self.FRMs = nn.ModuleList([Rectification(width) for width in widths])
         self.FFMs = nn.ModuleList([Fusion(width, heads) for width, heads in zip(widths, (1, 2, 5, 8), strict=True)])
