@@ -107,7 +107,7 @@ class Masks(Task):
             wanted = f"torch.uint8 with {self.ignore} = unlabelled; do not shift them before"
             raise DataError(f"masks are {labels.dtype}, expected {wanted}")
         values = labels.long()
-        return torch.where(values == self.ignore, IGNORE, values - (values > self.ignore))
+        return torch.where(values == self.ignore, IGNORE, values - (values > self.ignore).long())
 
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Mean cross-entropy of the labelled pixels; 0 where there are none."""

@@ -44,7 +44,7 @@ def plain(size: int) -> Policy:
 
 
 def load_pretrained(folder: Path | str) -> tuple[MultimodalModel, dict[str, Modality], dict]:
-    """The model, the modalities by name (8-bit mapping, no augmentation of their own) and the settings of a finished run.
+    """The model, the modalities by name (their 8-bit mappings, without a policy) and the settings of a finished run.
 
     FileNotFoundError: it is not finished; OSError: its weights are damaged; DataError: they are of an earlier version.
     """

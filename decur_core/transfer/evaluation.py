@@ -21,7 +21,7 @@ from decur_core.data.tasks import Masks, Scene, Task
 from decur_core.running import folders as runs
 from decur_core.transfer import fitting
 from decur_core.transfer.encoders import given, load_pretrained
-from decur_core.transfer.networks import NETWORKS, samples
+from decur_core.transfer.networks import NETWORKS, labels_of, samples
 
 SWEPT = ("protocols", "inputs", "fractions")  # lists in the settings, of which an evaluation is one combination
 EXAMPLES = 8  # test images whose predicted masks are kept for pictures
@@ -80,6 +80,9 @@ def evaluate(
     if protocol == "finetune" and (size := min(len(chosen), t.batch_size)) < 2:
         limits = f"{len(chosen)} labelled images, transfer.batch_size = {t.batch_size}"
         raise config.ConfigError(f"{name}: BatchNorm cannot train on batches of {size} ({limits}); allowed: 2 or more")
+    for store, rows in ((train, chosen), (test, range(len(test)))):  # before the training, not after all of it
+        for k in range(0, len(rows), t.batch_size):
+            task.check(labels_of(store, task, rows[k : k + t.batch_size]))
     torch.manual_seed(seed)
     kind = NETWORKS[t.segmenter if task.dense else "linear"]
     network = kind.build(pretrained, pretraining, modalities, task.outputs, frozen=protocol == "linear")
@@ -114,38 +117,34 @@ def _task(dataset: str | None, store: Store) -> tuple[str, str, Task]:
     """Name and title of the labelled data set in a store, and its task, which is that of ``dataset`` if given."""
     facts = store.meta.get("data") or {}
     known = {name: found for name in datasets.names() if (found := datasets.find(name)).task}
-    own = facts.get("name", "")
-    key = dataset or own
-    if key not in known and (key != own or not own):
-        allowed = ", ".join(dict.fromkeys([*known, *filter(None, [own])]))
-        if dataset:
-            raise config.ConfigError(f"dataset = {dataset!r}; allowed: {allowed}")
-        raise config.ConfigError(f"{store.path}: does not say what it holds; name the dataset, one of: {allowed}")
-    title = known[own].title if own in known else facts.get("title") or own or known[key].title
+    own, classes, labels = facts.get("name", ""), tuple(facts.get("classes", ())), store.labels is not None
+    key, allowed = dataset or own, ", ".join(dict.fromkeys([*known, *([own] if own else [])]))
+    if dataset and dataset not in allowed.split(", "):
+        raise config.ConfigError(f"dataset = {dataset!r}; allowed: {allowed}")
     if key in known:
+        title = known[own].title if own in known else facts.get("title") or own or known[key].title
         return key, title, known[key].task
-    classes, labels = tuple(facts.get("classes", ())), store.labels is not None
-    if not classes:
-        what = "no names of classes" if labels or "mask" in store.shapes else "no labels or masks"
-        raise config.ConfigError(f"{store.path}: holds {what}; convert labelled images")
-    return key, title, Scene(classes) if labels else Masks(classes)
+    if not labels and "mask" not in store.shapes:
+        raise config.ConfigError(f"{store.path}: holds no labels or masks; convert labelled images")
+    if not own or not classes:
+        found = f"{store.path}: does not say {'of which classes its labels are' if own else 'what it holds'}"
+        raise config.ConfigError(f"{found}; convert it with `about` (name, classes), or name the dataset: {allowed}")
+    return key, facts.get("title") or own, Scene(classes) if labels else Masks(classes)
 
 
 def _check(store: Store, key: str, task: Task, modalities: Sequence[Modality]) -> None:
-    """Refuse a store without what the task needs, of other classes, or whose images are not as the encoders know them."""
+    """Refuse a store without labels for the task, of other classes, or of images that the encoders do not know."""
     if (store.labels is None) if task.field == "labels" else ("mask" not in store.shapes):
         raise config.ConfigError(f"{store.path}: holds no {task.field.rstrip('s')}s; convert labelled images")
     if not len(store):
         raise config.ConfigError(f"{store.path}: holds no image; convert labelled images")
     facts = store.meta.get("data") or {}
-    counts = {len(facts["classes"])} if facts.get("classes") else set()
-    counts |= {store.labels.shape[1]} if task.field == "labels" else set()
-    if wrong := counts - {len(task.classes)}:
-        whose = f"{store.path} ({facts.get('title') or 'which does not say what it holds'}): {wrong.pop()} classes"
-        way = "leave dataset out to take the store's own" if facts.get("classes") else "name the data set that it holds"
-        raise config.ConfigError(f"{whose}, but {key} has {len(task.classes)}; {way}")
-    if task.field == "labels":
-        task.check(torch.from_numpy(store.labels.copy()))
+    counts = [len(facts["classes"])] if facts.get("classes") else []
+    counts += [store.labels.shape[1]] if task.field == "labels" else []
+    if wrong := [count for count in counts if count != len(task.classes)]:
+        whose = f"{store.path} ({facts.get('title') or 'which does not say what it holds'}) has {wrong[0]} classes"
+        way = "leave dataset out, or name the one that it holds"
+        raise config.ConfigError(f"{whose}, {key} has {len(task.classes)}; {way}")
     store.check({m.name: m.mapping() for m in modalities})
 
 

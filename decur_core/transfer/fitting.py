@@ -79,8 +79,8 @@ def fit(
     """Train on the items of a store in ``rows``; returns the number of updates.
 
     ``samples(rows, seed=…)``: what the network takes of some of them, and the target that ``loss`` takes; ``file``: a
-    checkpoint from which another call goes on, renewed where an epoch ends, once a minute at most, if the disk has room;
-    it is taken up by the same ``digest`` alone. Raises pretraining's ``NonFinite`` and ``Interrupted``.
+    checkpoint from which another call of the same ``digest`` goes on, renewed where an epoch ends, once a minute at
+    most, if the disk has room. Raises pretraining's ``NonFinite`` and ``Interrupted``.
     """
     setting = f"learning_rate_{protocol}"
     rate = getattr(t, setting)

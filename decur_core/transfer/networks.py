@@ -19,7 +19,8 @@ from decur_core.transfer.encoders import OnEncoders, alike, plain, stored
 class Classifier(OnEncoders):
     """Late fusion: the features of the given encoders side by side, then one linear layer (paper, section 5.1).
 
-    ``encoders``: networks of ``backbones.build`` by name of the modality. With ``frozen`` ones only ``head`` is trained.
+    ``encoders``: networks of ``backbones.build`` by name of the modality. With ``frozen`` encoders only ``head`` is
+    trained.
     """
 
     def __init__(self, encoders: Mapping[str, nn.Module], *, classes: int, frozen: bool = False):
@@ -129,14 +130,27 @@ NETWORKS = {
 }
 
 
+def labels_of(store: Store, task: Task, rows: Sequence[int], device="cpu") -> Tensor:
+    """What a store holds for a task: uint8 N x L, or N x H x W."""
+    if task.field == "mask":
+        return stored(store, "mask", rows, device)[:, 0]
+    return torch.from_numpy(store.labels[rows]).to(device)
+
+
 def samples(
-    kind: Network, task: Task, modalities: Sequence[Modality], t, store: Store, rows: Sequence[int], *, device, seed=None
+    kind: Network,
+    task: Task,
+    modalities: Sequence[Modality],
+    t,
+    store: Store,
+    rows: Sequence[int],
+    *,
+    device,
+    seed=None,
 ) -> tuple[list[Tensor], Tensor]:
-    """What a network takes of these rows, and their target: random views or crops with a ``seed``, else whole images."""
+    """What a network takes of these rows, and the target: random views or crops with a ``seed``, else whole images."""
     images = [stored(store, m.name, rows, device) for m in modalities]
-    labels = stored(store, "mask", rows)[:, 0] if task.field == "mask" else torch.from_numpy(store.labels[rows])
-    task.check(labels)
-    target = task.target(labels.to(device))
+    target = task.target(labels_of(store, task, rows, device))
     if seed is None:
         return kind.whole(modalities, images, t), target
     return kind.train(modalities, images, target, t, seed)
