@@ -55,6 +55,15 @@ def test_only_the_order_of_scores_counts_and_ties_count_as_one_threshold():
         transfer.mean_average_precision(torch.rand(5, 2), torch.zeros(5, 2))
 
 
+def test_one_class_and_one_image_have_a_score():
+    scores, labels = torch.tensor([[0.9], [0.1], [0.8], [0.3]]), torch.tensor([[1], [0], [0], [1]])
+    expected = 100 * average_precision_score(labels.numpy(), scores.numpy())
+    found = transfer.mean_average_precision(scores, labels)
+    assert found == {"micro": pytest.approx(expected), "macro": pytest.approx(expected), "per_class": [found["macro"]]}
+    assert transfer.mean_average_precision(torch.rand(1, 3), torch.tensor([[1, 0, 1]]))["per_class"] == [100, None, 100]
+    assert transfer.mean_average_precision(torch.ones(4, 1), labels)["micro"] == pytest.approx(50)  # a constant score
+
+
 def test_subset_has_no_duplicates_and_follows_the_seed():
     chosen = transfer.subset(1000, 0.01, seed=3)
     assert len(chosen) == len(set(chosen)) == 10 and chosen == sorted(chosen)
@@ -256,13 +265,6 @@ def test_labels_that_are_none_are_refused_before_any_training(pretrained, patch_
     monkeypatch.setattr(fitting, "fit", lambda *a, **k: pytest.fail("trained on what are no labels"))
     with pytest.raises(DataError, match="labels of an image are 3 numbers up to 2; expected 0 or 1"):
         transfer.evaluate(settings, folder, patch_stores, protocol="linear")
-
-
-def test_one_class_is_scored():
-    labels, scores = torch.tensor([[1], [0], [1], [0]]), torch.tensor([[3.0], [2.0], [1.0], [0.0]])
-    expected = pytest.approx(100 * average_precision_score(labels[:, 0], scores[:, 0]), abs=1e-3)
-    found = transfer.mean_average_precision(scores, labels)
-    assert found == {"micro": expected, "macro": expected, "per_class": [expected]}
 
 
 class Count(Scene):

@@ -85,7 +85,7 @@ def evaluate(
             task.check(labels_of(store, task, rows[k : k + t.batch_size]))
     torch.manual_seed(seed)
     kind = NETWORKS[t.segmenter if task.dense else "linear"]
-    network = kind.build(pretrained, pretraining, modalities, task.outputs, frozen=protocol == "linear")
+    network = kind.build(pretrained, pretraining, modalities, task.outputs, protocol == "linear")
     network.to(device, memory_format=torch.channels_last)
     batch = functools.partial(samples, kind, task, modalities, t, device=device)
     file = runs.path(settings, "transfer", f"{name}.pt")
@@ -118,8 +118,8 @@ def _task(dataset: str | None, store: Store) -> tuple[str, str, Task]:
     facts = store.meta.get("data") or {}
     known = {name: found for name in datasets.names() if (found := datasets.find(name)).task}
     own, classes, labels = facts.get("name", ""), tuple(facts.get("classes", ())), store.labels is not None
-    key, allowed = dataset or own, ", ".join(dict.fromkeys([*known, *([own] if own else [])]))
-    if dataset and dataset not in allowed.split(", "):
+    key, allowed = dataset or own, ", ".join(dict.fromkeys(filter(None, [*known, own])))
+    if key not in known and key != own:
         raise config.ConfigError(f"dataset = {dataset!r}; allowed: {allowed}")
     if key in known:
         title = known[own].title if own in known else facts.get("title") or own or known[key].title

@@ -40,7 +40,11 @@ def length(t, batches: int) -> tuple[int, float]:
     return total, batches * total / planned
 
 
-def _optimizer(groups: list[dict], t, rate: float) -> torch.optim.Optimizer:
+def _optimizer(network: nn.Module, kind: Network, t, rate: float) -> torch.optim.Optimizer:
+    groups = [{"params": [], "weight_decay": decay} for decay in (0.0, t.weight_decay)]
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            groups[kind.decays(parameter)]["params"].append(parameter)
     if t.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=rate, momentum=0.9)
     return torch.optim.AdamW(groups, lr=rate)
@@ -84,7 +88,7 @@ def fit(
     """
     setting = f"learning_rate_{protocol}"
     rate = getattr(t, setting)
-    optimizer = _optimizer(kind.groups(network, t.weight_decay), t, rate)
+    optimizer = _optimizer(network, kind, t, rate)
     # A last batch of one image is left out where BatchNorm is trained, which it could not be on that.
     starts = range(0, len(rows) - (protocol != "linear"), t.batch_size)
     total, per_epoch = length(t, len(starts))

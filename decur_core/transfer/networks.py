@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -40,23 +41,18 @@ class Network:
     or, for ``predict``, what ``whole`` makes of them; ``t``: the section ``transfer`` of the settings.
     """
 
-    build: Callable[..., nn.Module]  # (pretrained model, its settings, modalities, outputs, frozen=) -> the network
+    build: Callable[..., nn.Module]  # (pretrained model, its settings, modalities, outputs, frozen) -> the network
     whole: Callable  # (modalities, images, t) -> float images as the network takes them, nothing changed or cut off
     train: Callable  # (modalities, images, target, t, seed) -> the same of random views or crops, and their target
     predict: Callable  # (network, float images, t) -> what the task's score takes
-    groups: Callable  # (network, decay) -> parameter groups for the optimizer
+    decays: Callable[[Tensor], bool] = lambda parameter: True  # whether transfer.weight_decay is for a parameter
 
 
-def _on_encoders(kind: type[OnEncoders]) -> Callable:
-    def build(
-        pretrained: MultimodalModel, settings: dict, modalities: Sequence[Modality], outputs: int, *, frozen: bool
-    ):
-        return kind({m.name: pretrained.backbones[m.name] for m in modalities}, classes=outputs, frozen=frozen)
-
-    return build
+def _late(kind: type[OnEncoders], model: MultimodalModel, settings, modalities: Sequence[Modality], outputs, frozen):
+    return kind({m.name: model.backbones[m.name] for m in modalities}, classes=outputs, frozen=frozen)
 
 
-def _cmx(pretrained: MultimodalModel, settings: dict, modalities: Sequence[Modality], outputs: int, *, frozen: bool):
+def _cmx(pretrained: MultimodalModel, settings: dict, modalities: Sequence[Modality], outputs: int, frozen: bool):
     backbone, channels = settings["backbone"], {m.name: m.channels for m in modalities}
     if frozen or list(channels.values()) != [3, 3] or not backbone.startswith("mit_"):
         found = ", ".join(f"{name} of {count}" for name, count in channels.items())
@@ -66,16 +62,6 @@ def _cmx(pretrained: MultimodalModel, settings: dict, modalities: Sequence[Modal
     network, state = cmx.CMX(backbone, classes=outputs), pretrained.state_dict()
     cmx.load_backbones(network, *(model.backbone_state(state, name) for name in channels))
     return network
-
-
-def _everything(network: nn.Module, decay: float) -> list[dict]:
-    return [{"params": [p for p in network.parameters() if p.requires_grad], "weight_decay": decay}]
-
-
-def _matrices_decay(network: nn.Module, decay: float) -> list[dict]:
-    """As CMX is published: neither biases nor normalisation decay."""
-    flat, decayed = ([p for p in network.parameters() if p.requires_grad and (p.ndim > 1) == k] for k in (False, True))
-    return [{"params": flat, "weight_decay": 0.0}, {"params": decayed, "weight_decay": decay}]
 
 
 def _outputs(network: nn.Module, images: list[Tensor], t) -> Tensor:
@@ -121,12 +107,12 @@ def _windows(network: nn.Module, images: list[Tensor], t) -> Tensor:
 
 NETWORKS = {
     # for one answer per image
-    "linear": Network(
-        build=_on_encoders(Classifier), whole=_resized, train=_views, predict=_outputs, groups=_everything
+    "linear": Network(build=partial(_late, Classifier), whole=_resized, train=_views, predict=_outputs),
+    # for one per pixel, as transfer.segmenter says; as published, neither biases nor normalisation of CMX decay
+    "fcn": Network(build=partial(_late, fcn.FCN), whole=_floats, train=_crops, predict=_classes),
+    "cmx": Network(
+        build=_cmx, whole=_normalized, train=_rescaled, predict=_windows, decays=lambda parameter: parameter.ndim > 1
     ),
-    # for one per pixel, as transfer.segmenter says
-    "fcn": Network(build=_on_encoders(fcn.FCN), whole=_floats, train=_crops, predict=_classes, groups=_everything),
-    "cmx": Network(build=_cmx, whole=_normalized, train=_rescaled, predict=_windows, groups=_matrices_decay),
 }
 
 
