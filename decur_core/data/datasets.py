@@ -9,7 +9,8 @@ from decur_core.data.modality import Modality
 from decur_core.data.raster import DataError, Reader
 from decur_core.data.tasks import Masks, Scene, Task
 
-_MODULES = ("ssl4eo", "bigearthnet", "geonrw", "sunrgbd", "nyuv2")  # of this folder, in the order of the book
+# Of this folder, in the order of the book
+_MODULES = ("ssl4eo", "bigearthnet", "geonrw", "sunrgbd", "nyuv2", "ombria", "ssl4eo_v11")
 _TABLE: dict[str, "DataSet"] = {}
 
 
@@ -87,6 +88,13 @@ def pretraining(pair: str) -> DataSet:
     return next(d for d in of_pair(pair) if d.pretrain)
 
 
+def declare(modalities: Mapping[str, Mapping], specs: Mapping[str, Mapping]) -> None:
+    """Register the data sets that a profile declares, and its own modalities with them; ValueError: what is wrong."""
+    own = {name: Modality.from_mapping({**spec, "name": name}) for name, spec in modalities.items()}
+    for name, spec in specs.items():
+        declared(name, spec, own)
+
+
 def declared(name: str, spec: Mapping, modalities: Mapping[str, Modality]) -> DataSet:
     """Register the data set of layout ``folders`` that a profile declares.
 
@@ -110,7 +118,7 @@ def declared(name: str, spec: Mapping, modalities: Mapping[str, Modality]) -> Da
         raise ValueError(f"data set {name!r}: {', '.join(spec)} unknown; known: {known}")
 
     def read(root: Path, split: str | None = None, *, missing: str = "error") -> Reader:
-        return folders.Folders(root, chosen, split, resample=resample, classes=task.classes if labels else ())
+        return folders.Folders(root, chosen, split, resample=resample, missing=missing, classes=labels, masks=masks)
 
     options = {"splits": splits or ("all",), "pretrain": splits[0] if splits else "all", "task": task}
     return register(DataSet(name=name, title=title, pair=pair, modalities=chosen, read=read, **options))

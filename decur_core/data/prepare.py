@@ -160,7 +160,7 @@ def _measured(settings: config.Settings, modality, images: Reader):
     first = _target(settings, *_pretraining(settings))
     with contextlib.suppress(DataError):  # not there yet: this is the store of the pretraining images
         return modality.mapped(Store(first).meta["preprocessing"][modality.name])
-    return modality.mapped(folders.measure(images, modality.name))
+    return modality.mapped(folders.measure(images, modality))
 
 
 def _target(settings: config.Settings, dataset: str, split: str) -> Path:
