@@ -156,11 +156,7 @@ def _noting(batches: Iterator[tuple[Tensor, Tensor]], examples: list[Tensor]) ->
 
 
 def evaluate_members(
-    settings: Settings,
-    folders: Mapping[str, Path | str],
-    stores: Mapping[str, Path | str],
-    *,
-    dataset: str | None = None,
+    settings: Settings, folders: Mapping[str, Path], stores: Mapping[str, Path], *, dataset: str | None = None
 ) -> list[dict]:
     """``evaluate`` for every run, inputs, label fraction and protocol of the profile; the records, in that order.
 
@@ -179,9 +175,7 @@ def evaluate_members(
     return [evaluate(settings, **one, **common) for one in runs.progress(todo, desc="evaluations")]
 
 
-def example_predictions(
-    record: dict, settings: Settings, stores: Mapping[str, Path | str], *, count: int = 6
-) -> list[dict]:
+def example_predictions(record: dict, settings: Settings, stores: Mapping[str, Path], *, count: int = 6) -> list[dict]:
     """The first test images with true and predicted masks of a segmentation on record, for ``figures.scenes``.
 
     Items: ``id``, the modalities' stored uint8 images (C x H x W), ``mask`` and ``predicted`` uint8 (H x W).

@@ -124,15 +124,7 @@ def labels_of(store: Store, task: Task, rows: Sequence[int], device="cpu") -> Te
 
 
 def samples(
-    kind: Network,
-    task: Task,
-    modalities: Sequence[Modality],
-    t,
-    store: Store,
-    rows: Sequence[int],
-    *,
-    device,
-    seed=None,
+    kind: Network, task: Task, modalities: Sequence[Modality], t, store: Store, rows: list, *, device, seed=None
 ) -> tuple[list[Tensor], Tensor]:
     """What a network takes of these rows, and the target: random views or crops with a ``seed``, else whole images."""
     images = [stored(store, m.name, rows, device) for m in modalities]
