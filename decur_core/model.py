@@ -1,7 +1,6 @@
 """Two backbones and two projectors, one of each per modality."""
 
 import math
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from decur_core import backbones
 from decur_core.losses import METHODS
+from decur_core.running.checkpoints import read_weights
 
 
 def mlp(features: int, widths: Sequence[int]) -> nn.Sequential:
@@ -141,12 +141,7 @@ def load_published(
 
     Raises ``ValueError`` naming what does not fit by key and shape, and for files that only unpickling could open.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        way = "if you trust it, open it with weights_only=False elsewhere and save its state dict ('model') alone"
-        raise ValueError(f"{path}: holds more than tensors, and loading that can run code; {way}: {error}") from error
-    content = content if isinstance(content, dict) else {}
+    content = read_weights(path)
     state = next((content[k] for k in ("model", "state_dict") if isinstance(content.get(k), dict)), content)
     state = {k.removeprefix("module."): v for k, v in state.items() if torch.is_tensor(v)}
     names = dict(zip("12", modalities, strict=True))

@@ -159,7 +159,8 @@ def run(settings: Settings, store_path: Path | str) -> Path:
     """
     folder = runs.path(settings, "pretrain", runs.title(settings))
     store, (rank, world), joined = Store(store_path), processes.place(), torch.distributed.is_initialized()
-    with runs.locked(folder) if rank == 0 else contextlib.nullcontext():
+    ended = (folder / "final.pt").exists()  # such a run is only read, maybe on a disk where nothing can be written
+    with runs.locked(folder) if rank == 0 and not ended else contextlib.nullcontext():
         world = world if joined else _processes(settings)
         config.check_world_size(settings, world)
         _check(settings, store)
@@ -173,8 +174,7 @@ def run(settings: Settings, store_path: Path | str) -> Path:
         else:
             _launch(world, settings, store, folder, identity, total)
         if rank == 0:
-            for file in checkpoints.files(folder):  # here, as a process may be killed after final.pt and before this
-                file.unlink()
+            checkpoints.remove(folder)  # here, as a process may be killed after final.pt and before this
     return folder
 
 
@@ -266,8 +266,7 @@ def _train(settings: Settings, store: Store, folder: Path, identity: dict, total
     if rank == 0:
         if state:
             print(f"{folder.name}: resumes after step {start} of {total}")
-        for left in folder.glob(".*.[0-9]*"):  # by a process that was killed while it wrote a file
-            left.unlink()
+        runs.remove_torn(folder)
         history.keep(folder, start)
         about = {"settings": config.to_dict(settings), "trained": runs.trained(settings), "processes": world}
         about |= {"data": store.meta.get("data", {}), "provenance": runs.provenance()}
@@ -279,14 +278,10 @@ def _train(settings: Settings, store: Store, folder: Path, identity: dict, total
         return {"model": model.state_dict(), "step": step, "split": found, **about}
 
     def checkpoint(step: int) -> None:
-        try:
-            state = {**state_at(step), "optimizer": update.state_dict()}
-            checkpoints.save(state, folder / f"checkpoint-{step:09d}.pt")
-        except OSError as error:
-            print(f"step {step}: checkpoint not written ({error}); the run goes on with the one before")
-            return
-        for old in checkpoints.files(folder)[:-2]:
-            old.unlink()
+        state = {**state_at(step), "optimizer": update.state_dict()}
+        if checkpoints.save_or_say(state, folder / f"checkpoint-{step:09d}.pt", f"step {step}"):
+            for old in checkpoints.files(folder)[:-2]:
+                old.unlink()
 
     # With dim_common: auto the run begins with intra-modal terms alone, from which the split is read.
     boundary = math.ceil(settings.auto_share * total) if settings.dim_common == "auto" else -1

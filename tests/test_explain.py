@@ -197,3 +197,37 @@ def test_statistics_of_other_images_are_counted_anew(tiny, pair_store, patch_sto
     )
     assert not np.array_equal(first["bands optical common"], other["bands optical common"])
     np.testing.assert_array_equal(first["bands optical common"], again["bands optical common"])
+
+
+@pytest.mark.parametrize(
+    ("z1", "z2", "reason"),
+    [
+        (torch.ones(50, 8), torch.ones(50, 8), "every dimension has the same values"),
+        (torch.arange(50.0)[:, None].repeat(1, 8), torch.arange(50.0)[:, None].repeat(1, 8), "the same values"),
+        (torch.rand(50, 1), torch.rand(50, 2), r"shapes \(50, 1\) and \(50, 2\).* 4 dimensions in all"),
+        (torch.rand(1, 8), torch.rand(1, 8), "2 samples or more"),
+        (torch.rand(0, 8), torch.rand(0, 8), "2 samples or more"),
+        (torch.rand(50, 8), torch.full((50, 8), torch.nan), "8 dimensions hold NaN or infinity"),
+        (torch.rand(50, 8).index_fill(1, torch.tensor([3]), torch.inf), torch.rand(50, 8), "1 dimensions hold NaN"),
+    ],
+)
+def test_embeddings_without_a_map_are_refused(z1, z2, reason):
+    """The first of these ends the process in the library behind it."""
+    with pytest.raises(ValueError, match=reason):
+        explain.tsne(z1, z2)
+
+
+def test_a_rank_of_nothing():
+    assert explain.effective_rank(torch.ones(5, 3)) == 0 == explain.effective_rank(torch.rand(1, 3))
+    with pytest.raises(ValueError, match="holds NaN or infinity"):
+        explain.effective_rank(torch.full((5, 3), torch.nan))
+
+
+def test_constant_dimensions_lie_together_on_the_map():
+    make = torch.Generator().manual_seed(0)
+    z1, z2 = torch.randn(50, 12, generator=make), torch.randn(50, 12, generator=make)
+    z1[:, 6:] = 3.0
+    found = explain.tsne(z1, z2, perplexity=3)
+    assert found.shape == (24, 2) and np.isfinite(found).all()
+    constant, others = found[6:12], np.delete(found, range(6, 12), axis=0)
+    assert np.ptp(constant, axis=0).max() < np.ptp(others, axis=0).min()

@@ -14,7 +14,7 @@ import numpy as np
 
 from decur_core.data.datasets import DataSet
 from decur_core.data.modality import DEM, RGB
-from decur_core.data.raster import DataError, Reader, read
+from decur_core.data.raster import DataError, Reader, read, visible
 from decur_core.data.tasks import Masks
 
 SPLITS = {
@@ -66,7 +66,7 @@ class GeoNRW(Reader):
         self.root, self.parts, self.chunk, self._files, self._last = Path(root), parts, parts**2, {}, ("", {})
         if not self.root.is_dir():
             raise DataError(f"{self.root}: missing; the root of GeoNRW holds a folder per city")
-        cities = sorted(folder.name for folder in self.root.glob("*/")) if split is None else SPLITS[split]
+        cities = sorted(folder.name for folder in visible(self.root, "*/")) if split is None else SPLITS[split]
         absent = [city for city in cities if not self._find(city)]
         if split and absent and missing == "error":
             state = f"no tile of {len(absent)} of {len(cities)} cities of the split {split}: {', '.join(absent)}"
@@ -97,7 +97,7 @@ class GeoNRW(Reader):
     def _find(self, city: str) -> bool:
         """Note the files of the tiles of a city; whether there are any."""
         found = {}
-        for path in sorted((self.root / city).glob("*")):
+        for path in sorted(visible(self.root / city, "*")):
             if match := _NAME.fullmatch(path.name):
                 found.setdefault(f"{city}/{match[1]}", {}).setdefault(match[2], []).append(path.name)
         self._files |= found

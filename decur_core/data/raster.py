@@ -1,5 +1,6 @@
 """GeoTIFF (and JPEG 2000) bands as arrays on one grid, and what all readers share, first errors that name the file."""
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
@@ -58,8 +59,19 @@ def repeated(names: Iterable[str]) -> list[str]:
 
 
 def visible(folder: Path | str, pattern: str) -> list[Path]:
-    """Files or folders in a folder, in any order, without hidden ones, which are of other programs."""
-    return [path for path in Path(folder).glob(pattern) if not path.name.startswith(".")]
+    """Files, or with a `/` at the end folders, in a folder, in any order: what is ours of that which lies there.
+
+    Hidden ones are left out, as other programs put them there. A link whose target is gone is no folder; a warning
+    counts those that are left out for it.
+    """
+    found = [path for path in Path(folder).glob(pattern) if not path.name.startswith(".")]
+    levels = pattern.split("/")[:-1] if pattern.endswith("/") else []
+    others = {p for k in range(len(levels)) for p in Path(folder).glob("/".join(levels[: k + 1]))}.difference(found)
+    gone = sorted(p.name for p in others if p.is_symlink() and not p.exists() and not p.name.startswith("."))
+    if gone:
+        state = f"{len(gone)} links, whose targets are gone, are left out, first {gone[0]}"
+        warnings.warn(f"{folder}: {state}", stacklevel=2)
+    return found
 
 
 @contextmanager

@@ -66,8 +66,11 @@ def effective_rank(z_NK: Tensor) -> float:
     """How many independent directions an embedding uses, 1 to K: exp of the entropy of its correlation spectrum.
 
     (Roy and Vetterli 2007, with the eigenvalues of the dimensions' correlation matrix in place of singular values.)
-    Dimensions that repeat one another lower it; constant ones do not count, and 0 says that all are.
+    Dimensions that repeat one another lower it; constant ones do not count, and 0 says that all are. ValueError for
+    values that are not finite.
     """
+    if not z_NK.isfinite().all():
+        raise ValueError("the embedding holds NaN or infinity; look at the loss of the run, which may have diverged")
     spectrum = torch.linalg.eigvalsh(losses.cross_correlation(z_NK, z_NK).double()).clamp_min(0)
     if not spectrum.any():
         return 0.0
@@ -87,9 +90,17 @@ def tsne(z1: Tensor, z2: Tensor, *, seed: int = 0, perplexity: float = 30.0) -> 
     """A map of embedding dimensions, one point each (Fig. 1): 2K x 2, those of modality 1 first.
 
     ``z1, z2``: N x K. Each dimension is described by its standardised values over the N samples, so dimensions that
-    agree across modalities fall together.
+    agree across modalities fall together, and constant ones do. ValueError for embeddings that have no map: fewer than
+    4 dimensions in all or 2 samples, values that are not finite, and nothing but constants or copies of one dimension.
     """
+    if len(z1) < 2 or z1.shape[1] + z2.shape[1] < 4:
+        found = f"{tuple(z1.shape)} and {tuple(z2.shape)}"
+        raise ValueError(f"embeddings of shapes {found}; a map needs 2 samples or more, and 4 dimensions in all")
+    if bad := sum(int((~z.isfinite()).any(0).sum()) for z in (z1, z2)):
+        raise ValueError(f"{bad} dimensions hold NaN or infinity; look at the loss of the run, which may have diverged")
     points = torch.cat([losses.standardise(z) for z in (z1, z2)], dim=1).T.contiguous().numpy()
+    if np.ptp(points, axis=0).max() < 1e-6:  # scikit-learn would divide by their spread, and its C code crash
+        raise ValueError("every dimension has the same values, so there is no map: this embedding has collapsed")
     perplexity = min(perplexity, (len(points) - 1) / 3)
     return TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(points)
 
