@@ -6,14 +6,13 @@ from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
 from decur_core.running.folders import METHODS
+from decur_core.transfer.evaluation import ONLY
 
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
 COLUMNS = {f"{100 * f:g} % {p}": (f, p) for f in (0.01, 1.0) for p in ("linear", "finetune")}
 KEYS = ("method", "protocol", "inputs", "fraction")  # what tells one measurement from another, seeds aside
 SCORES = {"mAP (%)": ("micro", "macro"), "mIoU (%)": ("miou", "accuracy")}  # metric: its two numbers in a record
 NAMES = {"both": "both", "sar": "SAR", "optical": "optical", "rgb": "RGB", "dem": "elevation", "hha": "depth"}
-# A row without pretraining is one protocol: the frozen random encoder, or everything trained from scratch.
-ONLY = {"random": "linear", "supervised": "finetune"}
 DATA = {"published": "the published data sets", "world": "the miniature world (not real data)"}
 DATA["samples"] = "a handful of real sample tiles"
 
