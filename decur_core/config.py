@@ -1,39 +1,24 @@
 """Settings: every number of a run, strict and typed. Defaults are the paper's for SAR-optical pretraining."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, JsonValue
 
 from decur_core import backbones, losses
 from decur_core.data import datasets
 from decur_core.data.modality import Modality
-from decur_core.running import profiles
-from decur_core.running.profiles import (
-    ROOT,
-    ConfigError,
-    Declared,
-    Flag,
-    Folder,
-    Listed,
-    Real,
-    Section,
-    Whole,
-    as_real,
-    as_whole,
-)
+from decur_core.running import profiles, sections
+from decur_core.running.kinds import Declared, Flag, Folder, Int, Listed, Natural, Positive, Real, Scale, Share, Weight
+from decur_core.running.sections import ROOT, ConfigError, Section, at, nearest
 
-PROFILES, meant, profile_path = profiles.PROFILES, profiles.meant, profiles.located
+PROFILES, profile_path, meant = profiles.PROFILES, profiles.located, profiles.meant
 add_shard, check_shard, check_world_size = profiles.add_shard, profiles.check_shard, profiles.check_world_size
-
-Natural, Positive = Annotated[int, Field(ge=0), as_whole], Annotated[int, Field(ge=1), as_whole]
-Weight, Scale = Annotated[float, Field(ge=0), as_real], Annotated[float, Field(ge=0.1), as_real]
-Share, Word = Annotated[float, Field(gt=0, le=1), as_real], Annotated[str, Field(pattern=r"^[\w.-]*$")]
 Aside = partial(Field, json_schema_extra={"result": False})  # a field that cannot change what pretraining computes
-Some, Three = partial(Field, min_length=1), partial(Field, min_length=3, max_length=3)
+Some = partial(Field, min_length=1)
 # Settings that name an entry of a table, to which others may add.
 TABLES = {"pair": datasets.pairs, "method": lambda: losses.METHODS, "backbone": lambda: backbones.BACKBONES}
 
@@ -43,25 +28,23 @@ class Data(Section):
 
     source: Literal["published", "world", "samples"] = Field("published", description="where images come from")
     roots: dict[str, Folder] = Aside({}, description="data set: its folder, else data/<name>")
-    rgbd_height: Whole = Field(480, ge=8, description="height of stored RGB-depth images, px")
-    rgbd_width: Whole = Field(640, ge=8, description="width of stored RGB-depth images, px")
+    rgbd_height: Int = Field(480, ge=8, description="height of stored RGB-depth images, px")
+    rgbd_width: Int = Field(640, ge=8, description="width of stored RGB-depth images, px")
     samples: Folder = Aside("../shared/data", description="real sample files (source: samples)")
     stores: Folder = Aside("stores", description="converted data, a folder per profile")
-    processes: Whole = Aside(4, ge=0, le=512, description="processes that convert")
+    processes: Int = Aside(4, ge=0, le=512, description="processes that convert")
 
 
 class World(Section):
     """The miniature worlds (source: world): known factors rendered as the images of a pair."""
 
-    locations: Whole = Field(2048, ge=1, description="pretraining locations")
-    through_files: Whole = Aside(64, ge=0, description="of these (and of the patches), written as GeoTIFF and read")
-    train: Whole = Aside(1024, ge=1, description="labelled patches for training a classifier")
-    test: Whole = Aside(512, ge=1, description="labelled patches for testing it")
-    tile: Whole = Field(
-        36, ge=6, multiple_of=6, description="side (height, for rooms) of an image, px; a multiple of 6"
-    )
+    locations: Int = Field(2048, ge=1, description="pretraining locations")
+    through_files: Int = Aside(64, ge=0, description="of these (and of the patches), written as GeoTIFF and read")
+    train: Int = Aside(1024, ge=1, description="labelled patches for training a classifier")
+    test: Int = Aside(512, ge=1, description="labelled patches for testing it")
+    tile: Int = Field(36, ge=6, multiple_of=6, description="side (height, for rooms) of an image, px: 6, 12, ...")
     layout: Literal["coregistered", "redrawn"] = Field("coregistered", description="scene layout over views")
-    seed: Whole = Field(0, ge=0, le=2**63 - 1, description="seed of scenes and factors")
+    seed: Int = Field(0, ge=0, le=2**63 - 1, description="seed of scenes and factors")
 
 
 class Transfer(Section):
@@ -71,18 +54,18 @@ class Transfer(Section):
     inputs: Listed[str] = Some(("both",), description="modalities given: both (all there are), or names joined by +")
     fractions: Listed[Share] = Some((0.01, 1.0), description="share of the training labels, above 0, up to 1")
     segmenter: Literal["fcn", "cmx"] = Field("fcn", description="network on the encoders where pixels have labels")
-    epochs: Whole = Field(100, ge=1, description="passes over the labelled images")
-    iterations: Whole = Field(0, ge=0, description="steps; 0: as many as the epochs have")
-    min_updates: Whole = Field(0, ge=0, description="steps at least, however few the labels: epochs are added")
-    batch_size: Whole = Field(256, ge=1, description="images per step")
+    epochs: Int = Field(100, ge=1, description="passes over the labelled images")
+    iterations: Int = Field(0, ge=0, description="steps; 0: as many as the epochs have")
+    min_updates: Int = Field(0, ge=0, description="steps at least, however few the labels: epochs are added")
+    batch_size: Int = Field(256, ge=1, description="images per step")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="update rule")
     learning_rate_linear: Real = Field(0.5, ge=0, description="rate with frozen encoders")
     learning_rate_finetune: Real = Field(0.05, ge=0, description="rate when all weights are trained")
     weight_decay: Real = Field(0.0, ge=0, description="decay of the weights")
     schedule: Literal["steps", "polynomial", "constant"] = Field("steps", description="of the rate")
     milestones: Listed[Positive] = Field((60, 80), description="epochs after which the rate falls to a tenth (steps)")
-    warmup_epochs: Whole = Field(0, ge=0, description="epochs in which the rate rises from 0 (polynomial)")
-    crop_size: Whole = Field(224, ge=8, description="side of a network input, px")
+    warmup_epochs: Int = Field(0, ge=0, description="epochs in which the rate rises from 0 (polynomial)")
+    crop_size: Int = Field(224, ge=8, description="side of a network input, px")
     crop_scale: Real = Field(0.8, ge=0.01, le=1, description="smallest share of an image's area that a crop keeps")
     scales: Listed[Scale] = Field((1.0,), description="sizes at which a segmentation is predicted and averaged")
     flip: Flag = Field(False, description="also predict mirrored images, and average")
@@ -93,8 +76,8 @@ class Settings(Section):
     """All settings of a profile; ``load`` makes and checks it."""
 
     profile: str = Aside("", description="name of the profile")
-    name: Word = Aside("", description="suffix of the run's folder, which tells it from others")
-    variant: Word = Aside("", description="chosen part of the profile, and what varies")
+    name: str = Aside("", pattern=r"^[\w.-]*$", description="suffix of the run's folder, which tells it from others")
+    variant: str = Aside("", pattern=r"^[\w.-]*$", description="chosen part of the profile, and what varies")
     pair: str = Field("sar_optical", description="modalities that go together")
     method: str = Field("decur", description="pretraining loss; supervised and random: none")
     single: str = Field("", description="modality that barlow_twins_single trains; empty: the first")
@@ -108,25 +91,27 @@ class Settings(Section):
     intra: Flag = Field(True, description="decur has intra-modal terms")
     lambd: Real = Field(0.0051, ge=0, description="weight of the off-diagonal correlations (decur, barlow_twins)")
     temperature: Real = Field(0.1, ge=0.001, description="of simclr; clip learns its own")
-    vicreg_weights: Listed[Weight] = Three((25.0, 25.0, 1.0), description="of invariance, variance and covariance")
-    crop_size: Whole = Field(224, ge=8, description="side of a view, px")
-    epochs: Whole = Field(100, ge=1, description="passes over the pairs")
-    batch_size: Whole = Field(256, ge=2, description="pairs per step, over all processes")
+    vicreg_weights: Listed[Weight] = Field(
+        (25.0, 25.0, 1.0), min_length=3, max_length=3, description="of its three terms"
+    )
+    crop_size: Int = Field(224, ge=8, description="side of a view, px")
+    epochs: Int = Field(100, ge=1, description="passes over the pairs")
+    batch_size: Int = Field(256, ge=2, description="pairs per step, over all processes")
     optimizer: Literal["lars", "adamw"] = Field("lars", description="update rule")
     learning_rate: Real = Field(0.2, ge=0, description="starting rate of the weights")
     learning_rate_biases: Real = Field(0.0048, ge=0, description="the same of biases and normalisation parameters")
     momentum: Real = Field(0.9, ge=0, le=0.999999, description="LARS momentum")
     weight_decay: Real = Field(1e-6, ge=0, description="decay of the weights")
     trust_coefficient: Real = Field(0.001, ge=0, description="LARS trust coefficient")
-    seed: Whole = Field(0, ge=0, le=2**63 - 1, description="seed of weights, sample order, seasons and augmentations")
+    seed: Int = Field(0, ge=0, le=2**63 - 1, description="seed of weights, sample order, seasons and augmentations")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of networks; auto: bfloat16 on GPUs")
     compile: Literal["off", "default", "reduce-overhead"] = Field("off", description="torch.compile mode of backbones")
     device: Literal["auto", "cpu", "cuda"] = Aside("auto", description="where to compute")
-    processes: Whole = Aside(0, ge=0, description="that train, on this node; 0: one per visible GPU, 1 on a CPU")
-    workers: Whole = Aside(8, ge=0, le=512, description="threads that read ahead, in each process")
-    checkpoint_steps: Whole = Aside(500, ge=1, description="steps between checkpoints")
-    log_steps: Whole = Aside(20, ge=1, description="steps between lines of the log and checks for non-finite losses")
-    explain_samples: Whole = Aside(10000, ge=1, description="pairs over which saliency is counted")
+    processes: Int = Aside(0, ge=0, description="that train, on this node; 0: one per visible GPU, 1 on a CPU")
+    workers: Int = Aside(8, ge=0, le=512, description="threads that read ahead, in each process")
+    checkpoint_steps: Int = Aside(500, ge=1, description="steps between checkpoints")
+    log_steps: Int = Aside(20, ge=1, description="steps between lines of the log and checks for non-finite losses")
+    explain_samples: Int = Aside(10000, ge=1, description="pairs over which saliency is counted")
     runs: Folder = Aside("runs", description="folder of results")
     sweep: dict[str, JsonValue] = Aside({}, description="what compared runs vary, setting: values, or name: sections")
     extensions: Listed[Folder] = Aside((), description="Python files that add data sets, methods, backbones and so on")
@@ -138,11 +123,12 @@ class Settings(Section):
 
     def faults(self) -> Iterator[str]:
         """Names that are in no table, and settings that are fine alone and impossible together."""
+        self.register()
         for name, table in TABLES.items():
             if getattr(self, name) not in table():
                 yield f"{name} = {getattr(self, name)!r}; allowed: {', '.join(table())}"
         for name in self.data.roots.keys() - datasets.names():
-            yield f"data.roots: unknown data set {name!r}; {profiles.nearest(name, datasets.names())}"
+            yield f"data.roots: unknown data set {name!r}; {nearest(name, datasets.names())}"
         has, inputs = [m.name for m in modalities(self)], [name for name in self.transfer.inputs if name != "both"]
         if self.single not in ("", *has):
             yield f"single = {self.single!r}, but pair = {self.pair!r} has: {', '.join(has)}"
@@ -154,24 +140,30 @@ class Settings(Section):
         widths = {sum(k for name, k in self.blocks.items() if m in name.split("+")) for m in has}
         if self.blocks and (0 in widths or not self.projector or (self.shared_projector and len(widths) > 1)):
             yield f"blocks = {self.blocks}; each modality needs some, and a projector of its own if sums differ"
-        if self.dim_common == "auto" and (self.blocks or not (self.intra and self.decoupling)):
+        decur, auto = self.method == "decur", self.dim_common == "auto"
+        if decur and len(has) > 2 and not (self.blocks or auto):
+            yield f"pair = {self.pair!r} has {len(has)} modalities; decur needs their blocks, or dim_common: auto"
+        if decur and auto and (self.blocks or not (self.intra and self.decoupling)):
             yield "dim_common = 'auto'; it needs intra: true, decoupling: true and no blocks"
         if self.data.source == "world" and self.world.locations < self.batch_size:
             yield f"batch_size = {self.batch_size} is more than world.locations = {self.world.locations}"
         if self.projector:  # without one, the width is known where networks are made
             check_dim_common(self, self.projector[-1])
 
+    def register(self) -> None:
+        """Make known what the profile brings along: Python files, modalities, data sets in folders."""
+        profiles.extend(self.extensions)
+        datasets.declare(self.modalities, self.datasets)
+
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        _add(self.extensions, self.modalities, self.datasets)  # helper processes have to know them too
+        self.register()  # in a helper process, too
 
 
-def _add(extensions: Iterable[str], modalities: dict, sets: dict) -> None:
-    profiles.extend(extensions)
-    try:
-        datasets.declare(modalities, sets)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"modalities or datasets: {error}") from None
+overrides = partial(profiles.assigned, Settings)  # the KEY=VALUE items of a command line, for `load`
+to_dict = partial(Settings.model_dump, mode="json")  # nested plain values, as JSON and YAML hold them
+defaults = partial(sections.defaults, Settings)  # what `identity` would give for a setting that nobody changes
+describe = partial(sections.describe, Settings, TABLES)  # rows of the book's table
 
 
 def load(
@@ -186,10 +178,9 @@ def load(
     Raises ``ConfigError`` for unknown names, wrong types, and values that are out of range or contradict each other.
     """
     values, pairs = profiles.layered(Settings, profile, overrides, pair=pair, variant=variant)
-    _add(*(values.get(name, {}) for name in ("extensions", "modalities", "datasets")))
+    settings = Settings.made(values, f"{values['profile']}.yaml")
     if unknown := [p for p in pairs if p not in datasets.pairs()]:
         raise ConfigError(f"{profile}: pairs: unknown pair {unknown[0]!r}; allowed: {', '.join(datasets.pairs())}")
-    settings = Settings.made(values, f"{values['profile']}.yaml")
     members(settings)
     return settings
 
@@ -206,14 +197,10 @@ def root_of(settings: Settings, dataset: str) -> Path:
 
 def check_dim_common(settings: Settings, width: int) -> None:
     """Refuse more common dimensions than an embedding of ``width`` has, where the loss tells them from the others."""
-    found, split = settings.dim_common, settings.method == "decur" and settings.decoupling and not settings.blocks
-    if split and found != "auto" and found > width:
+    told = settings.method == "decur" and settings.decoupling and not settings.blocks and settings.dim_common != "auto"
+    if told and settings.dim_common > width:
         source = "the last width of projector" if settings.projector else f"the width of {settings.backbone}"
-        limit = f"{source} is {width}; allowed: 0 to {width}"
-        raise ConfigError(f"dim_common = {found} is more than the embedding has: {limit}")
-
-
-overrides = partial(profiles.assigned, Settings)  # the KEY=VALUE items of a command line, for `load`
+        raise ConfigError(f"dim_common = {settings.dim_common} is more than {source}; allowed: 0 to {width}")
 
 
 def members(settings: Settings) -> list[Settings]:
@@ -227,27 +214,8 @@ def members(settings: Settings) -> list[Settings]:
     return made
 
 
-def to_dict(settings: Section) -> dict:
-    """Nested plain values, as JSON and YAML hold them (tuples become lists)."""
-    return settings.model_dump(mode="json")
-
-
 def identity(settings: Settings) -> dict:
     """The settings that decide what a pretraining run computes, as a flat dict of dotted names."""
     values, skipped = to_dict(settings), ("transfer", "" if settings.data.source == "world" else "world")
     decide = [name for name, field in Settings.fields() if not field.json_schema_extra]
-    return {name: profiles.at(values, name) for name in decide if name.partition(".")[0] not in skipped}
-
-
-def defaults() -> dict:
-    """The default of every setting, as ``identity`` would give it."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value, _ in describe()}
-
-
-def describe() -> list[tuple[str, object, str]]:
-    """(name, default, meaning) of every setting, for the book's table; paths as in a profile."""
-    rows = []
-    for name, field in Settings.fields():
-        choices = ", ".join(TABLES[name]() if name in TABLES else profiles.choices(field.annotation))
-        rows.append((name, field.default, f"{field.description}{': ' if choices else ''}{choices}"))
-    return rows
+    return {name: at(values, name) for name in decide if name.partition(".")[0] not in skipped}

@@ -56,7 +56,7 @@ def test_no_room_knows_what_stands_below_it(lower):
 
 def test_the_method_stands_apart():
     """Losses, optimiser, networks and augmentation need nothing but torch; pretraining only stores and what runs it."""
-    for name in ("losses", "backbones", "augment", "lars"):
+    for name in ("correlation", "backbones", "augment", "lars"):
         assert not imports(NAMES[f"decur_core.{name}"]), name
     assert {room(i) for i in imports(NAMES["decur_core.model"])} <= {"", "running"}
     for name in METHOD:

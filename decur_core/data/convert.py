@@ -151,8 +151,7 @@ def convert(
                     if reason and bad > allowed * len(dataset.ids):
                         raise DataError(too_many(path, bad, len(dataset.ids), allowed, f"{dataset.ids[row]}: {reason}"))
             span = writer.span if shard[1] > 1 else range(len(dataset.ids))
-    index = load(path)
-    report = Report._of(index["meta"], arrays.summary(path, index, span))
+    report = Report._of(meta, arrays.summary(path, writer.index, span))
     return replace(report, converted=converted, seconds=time.perf_counter() - start)
 
 

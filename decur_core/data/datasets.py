@@ -12,6 +12,7 @@ from decur_core.data.tasks import Masks, Scene, Task
 # Of this folder, in the order of the book
 _MODULES = ("ssl4eo", "bigearthnet", "geonrw", "sunrgbd", "nyuv2", "ombria", "ssl4eo_v11")
 _TABLE: dict[str, "DataSet"] = {}
+_OWN: set[str] = set()  # names that profiles have declared; another profile may declare them otherwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,10 @@ def declare(modalities: Mapping[str, Mapping], specs: Mapping[str, Mapping]) -> 
     """Register the data sets that a profile declares, and its own modalities with them; ValueError: what is wrong."""
     own = {name: Modality.from_mapping({**spec, "name": name}) for name, spec in modalities.items()}
     for name, spec in specs.items():
+        if name in names() and name not in _OWN:
+            raise ValueError(f"data set {name!r} is there already; give your own another name")
         declared(name, spec, own)
+        _OWN.add(name)
 
 
 def declared(name: str, spec: Mapping, modalities: Mapping[str, Modality]) -> DataSet:

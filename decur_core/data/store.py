@@ -231,12 +231,23 @@ class StoreWriter:
                     os.fsync(file)
             if finish and not self.finished:
                 with runs.locked(self.path, name=".lock-index", wait=True), disk(self.path):
-                    _finish(self.path, self.allowed)
+                    self._finish()
         finally:
             for file in self._files.values():
                 os.close(file)
             self._files = {}
             self._held.close()
+
+    def _finish(self) -> None:
+        """Note what is only known at the end, if it has come: other parts may have something to do."""
+        state = maps(self.path, self.index)["state"][0]
+        if (state == TODO).any():
+            return
+        found = arrays.summary(self.path, self.index, range(len(state)))
+        bad = found.pop("quarantined")
+        if len(bad) > self.allowed * len(state):
+            raise DataError(too_many(self.path, len(bad), len(state), self.allowed, ": ".join([*bad.items()][-1])))
+        arrays.save(self.path, self.index | {"finished": True, "quarantined": bad, "summary": found})
 
 
 def _joined(path: Path) -> StoreWriter:
@@ -262,19 +273,6 @@ def _begin(path: Path, wanted: dict, *, retry: bool) -> None:
         arrays.save(path, index | {"finished": False})
     if not (path / "state.npy").exists():
         arrays.make(path, index or wanted)
-
-
-def _finish(path: Path, allowed: float) -> None:
-    """Note what is only known at the end, if it has come."""
-    index = load(path)
-    state = maps(path, index)["state"][0]
-    if index["finished"] or (state == TODO).any():
-        return
-    found = arrays.summary(path, index, range(len(state)))
-    bad = found.pop("quarantined")
-    if len(bad) > allowed * len(state):
-        raise DataError(too_many(path, len(bad), len(state), allowed, ": ".join([*bad.items()][-1])))
-    arrays.save(path, index | {"finished": True, "quarantined": bad, "summary": found})
 
 
 def too_many(path: Path, bad: int, count: int, allowed: float, last: str) -> str:

@@ -113,7 +113,7 @@ def tables(
     for (label, tensors), member in zip(embedded.items(), members, strict=True):
         z = {m: each.numpy() for m, each in tensors.items()}
         if member.dim_common == "auto":
-            split = runs.path(member, runs.title(member), "split.json").read_text()
+            split = runs.path(member, "pretrain", runs.title(member), "split.json").read_text()
             member = pretrain.with_split(member, json.loads(split))
         layout = blocks(config.identity(member), {m: each.shape[1] for m, each in z.items()})
         known = {name: values[: len(next(iter(z.values())))] for name, values in factors.items()}

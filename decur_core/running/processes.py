@@ -76,6 +76,14 @@ def largest(number: int = 0) -> int:
     return int(value)
 
 
+def shared(value):
+    """What the first process has, once all have asked."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, group=_side)
+    return values[0]
+
+
 class _Exchange(torch.autograd.Function):
     """``there`` on the way forward, ``back`` on the gradient; each takes a tensor and returns one."""
 
