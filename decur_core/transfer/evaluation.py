@@ -176,7 +176,7 @@ def evaluate_members(
 
 
 def example_predictions(record: dict, settings: Settings, stores: Mapping[str, Path], *, count: int = 6) -> list[dict]:
-    """The first test images with true and predicted masks of a segmentation on record, for ``figures.scenes``.
+    """The first test images with true and predicted masks of a segmentation on record, for ``pictures.scenes``.
 
     Items: ``id``, the modalities' stored uint8 images (C x H x W), ``mask`` and ``predicted`` uint8 (H x W).
     """
