@@ -116,11 +116,11 @@ def test_histograms_share_bins_of_whole_numbers_and_name_bands(random):
 def test_empty_saliency_and_the_range_of_radar_are_written_in(random):
     image, heat = random.random((3, 8, 8)), random.random((8, 8))
     row = {"rgb": image, "rgb, common": (image, heat), "rgb, unique": (image, np.zeros((8, 8)))}
-    axes = plots.saliency([row], list(row)).axes
+    axes = pictures.saliency([row], list(row)).axes
     assert [[t.get_text() for t in axis.texts] for axis in axes] == [[], [], ["empty"]]
     assert axes[1].get_title() == "RGB,\ncommon"
     radar = np.stack([np.full((8, 8), -12.0), np.full((8, 8), -20.0)])
-    axes = plots.pairs([{"id": "a/b", "optical": random.random((1, 13, 8, 8)), "sar": radar[None]}]).axes
+    axes = pictures.pairs([{"id": "a/b", "optical": random.random((1, 13, 8, 8)), "sar": radar[None]}]).axes
     assert [axis.get_title() for axis in axes] == ["b", "-12 to -12 dB", "-20 to -20 dB"]
 
 
@@ -143,22 +143,22 @@ def test_histograms_take_any_number_of_bands():
 
 def test_pictures_of_any_modality(random):
     sample = {"id": "x", "dem": random.normal(300, 5, (1, 8, 8)), "rgb": random.integers(0, 255, (3, 8, 8), np.uint8)}
-    axes = plots.pairs([sample]).axes
+    axes = pictures.pairs([sample]).axes
     assert [axis.get_ylabel() for axis in axes] == ["red green blue", "elevation"]
     assert np.array_equal(axes[0].images[0].get_array(), sample["rgb"].transpose(1, 2, 0))
     assert axes[1].get_title().endswith(" m")
     with pytest.raises(ValueError, match="no known modality among id, thermal"):
-        plots.pairs([{"id": "x", "thermal": sample["dem"]}])
+        pictures.pairs([{"id": "x", "thermal": sample["dem"]}])
     optical = random.random((13, 8, 8))
     np.testing.assert_array_equal(pictures.picture(optical, "optical"), pictures.stretch(optical[[3, 2, 1]], 1, 99))
     grey = pictures.picture(optical[:2], "sar")
     assert grey.shape == (8, 8, 3) and np.ptp(grey, axis=2).max() == 0
     seasons = {"dem": np.stack([sample["dem"]] * 3), "rgb": np.stack([sample["rgb"]] * 3)}
-    titles = [axis.get_title() for axis in plots.seasons(seasons | {"dates": {"rgb": ["20200101", "b", "c"]}}).axes]
+    titles = [axis.get_title() for axis in pictures.seasons(seasons | {"dates": {"rgb": ["20200101", "b", "c"]}}).axes]
     assert titles == ["RGB 20200101", "RGB b", "RGB c", *["elevation (no date given)"] * 3]
-    scenes = plots.scenes(
+    scenes = pictures.scenes(
         [sample | {"mask": np.eye(8, dtype=np.uint8)}], ["rgb", "dem", "mask"], classes=["none", "some"]
     )
     assert scenes.axes[1].get_title().endswith(" m") and legend_of(scenes) == ["none", "some"]
-    assert len(plots.bands(random.random((3, 8, 8)), "abc", unit="x").axes) == 5
-    assert [a.get_ylabel() for a in plots.views({"dem": random.random((2, 3, 8, 8))}).axes] == ["elevation", ""]
+    assert len(pictures.bands(random.random((3, 8, 8)), "abc", unit="x").axes) == 5
+    assert [a.get_ylabel() for a in pictures.views({"dem": random.random((2, 3, 8, 8))}).axes] == ["elevation", ""]

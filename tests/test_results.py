@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from decur_core.report import sentences
+from decur_core.report import records, sentences
 from decur_core.report import tables as results
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -39,7 +39,7 @@ RECORDS = [record("decur", s, m) for s, m in enumerate((60.0, 63.0, 66.0))] + [r
 
 
 def test_summary_has_mean_and_sample_deviation():
-    rows = {r["method"]: r for r in results.summary(RECORDS)}
+    rows = {r["method"]: r for r in records.summary(RECORDS)}
     assert rows["decur"]["mean"] == pytest.approx(63) and rows["decur"]["deviation"] == pytest.approx(3)
     assert rows["decur"]["second"] == pytest.approx(53) and rows["decur"]["seeds"] == 3
     assert rows["random"]["deviation"] is None
@@ -48,22 +48,22 @@ def test_summary_has_mean_and_sample_deviation():
 def test_summary_compares_with_decur_seed_by_seed():
     found = [record("decur", s, m) for s, m in ((0, 60.0), (1, 63.0), (5, 90.0))]
     found += [record("clip", s, m) for s, m in ((0, 59.0), (1, 60.0), (7, 10.0))]
-    decur, clip = results.summary(found)
+    decur, clip = records.summary(found)
     assert decur["method"] == "decur" and decur["difference"] == (None, None)
     assert clip["difference"] == pytest.approx((-2, 2**0.5)) and clip["second_difference"] == pytest.approx(
         (-2, 2**0.5)
     )
-    elsewhere = results.summary([*found, record("clip", 0, 50.0, fraction=1.0)])
+    elsewhere = records.summary([*found, record("clip", 0, 50.0, fraction=1.0)])
     assert [r["difference"] for r in elsewhere if r["fraction"] == 1.0] == [(None, None)], "nothing to compare with"
 
 
 def test_two_records_of_one_measurement_and_seed_are_refused():
     with pytest.raises(ValueError, match=r"two records of BigEarthNet-MM, method decur.*seed 1"):
-        results.summary([*RECORDS, record("decur", 1, 50.0)])
+        records.summary([*RECORDS, record("decur", 1, 50.0)])
 
 
 def test_markdown_says_seeds_spread_difference_and_updates():
-    text = results.markdown(results.summary(RECORDS)).replace("\N{NO-BREAK SPACE}", " ")
+    text = results.markdown(records.summary(RECORDS)).replace("\N{NO-BREAK SPACE}", " ")
     world = "drawn world of radar and optical images, 2 classes"
     lines = ["| Method | 1 % linear |", "|---|---|", "| DeCUR | **63.0 ± 3.0** |"]
     first = "\n".join([*lines, "| Random initialisation | 40.0<br>Δ -20.0 |"])
@@ -76,7 +76,7 @@ def test_markdown_says_seeds_spread_difference_and_updates():
         second,
         f"{note} Updates of the weights: 1 % linear 12.",
     ]
-    alone = results.markdown(results.summary(RECORDS[:1]))
+    alone = results.markdown(records.summary(RECORDS[:1]))
     assert alone.endswith("One seed. Updates of the weights: 1 % linear 12.") and "Δ" not in alone
 
 
@@ -87,7 +87,7 @@ def test_no_table_is_wider_than_its_column_and_inputs_have_tables_of_their_own()
         for p in ("finetune", "linear")
         for i in ("optical", "both", "sar")
     ]
-    text = results.markdown(results.summary(found))
+    text = results.markdown(records.summary(found))
     heads = [line for line in text.splitlines() if line.startswith("| Method")]
     assert (
         heads
@@ -106,14 +106,14 @@ def test_no_table_is_wider_than_its_column_and_inputs_have_tables_of_their_own()
     three = [record("decur", 0, 50.0, inputs=i) for i in ("sar", "both", "sar+dem")]
     names = [
         line.split(", ")[1].split(":")[0]
-        for line in results.markdown(results.summary(three)).splitlines()
+        for line in results.markdown(records.summary(three)).splitlines()
         if "micro" in line
     ]
     assert names == ["all", "SAR + elevation", "SAR"]
 
 
 def test_per_class_keeps_absent_classes_absent():
-    found = results.per_class(RECORDS, protocol="linear", inputs="both", fraction=0.01)
+    found = records.per_class(RECORDS, protocol="linear", inputs="both", fraction=0.01)
     assert found == {"decur": [63.0, None], "random": [40.0, None]}
 
 
@@ -204,8 +204,8 @@ def test_drawn_images_are_called_by_their_worlds_name_and_real_ones_by_their_dat
     for found, name, head in ((RECORDS, "drawn world of radar", "drawn world"), (real, "BigEarthNet-MM", "ours")):
         drawn = found is RECORDS
         texts = [
-            results.markdown(results.summary(found)),
-            results.source(found),
+            results.markdown(records.summary(found)),
+            records.source(found),
             results.table(1, found, "sar+optical"),
         ]
         assert all(name in text for text in texts[:2]) and f"1 % linear, paper | {head} |" in texts[2]
@@ -213,15 +213,15 @@ def test_drawn_images_are_called_by_their_worlds_name_and_real_ones_by_their_dat
         assert not any("ours" in text.lower() for text in texts) or not drawn
     mixed = results.table(1, [RECORDS[0], real[1]], "sar+optical")
     assert "| drawn world and ours |" in mixed.splitlines()[0]
-    assert results.source([r | {"world": "samples"} for r in real]).startswith(
+    assert records.source([r | {"world": "samples"} for r in real]).startswith(
         "Real samples: a handful of real samples of"
     )
-    points = results.by_projector([r | {"settings": {"pretraining": {"projector": [8]}}} for r in RECORDS[:1]])
+    points = records.by_projector([r | {"settings": {"pretraining": {"projector": [8]}}} for r in RECORDS[:1]])
     assert list(points) == ["drawn world of radar and optical images, 2 classes, linear"]
 
 
 def test_source_names_data_profile_commit_and_hardware():
-    text = results.source(RECORDS)
+    text = records.source(RECORDS)
     for part in ("miniature world (not real data)", "profile report", "3 seeds", "abc", "2 cores of some CPU"):
         assert part in text
 

@@ -130,9 +130,11 @@ def test_a_damaged_checkpoint_of_an_evaluation_is_named_and_replaced(settings, s
     whole = transfer.evaluate(chosen, folder, paths, **kinds)
     (file,) = runs.path(chosen, "records").glob("*.json")
     runs.write_text(runs.path(chosen, "transfer", f"{file.stem}.pt"), "torn")
+    runs.write_text(runs.path(chosen, "transfer", f".{file.stem}.pt.123"), "of a process that was killed")
     file.unlink()
     assert transfer.evaluate(chosen, folder, paths, **kinds)["per_class"] == whole["per_class"]
     assert f"{file.stem}.pt cannot be read (BadZipFile" in capsys.readouterr().out
+    assert not list(runs.path(chosen, "transfer").iterdir())
 
 
 def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_score(settings, stores, monkeypatch):

@@ -42,20 +42,20 @@ def measured(app, kind: str) -> list[dict]:
 
 def summary(app, argument: str) -> str:
     """All scores on one data set of one kind, with what produced them: ``world BigEarthNet-MM``."""
-    from decur_core.report import tables
+    from decur_core.report import records, tables
 
     kind, _, dataset = argument.partition(" ")
-    found = [r for r in tables.choose(measured(app, kind), dataset=dataset) if not r.get("variant")]
-    return f"{tables.markdown(tables.summary(found))}\n\n{tables.source(found)}" if found else NOT_RUN
+    found = [r for r in records.choose(measured(app, kind), dataset=dataset) if not r.get("variant")]
+    return f"{tables.markdown(records.summary(found))}\n\n{records.source(found)}" if found else NOT_RUN
 
 
 def table(app, argument: str) -> str:
     """A table of the paper beside our records of one kind of data: ``1 sar+optical published``."""
-    from decur_core.report import tables
+    from decur_core.report import records, tables
 
     number, part, kind = argument.split()
     found = measured(app, kind)
-    return f"{tables.table(int(number), found, part)}\n\n{tables.source(found)}"
+    return f"{tables.table(int(number), found, part)}\n\n{records.source(found)}"
 
 
 def settings(app, _: str) -> str:

@@ -101,7 +101,7 @@ def integrated_gradients(target: CommonUnique, images: Tensor, part: int, *, ste
 
 
 def example_maps(settings: config.Settings, folder: Path, store_path: Path, *, count: int = 4) -> list[dict]:
-    """Images and their GradCAM maps, for ``figures.saliency``: a row per item, evenly taken from the store."""
+    """Images and their GradCAM maps, for ``pictures.saliency``: a row per item, evenly taken from the store."""
     store, device = Store(store_path), pretrain.device_of(settings)
     found, modalities, trained = targets(folder, store, device=device)
     rows = [round(k * (len(store) - 1) / max(count - 1, 1)) for k in range(count)]

@@ -1,4 +1,4 @@
-"""Every figure of the book: arrays in, a matplotlib Figure out. Nothing is computed here that a record should hold."""
+"""The book's charts: arrays in, a matplotlib Figure out. Nothing is computed here that a record should hold."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,6 @@ from matplotlib.ticker import MaxNLocator
 from decur_core.data import datasets
 from decur_core.losses import METHODS
 from decur_core.report import styles
-from decur_core.report.pictures import bands, pairs, saliency, scenes, seasons, views  # noqa: F401
 from decur_core.report.styles import WAYS, colour, figure, grid, legend, method_of, plain_ticks, title
 
 ORDER = ("first", "second", "third", "fourth", "fifth")  # modality of a panel, where panels have different ones
@@ -105,7 +104,7 @@ def learning_rate(lines: Sequence[dict]) -> Figure:
 def scores(rows: Sequence[dict], *, reference: float | None = None, unit: str = "mAP micro (%)") -> Figure:
     """Mean scores, a panel per kind of input, a bar per method, whiskers for the deviation over seeds.
 
-    ``rows``: of ``tables.summary``; ``reference``: score of guessing, drawn as a dotted line.
+    ``rows``: of ``records.summary``; ``reference``: score of guessing, drawn as a dotted line.
     """
     panels = list(dict.fromkeys(r["inputs"] for r in rows))
     groups = list(dict.fromkeys((r["fraction"], r["protocol"]) for r in rows))

@@ -9,24 +9,7 @@ import numpy as np
 
 from decur_core.data import datasets
 from decur_core.losses import METHODS
-from decur_core.report.records import (  # noqa: F401  (some for notebooks)
-    PAIR,
-    REFERENCE,
-    by_projector,
-    by_seed,
-    by_share,
-    choose,
-    data_title,
-    head,
-    numbers,
-    order,
-    paired,
-    per_class,
-    place,
-    source,
-    spread,
-    summary,
-)
+from decur_core.report.records import PAIR, REFERENCE, by_seed, by_share, choose, head, order, paired, place, spread
 from decur_core.report.styles import title
 from decur_core.transfer.evaluation import ONLY
 

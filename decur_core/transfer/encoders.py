@@ -46,6 +46,7 @@ def plain(size: int) -> Policy:
 def load_pretrained(folder: Path | str) -> tuple[MultimodalModel, dict[str, Modality], dict]:
     """The model, the modalities by name (their 8-bit mappings, without a policy) and the settings of a finished run.
 
+    In the place of ``dim_common: auto`` the settings hold the split that the run found.
     FileNotFoundError: it is not finished; OSError: its weights are damaged; DataError: they are of an earlier version.
     """
     file = Path(folder) / "final.pt"
@@ -58,7 +59,8 @@ def load_pretrained(folder: Path | str) -> tuple[MultimodalModel, dict[str, Moda
     modalities = {name: Modality.from_mapping(mapping) for name, mapping in state["preprocessing"].items()}
     network = model.build(state["settings"], {name: m.channels for name, m in modalities.items()})
     network.load_state_dict(state["model"])
-    return network, modalities, state["settings"]
+    found = {k: v for k, v in (state.get("split") or {}).items() if k in ("dim_common", "blocks")}  # dim_common: auto
+    return network, modalities, {**state["settings"], **found}
 
 
 def given(modalities: Iterable[Modality], inputs: str) -> list[Modality]:

@@ -104,7 +104,8 @@ def evaluate(
     record |= {"data": facts, "drawn": facts.get("drawn", settings.data.source == "world")}
     record["label_ids"] = [train.ids[i] for i in chosen] if fraction < 1 else "all"
     record = runs.write_record(settings, name, record)
-    file.unlink(missing_ok=True)
+    for left in (file, *file.parent.glob(f".{file.name}.*")):  # also by a process that was killed while it wrote one
+        left.unlink(missing_ok=True)
     return record
 
 
@@ -176,7 +177,7 @@ def evaluate_members(
 
 
 def example_predictions(record: dict, settings: Settings, stores: Mapping[str, Path], *, count: int = 6) -> list[dict]:
-    """The first test images with true and predicted masks of a segmentation on record, for ``figures.scenes``.
+    """The first test images with true and predicted masks of a segmentation on record, for ``pictures.scenes``.
 
     Items: ``id``, the modalities' stored uint8 images (C x H x W), ``mask`` and ``predicted`` uint8 (H x W).
     """
