@@ -4,35 +4,43 @@
 # make clean  remove what these made; runs and stores of other profiles stay
 # Each sets itself up: Python >= 3.11 and make are all that is needed. VENV=... puts the environment elsewhere.
 
+# Recipes take VENV from their surroundings, quoted, as the name of a folder may hold anything. No rule has a path of it
+# as its target: make would take a space there for the end of the name.
 VENV ?= .venv
 PYTHON ?=
-BIN := $(abspath $(VENV))/bin
-STAMP := $(VENV)/.installed
+export VENV PYTHON
+RUN := "$$VENV"/bin/python -m
 
-.PHONY: book test look soak clean
-.DELETE_ON_ERROR:
+.PHONY: book test look soak clean environment
 
-book: $(STAMP)
-	$(BIN)/python -m decur_core.run mini
-	$(BIN)/jupyter-book build . --all -W --keep-going
+book: environment
+	$(RUN) decur_core.run mini
+	"$$VENV"/bin/jupyter-book build . --all -W --keep-going
 	@echo "The book: $(CURDIR)/_build/html/index.html"
 
-test: $(STAMP)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q
+test: environment
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) pytest -q
 
-look: $(STAMP)
-	$(BIN)/python -m pytest -q -rs tests/test_browser.py tests/test_live.py::test_every_notebook_can_be_stepped_through
+look: environment
+	$(RUN) pytest -q -rs tests/test_browser.py tests/test_live.py::test_every_notebook_can_be_stepped_through
 
-soak: $(STAMP)
-	$(BIN)/python -m pytest -q -m soak
+soak: environment
+	$(RUN) pytest -q -m soak
 
-# Installs once, and again when pyproject.toml changes or the interpreter behind the environment has gone.
-$(STAMP): pyproject.toml
+# Installs once, and again when pyproject.toml changes or the interpreter behind the environment has gone. .decur marks
+# an environment as made here: nothing else is cleared or removed.
+environment:
 	@set -e; \
-	if ! "$(BIN)/python" -c "" 2>/dev/null; then \
-	  for python in $(PYTHON) python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	if [ -f "$$VENV/.installed" ] && [ ! pyproject.toml -nt "$$VENV/.installed" ] \
+	  && "$$VENV/bin/python" -c "" 2>/dev/null; then exit 0; fi; \
+	if ! "$$VENV/bin/python" -c "" 2>/dev/null; then \
+	  if [ -e "$$VENV" ] && [ ! -f "$$VENV/.decur" ] && [ -n "$$(ls -A "$$VENV")" ]; then \
+	    echo "$$VENV holds something else than an environment made here; remove it, or name another: make VENV=..."; \
+	    exit 1; \
+	  fi; \
+	  for python in "$$PYTHON" python3.11 python3.12 python3.13 python3.14 python3 python; do \
 	    "$$python" -c "import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))" 2>/dev/null && break; \
 	    python=; \
 	  done; \
@@ -41,13 +49,16 @@ $(STAMP): pyproject.toml
 	    echo "Install one (Debian, Ubuntu: apt install python3.11-venv) or name it: make PYTHON=/path/to/python"; \
 	    exit 1; \
 	  fi; \
-	  echo "Making $(VENV) with $$python"; \
-	  "$$python" -m venv --clear "$(VENV)"; \
-	fi
-	@echo "Installing the packages that pyproject.toml pins: some GB, minutes without further output"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
-	@touch $@
+	  echo "Making $$VENV with $$python"; \
+	  "$$python" -m venv --clear "$$VENV"; \
+	  touch "$$VENV/.decur"; \
+	fi; \
+	echo "Installing the packages that pyproject.toml pins: some GB, minutes without further output"; \
+	"$$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable '.[test]'; \
+	touch "$$VENV/.installed"
 
 clean:
-	rm -rf $(VENV) _build runs/mini runs/start stores/mini stores/start book/executed/mini
-	rm -rf .pytest_cache .ruff_cache *.egg-info
+	@if [ -f "$$VENV/.decur" ]; then rm -rf "$$VENV"; \
+	elif [ -e "$$VENV" ]; then echo "$$VENV stays: it was not made here"; fi
+	rm -rf _build runs/mini runs/start stores/mini stores/start book/executed/mini
+	rm -rf .pytest_cache .ruff_cache decur_book.egg-info

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from decur_core import config
-from decur_core.data.modality import PAIRS
+from decur_core.data.modality import OPTICAL, SAR
 from decur_core.data.store import Store, StoreWriter
 from decur_core.running import folders as runs
 
 RECORDS = config.ROOT / "benchmarks" / "records"
-PAIR = PAIRS["sar_optical"]
+PAIR = (SAR, OPTICAL)
 PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}  # TFLOP/s in 16 bit, dense, of the SXM boards (data sheets)
 LOAD = os.getloadavg()[0]  # processes that wanted the machine in the minute before this benchmark
 
@@ -46,7 +46,7 @@ def arguments(about: str, argv: Sequence[str] | None, **known: tuple) -> argpars
 def random_store(path: Path, *, count: int, side: int, seasons: int) -> Store:
     """A store of random SAR and optical pixels, side x side."""
     shapes = {m.name: (m.channels, side, side) for m in PAIR}
-    meta = {"preprocessing": {m.name: m.preprocessing.to_dict() for m in PAIR}}
+    meta = {"preprocessing": {m.name: m.mapping() for m in PAIR}}
     ids, random = [f"{i:07d}" for i in range(count)], np.random.default_rng(0)
     with StoreWriter(path, ids=ids, shapes=shapes, seasons=seasons, meta=meta) as writer:
         for name in ids:

@@ -1,15 +1,16 @@
-"""Conversion of SSL4EO-S12 at full size: 60 GeoTIFFs a location become four seasons of 8-bit images in LMDB.
+"""Conversion of SSL4EO-S12 at full size: 60 GeoTIFFs a location become four seasons of 8-bit images in one store.
 
     python -m benchmarks.convert
 
 Locations of the miniature world are written in the published layout and read several times, so files come from the page
-cache: what a slow disk adds is not in the numbers. Worker processes read and encode, one more writes. Published: each
-band resized by OpenCV, scaled, and all seasons of a location pickled into one value. Ours also cuts outliers, checks
-each file, counts statistics and digests. A rate is that of the later locations, start of the processes left out; "per
+cache: what a slow disk adds is not in the numbers. Published: worker processes read, each band is resized by OpenCV and
+scaled, and one more process pickles all seasons of a location into one value (of a plain file: what an LMDB adds is not
+in its numbers). Ours: worker processes also cut outliers, check each file, take statistics and digests, and write. A rate is that of the later locations, start of the processes left out; "per
 core" divides by the cores that all processes together kept busy, writing included. Needs the extra `bench`.
 """
 
 import itertools
+import os
 import pickle
 import resource
 import statistics
@@ -19,7 +20,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cv2
-import lmdb
 import numpy as np
 import rasterio
 import torch
@@ -46,7 +46,8 @@ class Repeated:
         return len(self.ids)
 
     def __getitem__(self, i: int):
-        return self.dataset[i % len(self.dataset)]
+        item = self.dataset[i % len(self.dataset)]
+        return item | {"id": self.ids[i]} if isinstance(item, dict) else item
 
 
 class Published:
@@ -86,24 +87,19 @@ def one(items: list):
 
 
 def published(root: Path, side: int, count: int, workers: int, path: Path) -> None:
-    """Convert in the published way, a transaction for each 1000 locations."""
+    """Convert in the published way; every 1000 locations are brought to the disk."""
     loader = DataLoader(Repeated(Published(root, side), count), num_workers=workers, collate_fn=one)
-    environment = lmdb.open(str(path), map_size=2**40)
-    transaction = environment.begin(write=True)
-    for i, (sar, optical) in enumerate(loader):
-        value = (sar.tobytes(), sar.shape, optical.tobytes(), optical.shape)
-        transaction.put(str(i).encode(), pickle.dumps(value))
-        if i % 1000 == 0:
-            transaction.commit()
-            transaction = environment.begin(write=True)
-    transaction.commit()
-    environment.sync()
-    environment.close()
+    with open(path, "wb") as file:
+        for i, (sar, optical) in enumerate(loader):
+            pickle.dump((sar.tobytes(), sar.shape, optical.tobytes(), optical.shape), file)
+            if i % 1000 == 0 or i == count - 1:
+                file.flush()
+                os.fsync(file.fileno())
 
 
 def ours(root: Path, side: int, count: int, workers: int, path: Path) -> None:
     """Convert as `decur_core.data.prepare` does."""
-    preprocessing = {m.name: m.preprocessing for m in common.PAIR}
+    preprocessing = {m.name: m for m in common.PAIR}
     convert(Repeated(SSL4EOS12(root), count), path, preprocessing=preprocessing, workers=workers, progress=False)
 
 

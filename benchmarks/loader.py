@@ -2,7 +2,8 @@
 
     python -m benchmarks.loader
 
-Published: LMDB values hold all seasons of a location, pickled. A worker unpickles them and picks seasons ("bytes
+Published: a value holds all seasons of a location, pickled (here in a plain file: what an LMDB adds is not in its
+numbers). A worker unpickles them and picks seasons ("bytes
 only"), and also makes the views, one sample and one operation after another, with OpenCV ("with views", as published).
 Ours: a worker copies one season for each view into a uint8 batch; the device makes the views (`benchmarks.augment`).
 A worker is a process of torch's DataLoader in the published way, a thread in ours. Needs the extra `bench`.
@@ -11,6 +12,7 @@ A worker is a process of torch's DataLoader in the published way, a thread in ou
 import dataclasses
 import itertools
 import math
+import os
 import pickle
 import random
 import statistics
@@ -19,13 +21,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
-import lmdb
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from decur_core import config, pretrain
+from decur_core import config
 from decur_core.augment import draw
+from decur_core.data.batches import batches as load
 from decur_core.data.store import Store
 
 from . import common
@@ -34,13 +36,10 @@ from .augment import PUBLISHED, opencv
 
 def write(store: Store, path: Path) -> int:
     """The store's images as one pickled value for each location. Returns the bytes of such a value."""
-    environment = lmdb.open(str(path), map_size=2**40)
-    for i in range(len(store)):
-        seasons = (np.stack([store.read(i, m.name, s) for s in range(store.seasons)]) for m in common.PAIR)
-        value = pickle.dumps([(array.tobytes(), array.shape) for array in seasons])
-        with environment.begin(write=True) as transaction:
-            transaction.put(str(i).encode(), value)
-    environment.close()
+    with open(path, "wb") as file:
+        for i in range(len(store)):
+            seasons = (np.stack([store.read(i, m.name, s) for s in range(store.seasons)]) for m in common.PAIR)
+            file.write(value := pickle.dumps([(array.tobytes(), array.shape) for array in seasons]))
     return len(value)
 
 
@@ -67,13 +66,15 @@ class Published(Dataset):
     """An item: four images of a location (SAR, optical, SAR, optical), each of a random season."""
 
     def __init__(self, path: Path, views: Views | None = None):
-        self.path, self.views, self.environment = str(path), views, None
+        self.path, self.views, self.file = path, views, None
+        with open(path, "rb") as file:
+            pickle.load(file)
+            self.size = file.tell()  # of every value
 
     def __getitem__(self, i: int) -> list:
-        if self.environment is None:  # opened by the process that reads
-            self.environment = lmdb.open(self.path, readonly=True, lock=False, readahead=False)
-        with self.environment.begin() as transaction:
-            value = pickle.loads(transaction.get(str(i).encode()))
+        if self.file is None:  # opened by the process that reads
+            self.file = os.open(self.path, os.O_RDONLY)
+        value = pickle.loads(os.pread(self.file, self.size, i * self.size))
         seasons = [np.frombuffer(raw, np.uint8).reshape(shape) for raw, shape in value]
         images = [array[random.randrange(len(array))] for array in 2 * seasons]
         return self.views(i, images) if self.views else images
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rates = {name: [] for name in read}
         for _, name in itertools.product(range(options.turns), read):
             if name == "ours":
-                batches = pretrain._batches(settings, store, range(10**9), torch.device("cpu"))
+                batches = load(settings, store, range(10**9))
             else:
                 dataset = Published(Path(folder, "published"), views[name])
                 order = RandomSampler(range(len(store)), replacement=True, num_samples=10**9)

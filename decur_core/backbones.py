@@ -1,22 +1,12 @@
 """Backbones with any number of input channels: ResNets, SegFormer's Mix Transformers, and a small network for CPUs."""
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torchvision
 from segmentation_models_pytorch.encoders.mix_transformer import LayerNorm, MixVisionTransformer
 from torch import Tensor, nn
-
-# Channels of the maps that `feature_maps` returns; the last number is also that of the features.
-_WIDTHS = {
-    "resnet18": (64, 128, 256, 512),
-    "resnet50": (256, 512, 1024, 2048),
-    "small": (32, 64, 128),
-    "mit_b0": (32, 64, 160, 256),
-    "mit_b2": (64, 128, 320, 512),
-    "mit_b5": (64, 128, 320, 512),
-}
-_DEPTHS = {"mit_b0": (2, 2, 2, 2), "mit_b2": (3, 4, 6, 3), "mit_b5": (3, 6, 40, 3)}  # transformer blocks per stage
-BACKBONES = tuple(_WIDTHS)
 
 
 class MixTransformer(MixVisionTransformer):
@@ -27,12 +17,12 @@ class MixTransformer(MixVisionTransformer):
     projector; the projector's first layer is linear too, and two in a row can do no more than one.
     """
 
-    def __init__(self, name: str, channels: int):
+    def __init__(self, name: str, channels: int, *, depths: Sequence[int]):
         super().__init__(
             in_chans=channels,
-            embed_dims=_WIDTHS[name],
+            embed_dims=widths(name),
             num_heads=(1, 2, 5, 8),
-            depths=_DEPTHS[name],
+            depths=depths,
             qkv_bias=True,
             norm_layer=functools.partial(LayerNorm, eps=1e-6),
             drop_path_rate=0.1,
@@ -43,12 +33,16 @@ class MixTransformer(MixVisionTransformer):
 
 
 def _small(name: str, channels: int) -> nn.Module:
-    """Three strided 3x3 convolutions (32, 64, 128 channels) and global average pooling; 128 features."""
+    """Strided 3x3 convolutions (32, 64, 128 channels) and global average pooling."""
     layers = []
-    for out in _WIDTHS[name]:
+    for out in widths(name):
         layers += [nn.Conv2d(channels, out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
         channels = out
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def _small_maps(network: nn.Sequential, images: Tensor) -> list[Tensor]:
+    return _one_by_one([network[i : i + 3] for i in range(0, len(network) - 2, 3)], images)
 
 
 def _resnet(name: str, channels: int) -> nn.Module:
@@ -61,18 +55,55 @@ def _resnet(name: str, channels: int) -> nn.Module:
     return network
 
 
+def _resnet_maps(network: nn.Module, images: Tensor) -> list[Tensor]:
+    stem = network.maxpool(network.relu(network.bn1(network.conv1(images))))
+    return _one_by_one([network.layer1, network.layer2, network.layer3, network.layer4], stem)
+
+
+def _one_by_one(stages: Sequence[nn.Module], images: Tensor) -> list[Tensor]:
+    maps = []
+    for stage in stages:
+        maps.append(images := stage(images))
+    return maps
+
+
+class Backbone(NamedTuple):
+    """A kind of network: ``build(name, channels)`` makes one that takes images, N x channels x H x W, to features;
+    ``widths``: channels of its maps, finest first, of which the last is also the number of features; ``maps(network,
+    images)``: those maps.
+    """
+
+    build: Callable[[str, int], nn.Module]
+    widths: tuple[int, ...]
+    maps: Callable[[nn.Module, Tensor], list[Tensor]]
+
+
+def _mit(widths: tuple[int, ...], depths: tuple[int, ...]) -> Backbone:
+    return Backbone(functools.partial(MixTransformer, depths=depths), widths, MixTransformer.forward_features)
+
+
+BACKBONES: dict[str, Backbone] = {
+    "resnet18": Backbone(_resnet, (64, 128, 256, 512), _resnet_maps),
+    "resnet50": Backbone(_resnet, (256, 512, 1024, 2048), _resnet_maps),
+    "small": Backbone(_small, (32, 64, 128), _small_maps),
+    "medium": Backbone(_small, (32, 64, 128, 256), _small_maps),
+    "mit_b0": _mit((32, 64, 160, 256), (2, 2, 2, 2)),
+    "mit_b2": _mit((64, 128, 320, 512), (3, 4, 6, 3)),
+    "mit_b5": _mit((64, 128, 320, 512), (3, 6, 40, 3)),
+}
+
+
 def build(name: str, channels: int) -> tuple[nn.Module, int]:
     """A randomly initialised backbone for ``channels`` x H x W images and the number of features it returns.
 
-    ``name``: one of ``BACKBONES``. ResNets are torchvision's own, with ``fc`` an identity and, unless ``channels`` is
+    ``name``: a key of ``BACKBONES``. ResNets are torchvision's own, with ``fc`` an identity and, unless ``channels`` is
     3, a first convolution for that many channels: their state dict loads into ``torchvision.models`` under its keys.
     """
     features = widths(name)[-1]
     if channels < 1:
         raise ValueError(f"in_channels = {channels}; a backbone needs at least one channel")
-    make = MixTransformer if name in _DEPTHS else _small if name == "small" else _resnet
-    network = make(name, channels)
-    network.widths = widths(name)  # for what is built on top of the maps
+    network = BACKBONES[name].build(name, channels)
+    network.kind, network.widths = name, widths(name)  # for what is built on top of the maps
     return network, features
 
 
@@ -80,26 +111,16 @@ def widths(name: str) -> tuple[int, ...]:
     """Channels of each of a backbone's ``feature_maps``."""
     if name not in BACKBONES:
         raise ValueError(f"backbone = {name!r}; allowed: {', '.join(BACKBONES)}")
-    return _WIDTHS[name]
+    return BACKBONES[name].widths
 
 
 def feature_maps(network: nn.Module, images: Tensor) -> list[Tensor]:
     """The maps after each stage of a network of ``build``, finest first: N x channels x H / stride x W / stride.
 
-    Strides are 4, 8, 16, 32 (ResNets: ``layer1`` to ``layer4``) or, for ``small``, 2, 4, 8; sizes are rounded up. The
-    mean of the last map over its positions is what the network returns.
+    Strides are 4, 8, 16, 32 (ResNets: ``layer1`` to ``layer4``) or, for ``small`` and ``medium``, 2, 4, 8, 16; sizes
+    are rounded up. The mean of the last map over its positions is what the network returns.
     """
-    if isinstance(network, MixTransformer):
-        return network.forward_features(images)
-    if isinstance(network, nn.Sequential):
-        stages = [network[i : i + 3] for i in (0, 3, 6)]
-    else:
-        stages = [network.layer1, network.layer2, network.layer3, network.layer4]
-        images = network.maxpool(network.relu(network.bn1(network.conv1(images))))
-    maps = []
-    for stage in stages:
-        maps.append(images := stage(images))
-    return maps
+    return BACKBONES[network.kind].maps(network, images)
 
 
 def misfit(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str:

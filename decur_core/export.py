@@ -4,7 +4,9 @@
 """
 
 import argparse
+import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -12,18 +14,13 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from decur_core import backbones, config
+from decur_core import backbones
 from decur_core.data.modality import Preprocessing
-from decur_core.data.raster import DataError
+from decur_core.data.raster import DataError, visible
 from decur_core.model import backbone_state
 from decur_core.running import checkpoints
 from decur_core.running import folders as runs
 
-DATA = {"sar_optical": "SSL4EO-S12", "rgb_dem": "GeoNRW, training split", "rgb_depth": "SUN RGB-D"}
-TOY = {
-    "world": "the miniature world that this project renders. **This model is a toy**: it knows no real image",
-    "samples": "a handful of real sample files. **This model is a toy**: it has seen too little to be of use",
-}
 RESULTS = ("dataset", "protocol", "inputs", "fraction", "metric", "micro", "macro", "miou", "accuracy")
 
 
@@ -32,7 +29,8 @@ def write(folder: Path | str, target: Path | str, modality: str) -> Path:
 
     The file's header carries the metadata that ``load`` returns. ``<target>/README.md`` is written anew, for all
     exports in ``target``. Evaluations are those in the profile's ``records`` at this moment. Raises DataError, and
-    OSError for damaged weights.
+    OSError for damaged weights. A README.md that this module did not write, or that was edited since, a file of that
+    name that is not an export and the export of another run are not touched but refused, before anything is written.
     """
     folder, target = Path(folder).resolve(), Path(target)
     if missing := [name for name in ("final.pt", "run.json") if not (folder / name).is_file()]:
@@ -43,26 +41,64 @@ def write(folder: Path | str, target: Path | str, modality: str) -> Path:
     about = json.loads((folder / "run.json").read_text())
     if modality not in (trained := about.get("trained") or names):  # of a run without training, the start is the result
         raise DataError(f"{folder.name}: has not trained {modality}, only {' and '.join(trained)}")
-    records = [json.loads(f.read_text()) for f in sorted(folder.parent.parent.glob("records/*.json"))]
+    records = [json.loads(f.read_text()) for f in sorted(visible(folder.parent.parent / "records", "*.json"))]
     metadata = {
         "run": folder.name,
         "modality": modality,
         "backbone": saved["settings"]["backbone"],
         "steps": saved["step"],
         "settings": saved["settings"],
+        "data": saved.get("data") or {},
         "preprocessing": saved["preprocessing"][modality],
         "provenance": about["provenance"],
         "evaluations": [{k: r[k] for k in RESULTS if k in r} for r in records if r.get("run") == folder.name],
     }
     state = backbone_state(saved["model"], names.index(modality) + 1)
     _check(state, metadata, folder / "final.pt")
-    file = target / f"{folder.name}-{modality}.safetensors"
+    file, card = target / f"{folder.name}-{modality}.safetensors", target / "README.md"
+    _check_free(file, card, metadata)
     header = {"format": "pt", "decur": json.dumps(metadata)}
     with runs.replacing(file) as f:
         f.write(safetensors.torch.save({k: v.contiguous() for k, v in state.items()}, metadata=header))
-    sections = [_section(_header(f)) for f in sorted(target.glob("*.safetensors"))]
-    runs.write_text(target / "README.md", "".join(["# Pretrained encoders\n", *sections]))
+    exports, others = found(target)
+    text = "".join(["# Pretrained encoders\n", *map(_section, exports)])
+    if others:
+        text += f"\nNot described here, as this module did not write them: {', '.join(others)}.\n"
+    runs.write_text(card, _mark(text) + text)
     return file
+
+
+def found(target: Path | str) -> tuple[list[dict], list[str]]:
+    """The metadata of every export in a folder, and the names of safetensors files there that are none."""
+    exports, others = [], []
+    for file in sorted(visible(target, "*.safetensors")):
+        try:
+            exports.append(_header(file))
+        except DataError:
+            others.append(file.name)
+    return exports, others
+
+
+def _mark(text: str) -> str:
+    """The first line of a card, by which it is known as written here and not changed since."""
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return f"<!-- by decur_core.export, which writes this file anew with every export: {digest} -->\n"
+
+
+def _check_free(file: Path, card: Path, metadata: dict) -> None:
+    """Refuse to write over what is not an earlier state of the same."""
+    way = "choose another folder for the export, or move that file"
+    if os.path.lexists(card):
+        text = card.read_text(errors="replace") if card.is_file() else ""
+        if text != _mark(rest := text.partition("\n")[2]) + rest:
+            raise DataError(f"{card}: not written by this module, or changed since; {way}")
+    if os.path.lexists(file):
+        try:
+            there = _header(file)
+        except DataError as error:
+            raise DataError(f"{error}; {way}") from None
+        if there["settings"] != metadata["settings"]:
+            raise DataError(f"{file}: holds another run of this name, of {there['provenance']['date']}; {way}")
 
 
 def load(path: Path | str) -> tuple[dict[str, Tensor], dict]:
@@ -116,6 +152,18 @@ def _number(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _data(data: dict) -> str:
+    """What a run has seen, by what its store says of itself."""
+    title = data.get("title") or data.get("name") or "not on record"
+    if data.get("drawn"):
+        return (
+            f"{title}, the miniature world that this project renders. **This model is a toy**: it knows no real image"
+        )
+    if data.get("source") == "samples":
+        return f"{title}, a handful of sample files. **This model is a toy**: it has seen too little to be of use"
+    return f"{title}, as published" if data.get("source") == "published" else title
+
+
 def _section(metadata: dict) -> str:
     """Of the model card, for one file."""
     settings, made, backbone = metadata["settings"], metadata["provenance"], metadata["backbone"]
@@ -135,7 +183,7 @@ def _section(metadata: dict) -> str:
 - Network: {backbone} for {channels} channels, without a classifier.
 - Method: {runs.METHODS[settings["method"]]}, {settings["pair"]}, {metadata["steps"]} steps{labels}.
 - Code: commit {made["commit"]}{", with changes" if made["modified"] else ""}; {made["date"]}.
-- Data: {TOY.get(settings["data.source"], f"{DATA[settings['pair']]}, as published")}.
+- Data: {_data(metadata.get("data") or {})}.
 - Input: {in_words(Preprocessing.from_dict(metadata["preprocessing"]))}
 - Use: a start for models of such images, or frozen as a feature extractor; untested on other sensors, units or bands.
 - Evaluations: {" | ".join(results) or "none"}.
@@ -158,8 +206,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         about = json.loads((args.run / "run.json").read_text())
-        for modality in about.get("trained") or config.MODALITIES[about["settings"]["pair"]]:
+        for modality in about.get("trained") or checkpoints.load(args.run / "final.pt")["preprocessing"]:
             print(write(args.run, args.target, modality))
+        if others := found(args.target)[1]:
+            print(f"{len(others)} other files in {args.target} are not described: {', '.join(others)}")
     except (OSError, DataError) as error:
         sys.exit(f"not exported: {error}")
 

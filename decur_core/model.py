@@ -1,15 +1,16 @@
 """Two backbones and two projectors, one of each per modality."""
 
 import math
-import pickle
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from decur_core import backbones
+from decur_core.losses import METHODS
+from decur_core.running.checkpoints import read_weights
 
 
 def mlp(features: int, widths: Sequence[int]) -> nn.Sequential:
@@ -28,51 +29,54 @@ def mlp(features: int, widths: Sequence[int]) -> nn.Sequential:
 class MultimodalModel(nn.Module):
     """One backbone and one projector per modality; no weight is shared (paper, section 4).
 
-    ``backbone``: a name of ``backbones.BACKBONES``; ``in_channels``: channels of modality 1 and 2, e.g. (2, 13) for
-    SAR and optical; ``projector``: output widths of the projector's layers, e.g. (8192, 8192, 8192), or none: then
-    embeddings are features. ``shared_projector``: both modalities take the same, as in the published code;
-    ``scaled``: with the scale that the CLIP loss learns. Attributes ``backbone_1, backbone_2, projector_1,
-    projector_2``; ``features`` and ``dimensions``: widths of a backbone's output and of an embedding.
+    ``backbone``: a name of ``backbones.BACKBONES``; ``in_channels``: modality to channels of its images, e.g. ``{"sar":
+    2, "optical": 13}``; ``projector``: output widths of the projector's layers, e.g. (8192, 8192, 8192), or none: then
+    embeddings are features. ``dimensions``: modality to width of its embedding, where it is not the last of
+    ``projector``. ``shared_projector``: all modalities take the same, as in the published code; ``scaled``: with the
+    scale that the CLIP loss learns. Attributes ``backbones`` and ``projectors``, by name of the modality, and
+    ``features``, the width of a backbone's output.
     """
 
     def __init__(
         self,
         backbone: str,
-        in_channels: Sequence[int],
+        in_channels: Mapping[str, int],
         projector: Sequence[int],
         *,
+        dimensions: Mapping[str, int] | None = None,
         shared_projector: bool = False,
         scaled: bool = False,
     ):
         super().__init__()
-        if len(in_channels) != 2:
-            raise ValueError(f"in_channels = {tuple(in_channels)}; one number for each of the two modalities is needed")
+        if not isinstance(in_channels, Mapping) or len(in_channels) < 2:
+            raise ValueError(f"in_channels = {in_channels}; a number for each of two or more modalities is needed")
         if min(projector, default=1) < 1:
             raise ValueError(f"projector = {tuple(projector)}; each width must be 1 or more")
-        self.backbone_1, self.features = backbones.build(backbone, in_channels[0])
-        self.backbone_2, _ = backbones.build(backbone, in_channels[1])
-        self.projector_1 = mlp(self.features, projector)
-        self.projector_2 = self.projector_1 if shared_projector else mlp(self.features, projector)
-        self.dimensions = projector[-1] if projector else self.features
+        made = {name: backbones.build(backbone, channels) for name, channels in in_channels.items()}
+        self.backbones = nn.ModuleDict({name: network for name, (network, _) in made.items()})
+        self.features = next(features for _, features in made.values())
+        self.projectors = nn.ModuleDict()
+        for name in in_channels:
+            widths = [*projector[:-1], (dimensions or {}).get(name, projector[-1])] if projector else []
+            shared = next(iter(self.projectors.values())) if shared_projector and self.projectors else None
+            self.projectors[name] = shared or mlp(self.features, widths)
         if scaled:
             self.log_scale = nn.Parameter(torch.tensor(-math.log(0.07)))
 
-    def forward(
-        self, views1_a: Tensor | None, views1_b: Tensor | None, views2_a: Tensor | None, views2_b: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        """Four batches of float images (N x C x H x W in [0, 1]) to four embeddings, each N x K, in the same order.
+    def forward(self, views: Mapping[str, Sequence[Tensor | None]]) -> dict[str, tuple[Tensor | None, ...]]:
+        """Views of each modality, float images N x C x H x W in [0, 1], to their embeddings N x K, likewise.
 
-        Every batch of views passes on its own, so that BatchNorm sees one view at a time, as in Algorithm 1. For views
-        that a loss does not look at, it passes None and gets None.
+        Every batch of views passes on its own, so that BatchNorm sees one view at a time, as in Algorithm 1. For a view
+        that is None it gives None.
         """
-        four = ((1, views1_a), (1, views1_b), (2, views2_a), (2, views2_b))
-        return tuple(None if views is None else self.embed(modality, views) for modality, views in four)
+        return {
+            name: tuple(None if each is None else self.embed(name, each) for each in several)
+            for name, several in views.items()
+        }
 
-    def embed(self, modality: int, views: Tensor) -> Tensor:
-        """One batch of views of ``modality`` (1 or 2) to its N x K embedding."""
-        if modality == 1:
-            return self.projector_1(self.backbone_1(views))
-        return self.projector_2(self.backbone_2(views))
+    def embed(self, modality: str, views: Tensor) -> Tensor:
+        """One batch of views of a modality to its N x K embedding."""
+        return self.projectors[modality](self.backbones[modality](views))
 
     def scale(self) -> Tensor:
         """The inverse temperature of the CLIP loss: from 1 / 0.07 on it is learnt, up to 100 (Radford et al. 2021)."""
@@ -81,44 +85,28 @@ class MultimodalModel(nn.Module):
         return self.log_scale.exp()
 
 
-class OnEncoders(nn.Module):
-    """What networks on pretrained encoders share. Frozen encoders get no gradients and stay in eval mode, so that their
-    BatchNorm statistics keep still.
-    """
-
-    def __init__(self, encoders: Iterable[nn.Module], *, frozen: bool):
-        super().__init__()
-        self.encoders, self.frozen = nn.ModuleList(encoders), frozen
-        self.encoders.requires_grad_(not frozen)
-        self.train(self.training)  # which puts frozen encoders into eval mode from the start
-
-    def train(self, mode: bool = True) -> "OnEncoders":
-        super().train(mode)
-        if self.frozen:
-            self.encoders.eval()
-        return self
-
-    def encoding(self) -> torch.set_grad_enabled:
-        """The context in which the encoders run."""
-        return torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen)
-
-
-def build(settings: Mapping, in_channels: Sequence[int]) -> MultimodalModel:
+def build(settings: Mapping, in_channels: Mapping[str, int]) -> MultimodalModel:
     """The randomly initialised model of a run, whose settings are as in ``config.identity`` and ``final.pt``."""
-    options = {"shared_projector": settings.get("shared_projector", False), "scaled": settings["method"] == "clip"}
+    blocks = settings.get("blocks") or {}
+    widths = (
+        {m: sum(k for subset, k in blocks.items() if m in subset.split("+")) for m in in_channels} if blocks else {}
+    )
+    options = {"shared_projector": settings.get("shared_projector", False), "dimensions": widths if blocks else {}}
+    options["scaled"] = METHODS[settings["method"]].scaled
     return MultimodalModel(settings["backbone"], in_channels, settings["projector"], **options)
 
 
-def backbone_state(state: dict[str, Tensor], modality: int) -> dict[str, Tensor]:
+def backbone_state(state: dict[str, Tensor], modality: str) -> dict[str, Tensor]:
     """The weights of one backbone from a model's state dict, under the keys of the plain network.
 
     For a ResNet they load, strictly, into ``torchvision.models.resnet50()`` whose ``fc`` is ``torch.nn.Identity()``
     and whose ``conv1`` has the modality's number of channels.
     """
-    prefix = f"backbone_{modality}."
+    prefix = f"backbones.{modality}."
     found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     if not found:
-        raise KeyError(f"no key starts with {prefix!r}; modality must be 1 or 2")
+        known = dict.fromkeys(k.split(".")[1] for k in state if k.startswith("backbones."))
+        raise KeyError(f"no key starts with {prefix!r}; modalities here: {', '.join(known) or 'none'}")
     return found
 
 
@@ -133,50 +121,51 @@ _SIGNS = {
 
 def _fold_heads(state: dict[str, Tensor]) -> None:
     """Make a linear head of the backbones part of the first layer of the projectors; the norm there takes its bias."""
-    for m in "12":
-        if f"backbone_{m}.head.weight" in state:
-            first, mean = state[f"projector_{m}.0.weight"], state[f"projector_{m}.1.running_mean"]
-            state[f"projector_{m}.1.running_mean"] = mean - first @ state.pop(f"backbone_{m}.head.bias")
-            state[f"projector_{m}.0.weight"] = first @ state.pop(f"backbone_{m}.head.weight")
+    for m in [k.split(".")[1] for k in state if k.endswith(".head.weight")]:
+        first, mean = state[f"projectors.{m}.0.weight"], state[f"projectors.{m}.1.running_mean"]
+        state[f"projectors.{m}.1.running_mean"] = mean - first @ state.pop(f"backbones.{m}.head.bias")
+        state[f"projectors.{m}.0.weight"] = first @ state.pop(f"backbones.{m}.head.weight")
 
 
-def load_published(path: Path | str, *, drop_attention: bool = False) -> MultimodalModel:
+def load_published(
+    path: Path | str, *, modalities: Sequence[str] = ("first", "second"), drop_attention: bool = False
+) -> MultimodalModel:
     """The model of a checkpoint that zhu-xlab/DeCUR published ("full checkpoint"), in eval mode.
 
-    Backbone, channels and projector widths follow from the shapes. Backbones: ``resnet18``, ``resnet50``, ``mit_b2``,
-    ``mit_b5``; the linear head of the latter two becomes part of the projector's first layer, which gives the same
-    embeddings in eval mode. The normalisation before their loss is left out, as ours is in the loss. Their networks
-    with deformable attention (``rda``) have layers that ours lack and are refused, unless ``drop_attention`` takes the
-    rest as a start for training: its features are not theirs.
+    ``modalities``: what the two are to be called, e.g. ("sar", "optical"); the file does not say. Backbone, channels
+    and projector widths follow from the shapes. Backbones: ``resnet18``, ``resnet50``, ``mit_b2``, ``mit_b5``; the
+    linear head of the latter two becomes part of the projector's first layer, which gives the same embeddings in eval
+    mode. The normalisation before their loss is left out, as ours is in the loss. Their networks with deformable
+    attention (``rda``) have layers that ours lack and are refused, unless ``drop_attention`` takes the rest as a start
+    for training: its features are not theirs.
 
     Raises ``ValueError`` naming what does not fit by key and shape, and for files that only unpickling could open.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        way = "if you trust it, open it with weights_only=False elsewhere and save its state dict ('model') alone"
-        raise ValueError(f"{path}: holds more than tensors, and loading that can run code; {way}: {error}") from error
-    content = content if isinstance(content, dict) else {}
+    content = read_weights(path)
     state = next((content[k] for k in ("model", "state_dict") if isinstance(content.get(k), dict)), content)
     state = {k.removeprefix("module."): v for k, v in state.items() if torch.is_tensor(v)}
-    state = {re.sub(r"^projector(?=[12]\.)", "projector_", k): v for k, v in state.items() if not k.startswith("bn.")}
+    names = dict(zip("12", modalities, strict=True))
+    theirs = re.compile(r"(backbone|projector)_?([12])\.")
+    state = {k: v for k, v in state.items() if not k.startswith("bn.")}
+    state = {theirs.sub(lambda m: f"{m[1]}s.{names[m[2]]}.", k, count=1): v for k, v in state.items()}
     attention = {k for k in state if k.startswith(("da1_", "da2_"))}
     if attention and not drop_attention:
         raise ValueError(
             f"{path}: {len(attention)} weights of deformable attention ({min(attention)}, ...) have no place"
         )
     state = {k: v for k, v in state.items() if k not in attention}
-    name = next((name for name, sign in _SIGNS.items() if f"backbone_1.{sign}" in state), None)
+    name = next((name for name, sign in _SIGNS.items() if f"backbones.{modalities[0]}.{sign}" in state), None)
     if name is None:
         found = ", ".join([*state][:3]) or "no tensors"
         raise ValueError(f"{path}: expected the keys backbone_1.* of {', '.join(_SIGNS)}; found {found}")
     try:
         _fold_heads(state)
         first = "conv1.weight" if name.startswith("resnet") else "patch_embed1.proj.weight"
-        channels = [state[f"backbone_{m}.{first}"].shape[1] for m in "12"]
+        channels = {m: state[f"backbones.{m}.{first}"].shape[1] for m in modalities}
     except KeyError as error:
         raise ValueError(f"{path}: has no {error}") from None
-    projectors = [{k[12:]: v for k, v in state.items() if k.startswith(f"projector_{m}.")} for m in "12"]
+    heads = [f"projectors.{m}." for m in modalities]
+    projectors = [{k.removeprefix(p): v for k, v in state.items() if k.startswith(p)} for p in heads]
     widths = [len(v) for v in projectors[0].values() if v.ndim == 2]
     shared = all(k in projectors[1] and torch.equal(v, projectors[1][k]) for k, v in projectors[0].items())
     model = MultimodalModel(name, channels, widths, shared_projector=shared)

@@ -5,140 +5,124 @@
 
 import argparse
 import contextlib
-import functools
-import hashlib
-import json
 import math
 import os
+import pkgutil
 import signal
 import sys
 import time
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from decur_core import backbones, config, losses
+from decur_core import backbones, config
 from decur_core import model as models
 from decur_core.config import Settings
-from decur_core.data.modality import PAIRS, Modality
+from decur_core.data.batches import batches, example_views, seeded  # noqa: F401
+from decur_core.data.modality import Modality
 from decur_core.data.raster import DataError
 from decur_core.data.store import Store
 from decur_core.lars import LARS, cosine, parameter_groups, set_learning_rates
-from decur_core.running import checkpoints
+from decur_core.losses import METHODS
+from decur_core.running import checkpoints, history, processes
 from decur_core.running import folders as runs
-from decur_core.running import processes as distributed
+from decur_core.running.history import NonFinite
 
-VIEWS = ((0, "a"), (1, "a"), (0, "b"), (1, "b"))
 AGAIN = "if it is removed, the same call trains again"
+ESTIMATED = 4096  # pairs, at most, from which the split into common and unique dimensions is estimated
 
 
 class Interrupted(RuntimeError):
     """What ran was told to stop, at a place from which the same call goes on."""
 
 
-class NonFinite(RuntimeError):
-    """A loss became NaN or infinite; the message says where, and what to do."""
+# One step: bytes to views, views to embeddings, embeddings to a loss, a loss to weights.
 
 
-def seeded(*parts) -> torch.Generator:
-    """A generator that depends on ``parts`` alone, so that a resumed run draws what an uninterrupted one draws."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+def views(settings: Settings, modalities: Sequence[Modality], batch: Mapping, step: int, part=(0, 1)) -> dict:
+    """The views of a step, float N x C x S x S on the images' device: modality -> (first, second or None).
+
+    ``batch``: of ``batches``; ``part``: this process's number and how many share the batch.
+    """
+    made = {}
+    for m in modalities:
+        draws = [seeded(settings.seed, "views", step, m.name, v) for v in "ab"]
+        options = {"size": settings.crop_size, "part": part}
+        made[m.name] = tuple(
+            None if images is None else m.view(images, generator=draw, **options)
+            for images, draw in zip(batch[m.name], draws, strict=True)
+        )
+    return made
 
 
-def _loss(settings: Settings, model: nn.Module, views: dict) -> dict[str, Tensor]:
+def loss(settings: Settings, model: nn.Module, views: Mapping) -> dict[str, Tensor]:
     """Named loss terms of one batch of views, over all processes; ``total`` is what is minimised."""
-    z = model(*(views.get((m, v)) for m in (0, 1) for v in "ab"))
-    z = [None if x is None else distributed.gather(x) for x in z]
-    seen = [x for x in z if x is not None]
-    options = {"lambd": settings.lambd, "squares": distributed.squares}
-    match settings.method:
-        case "barlow_twins" | "barlow_twins_single":
-            return {"total": losses.barlow_twins(*seen, **options)}
-        case "vicreg":
-            return losses.vicreg(*seen, squares=distributed.squares)._asdict()
-        case "simclr":
-            return losses.simclr(*seen, temperature=settings.temperature)._asdict()
-        case "clip":
-            scale = getattr(model, "module", model).scale()
-            return losses.clip(*seen, scale=scale)._asdict() | {"scale": scale}
-    dim_common = settings.dim_common if settings.decoupling else seen[0].shape[1]
-    return losses.decur(*z, dim_common=dim_common, **options)._asdict()
+    z = {m: tuple(x if x is None else processes.gather(x) for x in both) for m, both in model(views).items()}
+    method, plain = METHODS[settings.method], getattr(model, "module", model)
+    scale = plain.scale() if method.scaled else None
+    return method.loss(z, settings, squares=processes.squares, scale=scale)
 
 
-def _views(settings: Settings) -> list[tuple[int, str]]:
-    """The views that the method's loss looks at: most need one of each modality, intra-modal terms need two."""
-    names, trained = config.MODALITIES[settings.pair], runs.trained(settings)
-    two = settings.method == "barlow_twins_single" or (settings.method == "decur" and settings.intra)
-    return [(m, v) for m, v in VIEWS if names[m] in trained and (two or v == "a")]
+def train_step(
+    settings: Settings, model: nn.Module, optimizer: torch.optim.Optimizer, views: Mapping, share: float
+) -> dict[str, Tensor]:
+    """One update of the weights from one batch of views; ``share``: of the starting rates. Returns the loss terms."""
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision(settings, device) == "bfloat16"):
+        terms = loss(settings, model, views)
+    set_learning_rates(optimizer, share)
+    optimizer.zero_grad(set_to_none=True)
+    terms["total"].backward()
+    optimizer.step()
+    return terms
 
 
-def _model(settings: Settings) -> models.MultimodalModel:
-    """The model of a run at its start; what the method does not train takes no gradient."""
-    model = models.build(config.identity(settings), [m.channels for m in PAIRS[settings.pair]])
-    if settings.method == "barlow_twins_single":
-        model.requires_grad_(False)
-        for part in ("backbone", "projector"):
-            getattr(model, f"{part}_{settings.single}").requires_grad_(True)
+# What a step is given.
+
+
+def modalities(settings: Settings, store: Store) -> list[Modality]:
+    """The modalities that a run trains, with the 8-bit mapping of the store's images."""
+    trained, mappings = runs.trained(settings), store.meta["preprocessing"]
+    return [m.mapped(mappings[m.name]) for m in config.modalities(settings) if m.name in trained]
+
+
+def network(settings: Settings, channels: Mapping[str, int]) -> models.MultimodalModel:
+    """The model of a run at its start (``channels``: of every modality of the pair); what the method does not train
+    takes no gradient."""
+    torch.manual_seed(settings.seed)
+    model = models.build(config.identity(settings), channels)
+    for name in set(channels) - set(runs.trained(settings) or channels):
+        model.backbones[name].requires_grad_(False)
+        model.projectors[name].requires_grad_(False)
     return model
 
 
-def _batches(settings: Settings, store: Store, steps: range, device: torch.device) -> Iterator[dict]:
-    """The batches of ``steps`` in order: for each view, uint8 n x C x H x W straight from the store.
-
-    Which samples and seasons they hold follows from seed, epoch and position alone; a process reads its own rows.
-    ``workers`` threads copy a few batches ahead. Copying lets go of the interpreter, so they get by without processes,
-    which would have to hand every batch over through fresh shared memory.
-    """
-    rank, world = distributed.place()
-    size, per_epoch = settings.batch_size // world, len(store) // settings.batch_size
-    names = [m.name for m in PAIRS[settings.pair]]
-
-    @functools.lru_cache(2)
-    def drawn(epoch: int) -> tuple[list, list]:
-        order = torch.randperm(len(store), generator=seeded(settings.seed, "order", epoch))
-        shape = (len(store), len(VIEWS))
-        seasons = torch.randint(store.seasons, shape, generator=seeded(settings.seed, "seasons", epoch))
-        return order.tolist(), seasons.tolist()
-
-    def read(step: int) -> dict:
-        epoch, position = divmod(step, per_epoch)
-        order, seasons = drawn(epoch)
-        first = position * settings.batch_size + rank * size
-        batch = {}
-        for m, v in _views(settings):
-            shape = (size, *store.shapes[names[m]])
-            batch[m, v] = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
-            images = batch[m, v].numpy()
-            for row, i in enumerate(order[first : first + size]):
-                images[row] = store.read(i, names[m], seasons[i][VIEWS.index((m, v))])
-        return batch
-
-    if not settings.workers:
-        yield from map(read, steps)
-        return
-    pool, ahead = ThreadPoolExecutor(settings.workers), deque()
-    try:
-        for step in steps:
-            ahead.append(pool.submit(read, step))
-            if len(ahead) > 2 * settings.workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+def optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
+    """Of all weights that take gradients; biases and normalisation have a rate of their own and, in LARS, no decay."""
+    groups = parameter_groups(model, lr=settings.learning_rate, lr_biases=settings.learning_rate_biases)
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    more = {"momentum": settings.momentum, "trust_coefficient": settings.trust_coefficient}
+    return LARS(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, **more)
 
 
 def device_of(settings: Settings) -> torch.device:
+    """Where a run computes."""
     available = torch.cuda.is_available()
     if settings.device == "cuda" and not available:
         raise config.ConfigError("device = 'cuda', but torch sees no GPU; use device: auto or cpu")
     return torch.device("cuda" if available and settings.device != "cpu" else "cpu")
+
+
+def precision(settings: Settings, device: torch.device) -> str:
+    """Of the network: on CPUs bfloat16 is emulated and many times slower than float32."""
+    auto = "bfloat16" if device.type == "cuda" else "float32"
+    return auto if settings.precision == "auto" else settings.precision
+
+
+# A run: many steps that survive whatever ends them.
 
 
 def _processes(settings: Settings) -> int:
@@ -149,17 +133,13 @@ def _processes(settings: Settings) -> int:
     return settings.processes or gpus or 1 if runs.trained(settings) else 1
 
 
-def _optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
-    groups = parameter_groups(model, lr=settings.learning_rate, lr_biases=settings.learning_rate_biases)
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    more = {"momentum": settings.momentum, "trust_coefficient": settings.trust_coefficient}
-    return LARS(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, **more)
-
-
 def _check(settings: Settings, store: Store) -> None:
     config.check_dim_common(settings, [*backbones.widths(settings.backbone), *settings.projector][-1])
-    store.check({m.name: m.preprocessing.to_dict() for m in PAIRS[settings.pair]})
+    wanted = {m.name: m.mapping() for m in config.modalities(settings) if m.scheme != "measured"}
+    store.check(wanted)
+    if missing := [m.name for m in config.modalities(settings) if m.name not in store.shapes]:
+        found = f"{store.path}: holds no {missing[0]}, only {', '.join(store.shapes)}"
+        raise config.ConfigError(f"{found}; convert a data set of pair {settings.pair!r}")
     if len(store) < settings.batch_size:
         raise config.ConfigError(
             f"batch_size = {settings.batch_size}, but {store.path} holds {len(store)} pairs; allowed: 2 to {len(store)}"
@@ -169,50 +149,48 @@ def _check(settings: Settings, store: Store) -> None:
 def run(settings: Settings, store_path: Path | str) -> Path:
     """Pretrain, go on with an interrupted run, or find the finished one: the same call does whichever is needed.
 
-    ``store_path``: a finished store with the pair's two modalities. Returns the run's folder, which holds
+    ``store_path``: a finished store with the pair's modalities. Returns the run's folder, which holds
     ``history.jsonl`` (a line per step with every loss term), the last two checkpoints and ``final.pt``. On a CPU, or
     one GPU in deterministic mode, an interrupted and resumed run ends with the same bits as an uninterrupted one.
-    Several processes (setting ``processes``) are started here and followed; inside ``distributed.joined`` the call is
+    Several processes (setting ``processes``) are started here and followed; inside ``processes.joined`` the call is
     one of them. Their number may change from one call to the next.
     Raises ``ConfigError`` (settings), ``Interrupted`` (after SIGTERM, SIGUSR1, SIGINT), ``NonFinite`` (loss) and
     ``OSError`` (a damaged ``final.pt``, or no room for one; for want of room for a checkpoint a run does not stop).
     """
     folder = runs.path(settings, "pretrain", runs.title(settings))
-    store, (rank, world), joined = Store(store_path), distributed.place(), torch.distributed.is_initialized()
-    with runs.locked(folder) if rank == 0 else contextlib.nullcontext():
+    store, (rank, world), joined = Store(store_path), processes.place(), torch.distributed.is_initialized()
+    ended = (folder / "final.pt").exists()  # such a run is only read, maybe on a disk where nothing can be written
+    with runs.locked(folder) if rank == 0 and not ended else contextlib.nullcontext():
         world = world if joined else _processes(settings)
         config.check_world_size(settings, world)
         _check(settings, store)
         about = {"data.pairs": len(store), "data.sha256": store.sha256}
         identity = {**config.identity(settings), **about}
         total = settings.epochs * (len(store) // settings.batch_size) if runs.trained(settings) else 0
-        if distributed.largest((folder / "final.pt").exists()):
+        if processes.largest((folder / "final.pt").exists()):
             checkpoints.same_settings(checkpoints.load(folder / "final.pt", AGAIN)["settings"], identity, folder)
         elif joined or world == 1:
             _train(settings, store, folder, identity, total)
         else:
             _launch(world, settings, store, folder, identity, total)
         if rank == 0:
-            for file in checkpoints.files(folder):  # here, as a process may be killed after final.pt and before this
-                file.unlink()
+            checkpoints.remove(folder)  # here, as a process may be killed after final.pt and before this
     return folder
 
 
-def _launch(world: int, settings: Settings, store: Store, folder: Path, identity: dict, total: int) -> None:
-    """Train in ``world`` processes of this machine; meanwhile show their progress and pass signals on."""
+def _launch(count: int, settings: Settings, store: Store, folder: Path, identity: dict, total: int) -> None:
+    """Train in ``count`` processes of this machine; meanwhile show their progress and pass signals on."""
     with runs.stop_signals() as received, runs.progress(None, total=total, desc=folder.name) as bar:
 
         def tick() -> int:
-            with contextlib.suppress(OSError, IndexError, json.JSONDecodeError), open(folder / "history.jsonl") as file:
-                file.seek(max(0, os.stat(file.fileno()).st_size - 2000))
-                line = json.loads(file.read().splitlines()[-1])
+            if line := history.last(folder):
                 bar.set_postfix_str(f"loss {line['total']:.4g}, {line['pairs_per_second']:.0f} pairs/s", refresh=False)
                 bar.update(line["step"] - bar.n)
             return received[0] if received else 0
 
         try:
-            options = {"device": device_of(settings), "processes": world, "tick": tick}
-            distributed.launch(_train, settings, store, folder, identity, total, **options)
+            options = {"device": device_of(settings), "processes": count, "tick": tick}
+            processes.launch(_train, settings, store, folder, identity, total, **options)
         except Exception as error:
             if not received or type(error) is not RuntimeError:
                 raise
@@ -231,7 +209,7 @@ def run_members(settings: Settings, store_path: Path | str, *, shard: tuple[int,
     members, folders = config.members(settings)[shard[0] :: shard[1]], {}
     with runs.stop_signals() as received:
         for member in [*members, None]:
-            if asked := distributed.largest(received[0] if received else 0):
+            if asked := processes.largest(received[0] if received else 0):
                 state = f"{len(folders)} of {len(members)} runs are finished"
                 raise Interrupted(f"{signal.Signals(asked).name}: {state}; the same call finds them and goes on")
             if member:
@@ -239,120 +217,110 @@ def run_members(settings: Settings, store_path: Path | str, *, shard: tuple[int,
     return folders
 
 
-def example_views(store: Store, modality: Modality, size: int, *, count: int = 8) -> np.ndarray:
-    """Random views of a store's first pair, first season, as pretraining sees them: count x C x size x size."""
-    image = torch.from_numpy(store.read(0, modality.name, 0).copy())
-    generator = seeded("example", modality.name)
-    return modality.view(image.expand(count, *image.shape), size=size, generator=generator).numpy()
+@torch.inference_mode()
+def found_split(settings: Settings, model: models.MultimodalModel, store: Store, device: torch.device) -> dict:
+    """How much is common, estimated from the features of two views of some images (``explain.split``); JSON-able.
+
+    ``dim_common`` for two modalities, ``blocks`` for more, and what they were read from.
+    """
+    estimate = pkgutil.resolve_name("decur_core.explain.split:found")  # by name: that room stands below this file
+    features: dict[str, list] = {m.name: [[], []] for m in modalities(settings, store)}
+    size, count = settings.batch_size, min(len(store), ESTIMATED) // settings.batch_size
+    fixed, (rank, world) = settings.model_copy(update={"seed": settings.seed + 1}), processes.place()
+    model.eval()
+    for step, batch in enumerate(batches(fixed, store, range(count), device, (rank, world)), start=1):
+        for name, both in views(fixed, modalities(settings, store), batch, step, (rank, world)).items():
+            for k, images in enumerate(both):
+                features[name][k].append(processes.gather(model.backbones[name](images).float()).cpu())
+    model.train()
+    width = [*backbones.widths(settings.backbone), *settings.projector][-1]
+    z = {name: tuple(map(torch.cat, both)) for name, both in features.items()}
+    return {**estimate(z, width), "samples": count * size}
+
+
+def with_split(settings: Settings, found: Mapping | None) -> Settings:
+    """The settings with the split that was found in the place of ``dim_common: auto``."""
+    update = {k: found[k] for k in ("dim_common", "blocks") if k in found} if found else {}
+    return settings.model_copy(update=update)
 
 
 def _train(settings: Settings, store: Store, folder: Path, identity: dict, total: int) -> None:
-    device, (rank, world) = device_of(settings), distributed.place()
-    pair = PAIRS[settings.pair]
-    torch.manual_seed(settings.seed)
-    model = _model(settings).to(device, memory_format=torch.channels_last).train()
+    device, (rank, world) = device_of(settings), processes.place()
+    sensors = modalities(settings, store)
+    everything = [m.mapped(store.meta["preprocessing"][m.name]) for m in config.modalities(settings)]
+    model = network(settings, {m.name: m.channels for m in everything})
+    model = model.to(device, memory_format=torch.channels_last).train()
     if settings.compile != "off":
         # The backbones alone: what follows them synchronises between processes, where a graph would break.
-        for backbone in (model.backbone_1, model.backbone_2):
+        for backbone in model.backbones.values():
             backbone.compile(mode=settings.compile)
-    optimizer = _optimizer(settings, model)
+    update = optimizer(settings, model)
     state = checkpoints.newest(folder, identity)
-    start = state["step"] if state else 0
-    if distributed.largest(start) != start:
+    start, found = (state["step"], state["split"]) if state else (0, None)
+    if processes.largest(start) != start:
         raise RuntimeError(f"{folder}: processes find different checkpoints; all nodes must see the same files there")
     if state:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    replica = distributed.replicate(model, device)
+        update.load_state_dict(state["optimizer"])
+    replica = processes.replicate(model, device)
     if rank == 0:
         if state:
             print(f"{folder.name}: resumes after step {start} of {total}")
-        for left in folder.glob(".*.[0-9]*"):  # by a process that was killed while it wrote a file
-            left.unlink()
-        _keep_history(folder, start)
+        runs.remove_torn(folder)
+        history.keep(folder, start)
         about = {"settings": config.to_dict(settings), "trained": runs.trained(settings), "processes": world}
-        runs.write_json(folder / "run.json", about | {"provenance": runs.provenance()})
+        about |= {"data": store.meta.get("data", {}), "provenance": runs.provenance()}
+        runs.write_json(folder / "run.json", about)
 
     def state_at(step: int) -> dict:
-        about = {"settings": identity, "trained": runs.trained(settings)}
-        about["preprocessing"] = {m.name: m.preprocessing.to_dict() for m in pair}
-        return {"model": model.state_dict(), "step": step, **about}
+        about = {"settings": identity, "trained": runs.trained(settings), "data": store.meta.get("data", {})}
+        about["preprocessing"] = {m.name: m.mapping() for m in everything}
+        return {"model": model.state_dict(), "step": step, "split": found, **about}
 
     def checkpoint(step: int) -> None:
-        try:
-            state = {**state_at(step), "optimizer": optimizer.state_dict()}
-            checkpoints.save(state, folder / f"checkpoint-{step:09d}.pt")
-        except OSError as error:
-            print(f"step {step}: checkpoint not written ({error}); the run goes on with the one before")
-            return
-        for old in checkpoints.files(folder)[:-2]:
-            old.unlink()
+        state = {**state_at(step), "optimizer": update.state_dict()}
+        if checkpoints.save_or_say(state, folder / f"checkpoint-{step:09d}.pt", f"step {step}"):
+            for old in checkpoints.files(folder)[:-2]:
+                old.unlink()
 
-    pending: list[tuple[int, float, Tensor]] = []
-    # On CPUs bfloat16 is emulated and many times slower than float32.
-    auto = "bfloat16" if device.type == "cuda" else "float32"
-    low = (auto if settings.precision == "auto" else settings.precision) == "bfloat16"
-    with runs.stop_signals() as received, open(os.devnull if rank else folder / "history.jsonl", "a") as history:
-        batches = _batches(settings, store, range(start, total), device)
-        options = {"initial": start, "total": total, "disable": rank > 0 or distributed.followed}
-        bar = runs.progress(batches, desc=folder.name, **options)
+    # With dim_common: auto the run begins with intra-modal terms alone, from which the split is read.
+    boundary = math.ceil(settings.auto_share * total) if settings.dim_common == "auto" else -1
+    current = with_split(settings, found)
+    pending: list[tuple[int, float, dict[str, Tensor]]] = []
+    with runs.stop_signals() as received, open(os.devnull if rank else folder / "history.jsonl", "a") as lines:
+        options = {"initial": start, "total": total, "disable": rank > 0 or processes.followed}
+        bar = runs.progress(
+            batches(settings, store, range(start, total), device, (rank, world)), desc=folder.name, **options
+        )
         began = time.perf_counter()
         for step, batch in enumerate(bar, start=start + 1):
             torch.manual_seed(seeded(settings.seed, "layers", step, rank).initial_seed())  # for layers that draw
-            views = {}
-            for (m, v), images in batch.items():
-                options = {"generator": seeded(settings.seed, "views", step, m, v), "part": (rank, world)}
-                images = images.to(device, non_blocking=True)
-                views[m, v] = pair[m].view(images, size=settings.crop_size, **options)
-            share = cosine(step - 1, total)
-            set_learning_rates(optimizer, share)
-            with torch.autocast(device.type, torch.bfloat16, enabled=low):
-                terms = _loss(settings, replica, views)
-            optimizer.zero_grad(set_to_none=True)
-            terms["total"].backward()
-            optimizer.step()
+            seen, share = views(settings, sensors, batch, step, (rank, world)), cosine(step - 1, total)
+            terms = train_step(current, replica, update, seen, share)
 
             # The terms stay on the device until the next line of the log, so that no step waits for the one before.
-            pending.append((step, share, torch.stack([t.detach() for t in terms.values()])))
-            asked = distributed.largest(received[0] if received else distributed.asked.value)
+            pending.append((step, share, {name: t.detach() for name, t in terms.items()}))
+            if step == boundary and step < total:
+                found = processes.shared(found_split(settings, model, store, device))
+                current = with_split(settings, found)
+                if rank == 0:
+                    runs.write_json(folder / "split.json", found)
+            asked = processes.largest(received[0] if received else processes.asked.value)
             due = step % settings.checkpoint_steps == 0 or step == total or bool(asked)
             if due or step % settings.log_steps == 0:
                 rate = len(pending) * settings.batch_size / (time.perf_counter() - began)
-                last = _write_history(history, pending, list(terms), folder, settings, rate)
+                last = history.write(lines, pending, folder, settings, rate)
                 bar.set_postfix_str(f"loss {last:.4g}, {rate:.0f} pairs/s", refresh=False)
                 pending, began = [], time.perf_counter()
             if due and step < total and rank == 0:
                 checkpoint(step)
             if asked and step < total:
-                distributed.largest()  # a process that ends before the checkpoint is written ends them all
+                processes.largest()  # a process that ends before the checkpoint is written ends them all
                 name = signal.Signals(asked).name
                 raise Interrupted(f"{folder.name}: {name} after step {step} of {total}; the same call resumes")
         if rank == 0:
             checkpoints.save(state_at(total), folder / "final.pt")
-    distributed.largest()
-
-
-def _write_history(file, pending, names, folder: Path, settings: Settings, rate: float) -> float:
-    """Append the pending steps' lines, after making sure that every term is a number; returns the last total."""
-    values = torch.stack([v for _, _, v in pending]).cpu().double().tolist()
-    for (step, share, _), row in zip(pending, values, strict=True):
-        terms = dict(zip(names, row, strict=True))
-        if bad := ", ".join(f"{name} = {value}" for name, value in terms.items() if not math.isfinite(value)):
-            good = [f.name for f in checkpoints.files(folder)]
-            raise NonFinite(
-                f"{folder.name}: loss terms {bad} at step {step}; last good checkpoint: {good[-1] if good else 'none'}."
-                " Lower learning_rate, or look at the images of that step."
-            )
-        rates = {"learning_rate": share * settings.learning_rate, "pairs_per_second": round(rate, 2)}
-        file.write(json.dumps({"step": step, **rates, **terms}) + "\n")
-    file.flush()
-    return values[-1][0]
-
-
-def _keep_history(folder: Path, start: int) -> None:
-    """Cut lines of steps that are about to be computed again, so that each step has one line."""
-    kept = [line for line in runs.read_history(folder) if line["step"] <= start]
-    runs.write_text(folder / "history.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+    processes.largest()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -366,10 +334,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         settings = config.load(args.profile, config.overrides(args.set))
-        with distributed.joined(device_of(settings)) if "RANK" in os.environ else contextlib.nullcontext():
-            if distributed.place()[0] == 0:
+        with processes.joined(device_of(settings)) if "RANK" in os.environ else contextlib.nullcontext():
+            if processes.place()[0] == 0:
                 prepare.pretraining_store(settings)  # the others find it finished
-            distributed.largest()
+            processes.largest()
             run_members(settings, prepare.pretraining_store(settings), shard=args.shard)
     except (config.ConfigError, DataError, Interrupted, NonFinite, OSError) as error:
         sys.exit(str(error))

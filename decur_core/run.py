@@ -238,10 +238,19 @@ def run(
     return 0
 
 
+def from_root(profile: str) -> str:
+    """``profile`` as a kernel finds it, which starts in the repository's root: a name as it is, a file by its path."""
+    path = Path(profile).expanduser()
+    if path.suffix not in (".yaml", ".yml"):
+        return profile
+    path = path.resolve()
+    return str(path.relative_to(config.ROOT) if path.is_relative_to(config.ROOT) else path)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code (2 for a profile, setting or notebook that does not exist)."""
     parser = argparse.ArgumentParser(prog="python -m decur_core.run", description="Run notebooks headless.")
-    parser.add_argument("profile", help="a file in notebooks/profiles, without .yaml")
+    parser.add_argument("profile", help="a file in notebooks/profiles, without .yaml; or the path of one, with it")
     parser.add_argument("notebooks", nargs="*", help="numbers, e.g. 20 30; default: all")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="e.g. epochs=5")
     parser.add_argument("--grace", type=float, default=60, help="seconds for a checkpoint after a signal (%(default)s)")
@@ -253,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     folders = {"output": runs.path(settings, "notebooks"), "executed": config.ROOT / "book/executed" / settings.profile}
-    return run(paths, profile=args.profile, overrides=overrides, grace=args.grace, **folders)
+    return run(paths, profile=from_root(args.profile), overrides=overrides, grace=args.grace, **folders)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from decur_core import config
-from decur_core.data.modality import PAIRS
+from decur_core.data.modality import OPTICAL, SAR
 from decur_core.data.store import StoreWriter
 
 torch.set_num_threads(1)
@@ -14,9 +14,11 @@ torch.set_num_threads(1)
 def make_store(path, *, count: int, seasons: int, labels: bool, seed: int = 0):
     """Write a store of random 24 px pairs; with labels, the mean brightness of a patch decides them."""
     random = np.random.default_rng(seed)
-    modalities = PAIRS["sar_optical"]
+    modalities = (SAR, OPTICAL)
     shapes = {m.name: (m.channels, 24, 24) for m in modalities}
-    meta = {"preprocessing": {m.name: m.preprocessing.to_dict() for m in modalities}}
+    meta = {"preprocessing": {m.name: m.mapping() for m in modalities}}
+    if labels:
+        meta["data"] = {"name": "levels", "title": "Levels", "classes": ["high", "medium", "low"], "drawn": True}
     ids = [f"{i:07d}" for i in range(count)]
     with StoreWriter(path, ids=ids, shapes=shapes, seasons=seasons, labels=3 if labels else 0, meta=meta) as writer:
         for name in ids:

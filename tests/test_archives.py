@@ -266,3 +266,73 @@ def test_the_command_checks_published_names(tmp_path, capsys, monkeypatch):
     shutil.copy(tmp_path / "in/b.tar.gzaa", tmp_path / "in/a.tar.gz.partab")
     with pytest.raises(DataError, match="partab: md5"):
         archives.main([*inputs, "--to", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("way", ["beside", "through a link", "as a hard link", "in parts"])
+def test_an_archive_that_holds_its_own_name_is_not_destroyed(tmp_path, way):
+    name = "a.tar.gz.partab" if way == "in parts" else "a.tar.gz"
+    data = tar({"first.txt": b"x", name: b"y" * 100})
+    paths, target = [tmp_path / "a.tar.gz"], tmp_path
+    paths[0].write_bytes(data)
+    if way == "in parts":
+        paths = split(tmp_path, data, count=2)
+    if way == "through a link":
+        target = tmp_path / "link"
+        target.symlink_to(tmp_path)
+    if way == "as a hard link":
+        target = tmp_path / "out"
+        target.mkdir()
+        (target / "a.tar.gz").hardlink_to(paths[0])
+    with pytest.raises(DataError, match=f"{name}: is the archive, or a part of it, .*unpack into another folder"):
+        run(paths, target)
+    assert b"".join(p.read_bytes() for p in paths) == data
+    assert run(paths, tmp_path / "elsewhere") == 2
+    assert (tmp_path / "elsewhere" / name).read_bytes() == b"y" * 100
+
+
+@pytest.mark.parametrize("theirs", [b"other", b"content and more", b"conten", b"x"])
+def test_content_decides_what_is_there(tmp_path, theirs):
+    (tmp_path / "a.tar.gz").write_bytes(tar({"a/b.txt": b"conten", "a/empty": b""}))
+    out = tmp_path / "out" / "a" / "b.txt"
+    out.parent.mkdir(parents=True)
+    out.write_bytes(theirs)
+    if theirs == b"conten":
+        out.chmod(0o400)  # there and whole: only read
+        assert run([tmp_path / "a.tar.gz"], tmp_path / "out") == 1
+        (tmp_path / "out/a/empty").write_bytes(b"not empty")
+        out = tmp_path / "out/a/empty"
+        theirs = b"not empty"
+    with pytest.raises(DataError, match=f"{out}: has other content than in the archive; .*remove that file"):
+        run([tmp_path / "a.tar.gz"], tmp_path / "out")
+    assert out.read_bytes() == theirs
+
+
+def test_files_larger_than_a_block_are_compared_and_completed(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "_BLOCK", 1024)
+    content = bytes(range(256)) * 20  # five blocks
+    (tmp_path / "a.tar.gz").write_bytes(tar({"a": content}))
+    file = tmp_path / "out" / "a"
+    for length in (0, 1, 1023, 1024, 1025, 5119):
+        run([tmp_path / "a.tar.gz"], tmp_path / "out")
+        assert file.read_bytes() == content
+        file.write_bytes(content[:length])
+        assert run([tmp_path / "a.tar.gz"], tmp_path / "out") == 1 and file.read_bytes() == content
+        assert run([tmp_path / "a.tar.gz"], tmp_path / "out") == 0
+    file.write_bytes(content[:-1] + b"x")  # of the same size, and other at its last byte
+    with pytest.raises(DataError, match="has other content"):
+        run([tmp_path / "a.tar.gz"], tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_a_link_of_the_archive_does_not_replace_a_file(tmp_path, kind):
+    to = "a.txt" if kind == tarfile.SYMTYPE else "s1/a.txt"
+    (tmp_path / "a.tar.gz").write_bytes(tar({"s1/a.txt": b"x", "s1/b.txt": link(kind, to)}))
+    place = tmp_path / "out" / "s1" / "b.txt"
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b"mine")
+    with pytest.raises(DataError, match=f"{place}: is not the link to {to} that the archive has there"):
+        run([tmp_path / "a.tar.gz"], tmp_path / "out")
+    assert place.read_bytes() == b"mine"
+    place.unlink()
+    run([tmp_path / "a.tar.gz"], tmp_path / "out")
+    assert place.read_bytes() == b"x"

@@ -9,7 +9,7 @@ from torch import nn
 
 from decur_core import backbones
 
-STRIDES = {"small": (2, 4, 8)}
+STRIDES = {"small": (2, 4, 8), "medium": (2, 4, 8, 16)}
 
 
 @pytest.fixture(scope="module", params=[name for name in backbones.BACKBONES if name != "mit_b5"])
@@ -119,7 +119,7 @@ def test_gradients_reach_every_parameter(named):
 
 
 def test_settings_that_cannot_be_built():
-    with pytest.raises(ValueError, match="'vgg'; allowed: resnet18, resnet50, small, mit_b0, mit_b2, mit_b5"):
+    with pytest.raises(ValueError, match="'vgg'; allowed: resnet18, resnet50, small, medium, mit_b0, mit_b2, mit_b5"):
         backbones.build("vgg", 3)
     with pytest.raises(ValueError, match="in_channels = 0"):
         backbones.build("small", 0)

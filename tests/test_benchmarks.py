@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from benchmarks import common, lars, loss
-from decur_core import config, pretrain
+from decur_core import config
+from decur_core.data.batches import batches
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
@@ -87,9 +88,9 @@ def test_loaders_deliver_the_same_pixels(folder):
     assert [tuple(x.shape) for x in batch] == [(2, c, 24, 24) for c in (2, 13, 2, 13)]
     assert all(x.dtype == torch.uint8 and np.array_equal(x[1], y) for x, y in zip(batch, sample, strict=True))
     settings = config.load("start", {"batch_size": 4, "workers": 0, "data.source": "published"})
-    ours = next(iter(pretrain._batches(settings, store, range(1), torch.device("cpu"))))
-    assert {tuple(x.shape) for x in ours.values()} == {(4, 2, 24, 24), (4, 13, 24, 24)} and len(ours) == 4
-    assert sum(x.nbytes for x in ours.values()) == 2 * 15 * 24**2 * 4
+    ours = [view for both in next(iter(batches(settings, store, range(1)))).values() for view in both]
+    assert {tuple(x.shape) for x in ours} == {(4, 2, 24, 24), (4, 13, 24, 24)} and len(ours) == 4
+    assert sum(x.nbytes for x in ours) == 2 * 15 * 24**2 * 4
     views = loader.collate([loader.Published(folder / "published", loader.Views(4, 24, 20))[i] for i in range(2)])
     assert all(x.shape[2:] == (20, 20) and x.dtype == torch.float32 and 0 < x.max() <= 1 for x in views)
 

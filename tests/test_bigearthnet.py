@@ -11,6 +11,8 @@ import pytest
 import rasterio
 from rasterio import Affine
 
+from decur_core import config
+from decur_core.data import prepare
 from decur_core.data.bigearthnet import (
     BAND_FILES,
     CLASS_OF,
@@ -403,6 +405,38 @@ def test_second_release_gives_the_pixels_of_its_files(tree_v2):
     assert data.left_out == {"absent": 0, "no 19-class label": 0}
     again = pickle.loads(pickle.dumps(data))
     assert (again[3]["sar"] == data[3]["sar"]).all()
+
+
+def write_flags(path: Path, patches: dict[str, tuple[bool, bool]]) -> None:
+    columns = {"patch_id": [*patches], "contains_seasonal_snow": [snow for snow, _ in patches.values()]}
+    columns["contains_cloud_or_shadow"] = [cloud for _, cloud in patches.values()]
+    pa.parquet.write_table(pa.table(columns), path)
+
+
+def test_patches_with_snow_and_clouds_of_the_second_release_are_left_out(tree_v2):
+    ids, second = BigEarthNetV2(tree_v2).ids, tree_v2 / "metadata_for_patches_with_snow_cloud_or_shadow.parquet"
+    with pytest.raises(DataError, match=f"{second}: missing, nor has metadata.parquet the columns .*exclude to false"):
+        BigEarthNetV2(tree_v2, exclude=True)
+    write_flags(
+        second, {ids[0]: (True, False), ids[2]: (False, True), ids[3]: (False, False), "S2A_other": (True, True)}
+    )
+    data = BigEarthNetV2(tree_v2, exclude=True)
+    assert data.ids == [ids[1], ids[3]] and len(data.labels) == 2 and data[1]["id"] == ids[3]
+    assert data.left_out == {"excluded": 2, "absent": 0, "no 19-class label": 0}
+    assert BigEarthNetV2(tree_v2).ids == ids
+    assert BigEarthNetV2(tree_v2, "train", exclude=True).ids == [ids[1]]
+    where = {"data.source": "published", "data.bigearthnet": str(tree_v2)}
+    for exclude, expected in ((False, 2), (True, 1)):
+        settings = config.load("start", {**where, "transfer.exclude": exclude})
+        assert len(prepare.reader(settings, "bigearthnet", "train")) == expected
+    second.write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=f"{second}: cannot be read"):
+        BigEarthNetV2(tree_v2, exclude=True)
+    second.unlink()
+
+    flags = ({"contains_seasonal_snow": k == 2, "contains_cloud_or_shadow": False} for k in range(4))
+    write_table(tree_v2, [row | more for row, more in zip(table(tree_v2), flags, strict=True)])
+    assert BigEarthNetV2(tree_v2, exclude=True).ids == [ids[0], ids[1], ids[3]]
 
 
 def test_fixture_of_the_second_release_is_walked_and_its_integer_backscatter_refused(tmp_path):

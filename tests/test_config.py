@@ -1,18 +1,25 @@
 """Profiles: what is refused and how, what counts as a number, and what identifies a run."""
 
-import dataclasses
 import json
 import math
+import os
+import pickle
 import random
 import re
 import string
+import subprocess
+import sys
+import time
+import types
 import typing
 
+import pydantic
 import pytest
 import yaml
 
-from decur_core import config
+from decur_core import config, losses
 from decur_core.config import ConfigError, Settings
+from decur_core.data import datasets
 
 SHIPPED = sorted(p.stem for p in config.PROFILES.glob("*.yaml"))
 FAST = """
@@ -35,13 +42,28 @@ def profile(tmp_path_factory):
 
 
 def names(cls=Settings, prefix=""):
-    """Every setting's dotted name with its field."""
-    for f in dataclasses.fields(cls):
-        inner = typing.get_type_hints(cls)[f.name]
-        if dataclasses.is_dataclass(inner):
-            yield from names(inner, f"{f.name}.")
-        else:
-            yield prefix + f.name, f
+    """Every setting's dotted name with what it is, from its annotation."""
+    for name, field in cls.model_fields.items():
+        kind, extra = field.annotation, field.metadata
+        if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel):
+            yield from names(kind, f"{name}.")
+            continue
+        listed = typing.get_origin(kind) is tuple
+        if listed or typing.get_origin(kind) is typing.Union:
+            element = typing.get_args(kind)[0]
+            extra = [*getattr(element, "__metadata__", ())]
+            extra = [m for e in extra for m in (e.metadata if isinstance(e, pydantic.fields.FieldInfo) else [e])]
+            kind = typing.get_args(element)[0] if extra else element
+        choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+        choices = tuple(config.TABLES[name]()) if name in config.TABLES else choices
+        bounds = {k: getattr(m, k) for m in extra for k in ("ge", "gt", "le", "lt") if hasattr(m, k)}
+        decides = not field.json_schema_extra
+        yield (
+            prefix + name,
+            types.SimpleNamespace(
+                name=name, listed=listed, choices=choices, bounds=bounds, decides=decides, description=field.description
+            ),
+        )
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -67,7 +89,7 @@ def test_defaults_are_the_papers(tmp_path):
 
 REFUSED = [  # overrides; what the message must hold: the name, the value, what is allowed
     ({"lamdb": 1}, ["'lamdb'", "did you mean 'lambd'"]),
-    ({"world.tiel": 36}, ["world", "'tiel'", "did you mean 'tile'"]),
+    ({"world.tiel": 36}, ["'world.tiel'", "did you mean 'world.tile'"]),
     ({"zzz": 1}, ["'zzz'", "known:", "epochs", "batch_size"]),
     ({"profile": "mini"}, ["'profile'", "unknown setting"]),
     ({"": 1}, ["unknown setting ''", "known:"]),
@@ -81,7 +103,7 @@ REFUSED = [  # overrides; what the message must hold: the name, the value, what 
     ({"epochs.more": 1}, ["epochs = {'more': 1}", "whole number"]),
     ({"epochs": 10**400}, ["epochs = 1000", "whole number"]),
     ({"batch_size": 1}, ["batch_size = 1", "2 or more"]),
-    ({"batch_size": 1024}, ["batch_size = 1024", "locations = 512"]),
+    ({"batch_size": 1024}, ["batch_size = 1024", "world.locations = 512"]),
     ({"learning_rate": -0.1}, ["learning_rate = -0.1", "0 or more"]),
     ({"learning_rate": "fast"}, ["learning_rate = 'fast'", "a number"]),
     ({"learning_rate": True}, ["learning_rate = True", "a number"]),
@@ -89,24 +111,24 @@ REFUSED = [  # overrides; what the message must hold: the name, the value, what 
     ({"lambd": math.nan}, ["lambd = nan", "0 or more"]),
     ({"lambd": "inf"}, ["lambd = inf", "finite"]),
     ({"momentum": 1}, ["momentum = 1.0", "0 to 0.999999"]),
-    ({"backbone": "vgg"}, ["backbone = 'vgg'", "resnet18, resnet50, mit_b0, mit_b2, mit_b5, small"]),
+    ({"backbone": "vgg"}, ["backbone = 'vgg'", ", ".join(config.TABLES["backbone"]())]),
     ({"backbone": 50}, ["backbone = 50", "text"]),
     ({"method": "moco"}, ["method = 'moco'", "random, supervised, simclr, clip, barlow_twins, vicreg"]),
     ({"pair": "rgb"}, ["pair = 'rgb'", "sar_optical"]),
     ({"projector": 64}, ["projector = 64", "a list", "[64]"]),
-    ({"transfer.protocols": []}, ["transfer: protocols = []", "at least one value"]),
+    ({"transfer.protocols": []}, ["transfer.protocols = []", "at least 1 in the list"]),
     ({"projector": [64, "a"]}, ["projector = 'a'", "whole number"]),
     ({"projector": [64, 0]}, ["projector = 0", "1 or more"]),
     ({"dim_common": 65}, ["dim_common = 65", "projector", "0 to 64"]),
     ({"dim_common": -1}, ["dim_common = -1", "0 or more"]),
     ({"world": 5}, ["world = 5", "section"]),
-    ({"world.tile": 35}, ["tile = 35", "multiple of 6"]),
-    ({"world.layout": "free"}, ["layout = 'free'", "coregistered, redrawn"]),
-    ({"data": {"source": "web"}}, ["data", "source = 'web'", "published, world, samples"]),
-    ({"transfer.exclude": "yes"}, ["transfer", "exclude = 'yes'", "true or false"]),
-    ({"transfer.fractions": [0]}, ["fractions = [0.0]", "above 0 and at most at 1"]),
-    ({"transfer.fractions": [1.5]}, ["transfer: fractions = 1.5", "0 to 1"]),
-    ({"transfer.inputs": ["lidar"]}, ["transfer: inputs = 'lidar'", "both, sar, optical"]),
+    ({"world.tile": 35}, ["world.tile = 35", "multiple of 6"]),
+    ({"world.layout": "free"}, ["world.layout = 'free'", "coregistered, redrawn"]),
+    ({"data": {"source": "web"}}, ["data.source = 'web'", "published, world, samples"]),
+    ({"transfer.exclude": "yes"}, ["transfer.exclude = 'yes'", "true or false"]),
+    ({"transfer.fractions": [0]}, ["transfer.fractions = 0.0", "above 0 and at most 1"]),
+    ({"transfer.fractions": [1.5]}, ["transfer.fractions = 1.5", "above 0 and at most 1"]),
+    ({"transfer.inputs": ["lidar"]}, ["transfer.inputs = 'lidar'", "both, sar, optical"]),
     ({"sweep": ["method"]}, ["sweep = ['method']", "section"]),
     ({"sweep": {"metod": ["decur"]}}, ["sweep", "'metod'", "did you mean 'method'"]),
     ({"sweep": {"dim_common": [8, 65]}}, ["dim_common = 65", "0 to 64"]),
@@ -126,20 +148,18 @@ def test_every_bound_and_choice_is_kept(profile):
     """For each field that has a range or choices, a value just outside is refused by name and with the range."""
     tried = 0
     for name, f in names():
-        listed = typing.get_origin(f.type) is tuple
-        meta = f.metadata
-        outside = [(meta["low"], -1), (meta["high"], 1)]
-        for bound, direction in outside:
-            if bound is not None:
-                with pytest.raises(ConfigError, match=rf"{f.name} = .*allowed: {meta['low']}"):
-                    config.load(profile, {name: [bound + direction] if listed else bound + direction})
-                tried += 1
-        if meta["choices"]:
-            with pytest.raises(ConfigError) as caught:
-                config.load(profile, {name: ["?"] if listed else "?"})
-            assert f.name in str(caught.value) and ", ".join(meta["choices"]) in str(caught.value)
+        for kind, bound in f.bounds.items():
+            value = bound + {"ge": -1, "le": 1}.get(kind, 0)
+            low = f.bounds.get("ge", f.bounds.get("gt"))
+            with pytest.raises(ConfigError, match=rf"{name} = .*allowed: (above )?{low}"):
+                config.load(profile, {name: [value] if f.listed else value})
             tried += 1
-    assert tried > 30
+        if f.choices:
+            with pytest.raises(ConfigError) as caught:
+                config.load(profile, {name: ["?"] if f.listed else "?"})
+            assert f"{name} = '?'" in str(caught.value) and ", ".join(f.choices) in str(caught.value)
+            tried += 1
+    assert tried > 60
 
 
 @pytest.mark.parametrize("text", ["- 1", "5", "text"])
@@ -200,20 +220,32 @@ def test_members_of_a_sweep(profile):
     assert all(m.sweep == {} and m.profile == s.profile and m.world.locations == 512 for m in members)
 
 
-def another(f, value):
-    """A value that differs from ``value`` and that the field allows."""
-    if f.metadata["choices"]:
-        rest = [c for c in f.metadata["choices"] if c != value and (c,) != value]
-        return None if not rest else [rest[0]] if isinstance(value, tuple) else rest[0]
+def another(name, f, value):
+    """A value that differs from ``value`` and that the setting allows."""
+    special = {
+        "single": "optical",
+        "transfer.inputs": ["sar"],
+        "blocks": {"sar": 64, "optical": 64},
+        "modalities": {"heat": {"bands": ["thermal"], "unit": "K", "valid_range": [0, 400]}},
+        "datasets": {"mine": {"modalities": ["sar", "optical"]}},
+        "data.roots": {"ssl4eo": "/data"},
+        "sweep": {"seed": [5]},
+        "extensions": None,
+    }
+    if name in special:
+        return special[name]
+    if f.choices:
+        rest = [c for c in f.choices if c != value and (c,) != value]
+        return None if not rest else [rest[0]] if f.listed else rest[0]
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
-        low, high = (-math.inf if f.metadata["low"] is None else f.metadata["low"]), f.metadata["high"] or math.inf
+        low, high = f.bounds.get("ge", f.bounds.get("gt", -math.inf)), f.bounds.get("le", f.bounds.get("lt", math.inf))
         tried = [value + 6, value + 1] if isinstance(value, int) else [1.5 * value, 0.5 * value, value + 0.1]
         return next(v for v in (*tried, value - 1) if low <= v <= high and v != value)
-    if isinstance(value, tuple):
-        return [*value, value[-1]]
-    return {"seed": [5]} if isinstance(value, dict) else value + "x"
+    if f.listed:
+        return [*value[:-1], value[-1] / 2] if isinstance(value[0], float) else [*value, value[-1]]
+    return value + "x"
 
 
 def test_identity_holds_what_decides_the_result_and_nothing_else(profile):
@@ -224,11 +256,11 @@ def test_identity_holds_what_decides_the_result_and_nothing_else(profile):
     for name, f in names():
         section, _, inner = name.rpartition(".")
         value = getattr(getattr(base, section) if section else base, inner)
-        changed = another(f, value)
+        changed = another(name, f, value)
         if name in ("profile", "pair", "variant", "data.source") or changed is None:
             continue
         found = config.identity(config.load(profile, {name: changed}))
-        decides = f.metadata["result"] and section != "transfer"
+        decides = f.decides and section != "transfer"
         assert (found != wanted) == decides, name
         if decides:
             assert [k for k in found if found[k] != wanted[k]] == [name]
@@ -284,7 +316,7 @@ def test_round_trip(profile):
 
 
 def test_settings_cannot_be_changed_in_passing(profile):
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
         config.load(profile).epochs = 3
 
 
@@ -295,8 +327,11 @@ def test_describe_covers_every_field_with_its_default():
     for name, f in names():
         section, _, inner = name.rpartition(".")
         default, meaning = rows[name]
-        assert default == getattr(getattr(defaults, section) if section else defaults, inner)
-        assert len(meaning) > 5 and all(choice in meaning for choice in f.metadata["choices"])
+        value = getattr(getattr(defaults, section) if section else defaults, inner)
+        if name in ("runs", "data.stores", "data.samples"):
+            default = os.path.abspath(config.ROOT / default)
+        assert default == value
+        assert len(meaning) > 5 and all(choice in meaning for choice in f.choices)
 
 
 def test_world_size(profile):
@@ -326,7 +361,7 @@ def test_garbage_is_refused_as_a_setting_or_accepted_as_one(profile):
     rng = random.Random(0)
     known = [*(name for name, _ in names()), "data", "world", "transfer"]
     outcomes = {True: 0, False: 0}
-    for _ in range(1500):
+    for _ in range(2500):
         overrides = {}
         for _ in range(rng.randrange(1, 3)):
             name = rng.choice(known) if rng.random() < 0.9 else rng.choice([None, 3, "", ".", "world.", "a.b.c"])
@@ -378,3 +413,319 @@ def test_what_a_command_line_sets_is_refused_by_name(item, message):
     with pytest.raises(ConfigError, match=f"--set {re.escape(item)}: {message}"):
         config.overrides(["epochs=2", item])
     assert config.overrides(["epochs=2", "world.seed=3"]) == {"epochs": 2, "world.seed": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("seed: 010", "seed", 10),
+        ("epochs: 0100", "epochs", 100),
+        ("seed: 0x10", "seed", 16),
+        ("seed: 0o10", "seed", 8),
+        ("epochs: +7", "epochs", 7),
+        ("epochs: 1e2", "epochs", 100),
+        ("lambd: 1e-6", "lambd", 1e-6),
+        ("lambd: .5", "lambd", 0.5),
+        ("lambd: 007", "lambd", 7.0),
+        ("name: 007", "name", "007"),
+        ("name: 1e-6", "name", "1e-6"),
+        ("name: no", "name", "no"),
+        ("name: true", "name", "true"),
+        ("name: null", "name", "null"),
+        ("name: 2024-05-01", "name", "2024-05-01"),
+        ("name: '010'", "name", "010"),
+        ("name: ", "name", ""),
+        ("intra: false", "intra", False),
+        ("intra: 'true'", "intra", True),
+        ("dim_common: 010", "dim_common", 10),
+        ("dim_common: auto", "dim_common", "auto"),
+        ("projector: [0100, 1e2]\ndim_common: 2", "projector", (100, 100)),
+    ],
+)
+def test_a_setting_is_what_was_typed(tmp_path, text, name, value):
+    """In a profile, in overrides as YAML, and on a command line, whose result is the same in another process."""
+    kept = [line for line in FAST.splitlines() if line.split(":")[0] not in re.findall(r"^\w+", text, re.M)]
+    (tmp_path / "own.yaml").write_text("\n".join([*kept, text]))
+    (tmp_path / "base.yaml").write_text(FAST)
+    items = [line.replace(": ", "=", 1) for line in text.splitlines()]
+    typed = json.loads(json.dumps(config.overrides(items)))
+    for settings in (
+        config.load(tmp_path / "own.yaml"),
+        config.load(tmp_path / "base.yaml", text),
+        config.load(tmp_path / "base.yaml", typed),
+    ):
+        found = getattr(settings, name)
+        assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochs: 1:30", "epochs = '1:30'; expected a whole number"),
+        ("epochs: 1_0", "epochs = '1_0'; expected a whole number"),
+        ("epochs: 2024-05-01", "epochs = '2024-05-01'; expected a whole number"),
+        ("epochs: ~", "epochs = '~'; expected a whole number"),
+        ("epochs: 1e400", "epochs = inf; expected a whole number"),
+        ("intra: no", "intra = 'no'; expected true or false"),
+        ("intra: 1", "intra = 1; expected true or false"),
+        ("lambd: .nan", "lambd = '.nan'; expected a number"),
+        ("dim_common: some", "dim_common = 'some'; expected a whole number or auto"),
+        ("name: [1]", "name = ['1']; expected text"),
+        ("world: ", "world = ''; expected a section"),
+        ("vicreg_weights: [1, 1]", "vicreg_weights = ['1', '1']; allowed: at least 3 in the list and at most 3"),
+        ("vicreg_weights: [1, -1, 1]", "vicreg_weights = -1.0; allowed: 0 or more"),
+        ("auto_share: 1", "auto_share = 1.0; allowed: above 0 and below 1"),
+    ],
+)
+def test_what_only_looks_like_a_value_is_refused(profile, text, message):
+    with pytest.raises(ConfigError, match=re.escape(f"overrides: {message}")):
+        config.load(profile, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochs: 2\nseed: 1\nepochs: 3", "own.yaml: .*line 3: 'epochs' is given twice"),
+        ("world: {tile: 36}\nworld:\n  seed: 1", "line 2: 'world' is given twice"),
+        ("world:\n  tile: 36\n  tile: 48", "line 3: 'tile' is given twice"),
+        ("pairs: {rgb_dem: {epochs: 1,\n epochs: 2}}", "line 2: 'epochs' is given twice"),
+        ("sweep: {seed: [1], seed: [2]}", "line 1: 'seed' is given twice"),
+        ("world: {tile: 36}\nworld.tile: 48", "world.tile.* is given twice"),
+        ("data: {roots: {geonrw: /x}}\ndata.roots.geonrw: /y", "geonrw.* is given twice"),
+        ("sweep: {seed: [1]}\nsweep.seed: [2]", "sweep.seed.* is given twice"),
+    ],
+)
+def test_a_key_given_twice_is_refused_with_file_line_and_name(tmp_path, text, message):
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        config.load(tmp_path / "own.yaml")
+    with pytest.raises(ConfigError, match="overrides.* is given twice"):
+        config.load("mini", text.replace("pairs: ", ""))
+
+
+def test_text_on_a_command_line_is_not_read_as_yaml(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = config.overrides(["runs=my runs #2: [a]", "data.stores='x", "name=", 'variant="007"'])
+    assert found == {
+        "runs": f"{tmp_path}/my runs #2: [a]",
+        "name": "",
+        "data.stores": f"{tmp_path}/'x",
+        "variant": "007",
+    }
+    assert config.overrides(["epochs=3", "epochs=4"]) == {"epochs": 4}
+    for item, message in (
+        ("epochs=many", "epochs = 'many'"),
+        ("epoch=3", "did you mean 'epochs'"),
+        ("a.b=1", "unknown"),
+    ):
+        with pytest.raises(ConfigError, match=f"--set {item}: .*{message}"):
+            config.overrides([item])
+
+
+def test_paths_start_where_they_were_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    monkeypatch.delenv("GONE", raising=False)
+    (tmp_path / "own.yaml").write_text(
+        "runs: r/x\ndata: {stores: ~/s, samples: '${SCRATCH}/a', roots.geonrw: $SCRATCH/g}\n"
+    )
+    settings = config.load("own.yaml")
+    assert settings.runs == str(config.ROOT / "r/x") and settings.data.stores == str(tmp_path / "home/s")
+    assert settings.data.samples == str(tmp_path / "scratch/a")
+    assert config.root_of(settings, "geonrw") == tmp_path / "scratch/g"
+    assert config.root_of(settings, "nyuv2") == config.ROOT / "data/nyuv2"
+    for overrides in (["runs=r/x", "data.roots.nyuv2=../n"], ["runs=r/x", "data.roots={nyuv2: ../n}"]):
+        there = config.overrides(overrides)
+        monkeypatch.chdir("/")
+        moved = config.load(tmp_path / "own.yaml", there)
+        assert (moved.runs, moved.data.roots["nyuv2"]) == (str(tmp_path / "r/x"), str(tmp_path.parent / "n"))
+        assert moved.data.roots["geonrw"] == str(tmp_path / "scratch/g")  # a root more, not instead
+        monkeypatch.chdir(tmp_path)
+    assert Settings().runs == str(config.ROOT / "runs")
+    assert config.meant(settings.runs) == f" ('r/x'; a relative path in a profile means the repository, {config.ROOT})"
+    written = config.meant(str(tmp_path.parent / "n"))
+    assert written == f" ('../n'; a relative path on a command line means the working folder, {tmp_path})"
+    assert config.meant(tmp_path / "scratch/g") == ""
+    for value, message in (
+        ("$GONE/x", "runs = '$GONE/x'; the variable GONE is not set"),
+        ("${GONE}", "GONE is not set"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            config.load("own.yaml", {"runs": value})
+    for value, message in (("~nobody-here/x", "no such home folder"), ("", "expected a path")):
+        with pytest.raises(ConfigError, match=f"data.stores = .*{message}"):
+            config.load("own.yaml", {"data.stores": value})
+
+
+def test_a_profiles_path_holds_in_another_folder(tmp_path, monkeypatch):
+    (tmp_path / "own.yaml").write_text("epochs: 7")
+    monkeypatch.chdir(tmp_path)
+    found = config.profile_path("own.yaml")
+    monkeypatch.chdir("/")
+    assert config.load(found).epochs == 7 and config.load(found).profile == "own"
+    assert config.profile_path("mini") == "mini"
+
+
+def test_roots_are_of_known_data_sets(profile):
+    with pytest.raises(ConfigError, match="data.roots: unknown data set 'geonwr'; did you mean 'geonrw'"):
+        config.load(profile, {"data.roots": {"geonwr": "/x"}})
+    with pytest.raises(ConfigError, match="data.roots.geonrw = 5; expected text"):
+        config.load(profile, {"data.roots": {"geonrw": 5}})
+    assert config.load("a100").data.roots["ssl4eo"] == str(config.ROOT / "data/ssl4eo-s12")
+
+
+def test_modalities_are_called_by_name(profile):
+    assert config.load(profile, {"single": "optical"}).single == "optical"
+    assert config.load(profile, {"transfer.inputs": ["both", "sar", "sar+optical"]}).transfer.inputs[2] == "sar+optical"
+    assert [m.name for m in config.modalities(config.load(profile, pair="rgb_dem"))] == ["rgb", "dem"]
+    for name, value in (
+        ("single", "dem"),
+        ("single", "sar+optical"),
+        ("single", "1"),
+        ("transfer.inputs", ["optical+sar"]),
+        ("transfer.inputs", ["sar+sar"]),
+        ("transfer.inputs", ["sar+"]),
+        ("transfer.inputs", [""]),
+        ("blocks", {"dem": 8, "sar+optical": 8}),
+    ):
+        with pytest.raises(ConfigError, match=rf"{name} = .*, but pair = 'sar_optical' has: .*sar, optical"):
+            config.load(profile, {name: value})
+
+
+def test_blocks_and_a_split_from_the_data(profile, tmp_path):
+    s = config.load(profile, "blocks: {sar+optical: 048, sar: 16, optical: 8}")
+    assert s.blocks == {"sar+optical": 48, "sar": 16, "optical": 8} and "blocks" in config.identity(s)
+    assert config.load(profile, {"blocks": {"sar+optical": 9}, "dim_common": 99}).blocks == {"sar+optical": 9}
+    (tmp_path / "own.yaml").write_text(FAST + "blocks: {sar+optical: 48, sar: 16, optical: 8}")
+    own = tmp_path / "own.yaml"
+    assert config.load(own, {"blocks": {"sar": 4, "optical": 4}}).blocks == {"sar": 4, "optical": 4}  # as a whole
+    assert config.load(own, {"blocks.sar": 4}).blocks == {"sar+optical": 48, "sar": 4, "optical": 8}
+    swept = config.load(own, "sweep: {widths: [{blocks: {sar+optical: 8}}, {blocks.sar: 0}]}")
+    assert [m.blocks["sar+optical"] for m in config.members(swept)] == [8, 48]
+    assert [len(m.blocks) for m in config.members(swept)] == [1, 3]
+    auto = config.load(profile, {"dim_common": "auto", "auto_share": 0.5})
+    assert config.identity(auto)["dim_common"] == "auto"
+    config.check_dim_common(auto, 1)
+    for overrides in (
+        {"blocks": {"sar": 8}},
+        {"blocks": {"sar+optical": 0}},
+        {"blocks": {"sar+optical": 8}, "projector": []},
+        {"blocks": {"sar": 8, "optical": 9}, "shared_projector": True},
+    ):
+        with pytest.raises(ConfigError, match="blocks = .*each modality needs some, and a projector of its own"):
+            config.load(profile, overrides)
+    for more in ({"intra": False}, {"decoupling": False}, {"blocks": {"sar+optical": 8}}):
+        with pytest.raises(ConfigError, match="dim_common = 'auto'; it needs intra"):
+            config.load(profile, {"dim_common": "auto"} | more)
+    with pytest.raises(ConfigError, match=r"blocks.sar = -1; allowed: 0 or more"):
+        config.load(profile, {"blocks": {"sar": -1}})
+
+
+@pytest.fixture
+def tables():
+    """The tables as they were, afterwards."""
+    kept = dict(datasets._TABLE), dict(losses.METHODS), set(datasets._OWN), [*sys.path]
+    yield
+    for table, before in zip((datasets._TABLE, losses.METHODS), kept[:2], strict=True):
+        table.clear()
+        table.update(before)
+    datasets._OWN.intersection_update(kept[2])
+    sys.path[:] = kept[3]
+
+
+OWN = """
+pair: roofs
+projector: [16]
+dim_common: 8
+modalities:
+  heat: {bands: [10, 11], unit: degrees, valid_range: [-60, 080], scheme: range_8bit, low: [-2e1, 0], high: [45, 50]}
+datasets:
+  roofs: {title: 007, modalities: [rgb, heat], splits: [train, test], labels: [no, 1], resample: false}
+pairs: {roofs: {epochs: 3}}
+"""
+
+
+def test_own_modalities_and_data_sets_in_a_profile(tmp_path, tables):
+    (tmp_path / "own.yaml").write_text(OWN)
+    s = config.load(tmp_path / "own.yaml", {"data.roots.roofs": "/data/roofs"})
+    rgb, heat = config.modalities(s)
+    assert (s.epochs, rgb.name, heat.bands, heat.valid_range) == (3, "rgb", ("10", "11"), (-60.0, 80.0))
+    assert (heat.low, heat.high, heat.scheme) == ((-20.0, 0.0), (45.0, 50.0), "range_8bit")
+    found = datasets.find("roofs")
+    assert (found.title, found.splits, found.task.classes) == ("007", ("train", "test"), ("no", "1"))
+    values = {k: v for k, v in config.to_dict(s).items() if k != "profile"}
+    assert config.load(tmp_path / "own.yaml", json.loads(json.dumps(values))) == s
+    assert "modalities" in config.identity(s) and "datasets" not in config.identity(s)
+    (tmp_path / "own.yaml").write_text(OWN.replace("[45, 50]", "[45, 60]"))  # changed, and loaded again
+    assert config.modalities(config.load(tmp_path / "own.yaml"))[1].high == (45.0, 60.0)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("bands:", "band:", "band"),
+        ("-2e1", "cold", "low"),
+        ("[rgb, heat]", "[rgb, warm]", "'warm' is not declared"),
+        ("[rgb, heat]", "[heat]", "at least two"),
+        ("resample: false", "resampled: false", "resampled unknown"),
+        ("  roofs: {title", "  geonrw: {pair: roofs, title", "'geonrw' is there already"),
+        ("pairs: {roofs", "pairs: {roof", "unknown pair 'roof'"),
+        ("  roofs: {", "  roofs: {title: a, ", "'title' is given twice"),
+        ("datasets:\n", "datasets: 5\nsweep:\n", "datasets = '5'; expected a section"),
+    ],
+)
+def test_declarations_that_do_not_fit_are_named(tmp_path, tables, old, new, message):
+    assert old in OWN
+    (tmp_path / "own.yaml").write_text(OWN.replace(old, new))
+    with pytest.raises(ConfigError, match=message):
+        config.load(tmp_path / "own.yaml")
+
+
+def test_extensions_are_read_before_names_and_in_helper_processes(tmp_path, tables, monkeypatch):
+    (tmp_path / "add_for_config.py").write_text(
+        "from decur_core.losses import METHODS, Method\nMETHODS['agree'] = Method('Agreement', lambda z, s, **_: {})\n"
+    )
+    monkeypatch.setenv("MINE", str(tmp_path))
+    (tmp_path / "own.yaml").write_text(FAST + "extensions: [$MINE/add_for_config.py]\nmethod: agree\n")
+    s = config.load(tmp_path / "own.yaml", {"sweep": {"method": ["agree", "decur"]}})
+    assert s.extensions == (str(tmp_path / "add_for_config.py"),) and len(config.members(s)) == 2
+    values = {k: v for k, v in config.to_dict(s).items() if k != "profile"}
+    assert config.load(tmp_path / "own.yaml", values) == s
+    (tmp_path / "s.pkl").write_bytes(pickle.dumps(s))
+    code = (
+        "import pickle, sys; from decur_core import losses; s = pickle.load(open(sys.argv[1], 'rb'));"
+        "assert s.method in losses.METHODS, [*losses.METHODS]"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "s.pkl"], cwd=config.ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gone.py", None, "extensions: no file .*gone.py"),
+        ("fails_for_config.py", "1 / 0", "fails_for_config.py: ZeroDivisionError"),
+        ("json.py", "x = 1", "json.py: another module is called json"),
+    ],
+)
+def test_extensions_that_cannot_be_read_are_named(tmp_path, tables, name, content, message):
+    if content:
+        (tmp_path / name).write_text(content)
+    (tmp_path / "own.yaml").write_text(f"extensions: [{tmp_path / name}]")
+    with pytest.raises(ConfigError, match=message):
+        config.load(tmp_path / "own.yaml")
+    for place in ("pairs: {sar_optical: {extensions: [x.py]}}", "{}"):
+        (tmp_path / "own.yaml").write_text(place)
+        with pytest.raises(ConfigError, match="they stand at the top of a profile"):
+            config.load(tmp_path / "own.yaml", {"extensions": ["x.py"]} if place == "{}" else None)
+
+
+def test_loading_is_quick():
+    config.load("report")
+    start = time.process_time()
+    for _ in range(5):
+        config.load("report")  # 24 members
+    assert time.process_time() - start < 2.5

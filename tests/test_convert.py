@@ -8,17 +8,16 @@ import re
 import shutil
 import signal
 import subprocess
-import tempfile
+import sys
 import time
 import tracemalloc
 from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import lmdb
 import numpy as np
 import pytest
 
+from decur_core.data import arrays as layout
 from decur_core.data import convert as convert_module
 from decur_core.data import store
 from decur_core.data.bigearthnet import BigEarthNetMM
@@ -62,23 +61,18 @@ class Generated:
 
 
 def run(dataset, path, **settings):
-    return convert(dataset, path, preprocessing=PREPROCESSING, progress=False, **settings)
+    return convert(dataset, path, **{"preprocessing": PREPROCESSING, "progress": False, "allowed": 1.0} | settings)
 
 
 def content(path):
-    """Every key and value, without how long the conversion took."""
-    with tempfile.TemporaryDirectory() as copy:  # this process may have the store itself mapped
-        shutil.copy(path / "data.mdb", copy)
-        with lmdb.open(copy, readonly=True, lock=False) as env, env.begin() as transaction:
-            found = dict(transaction.cursor())
-    if b"index" in found:
-        found[b"index"] = json.loads(found[b"index"])
-        del found[b"index"]["summary"]["seconds"], found[b"index"]["summary"]["converted"]
-    return found
+    """Every file that others see, byte for byte."""
+    return {file.name: file.read_bytes() for file in Path(path).iterdir() if not file.name.startswith(".")}
 
 
 def same(a: Path, b: Path):
-    """Two stores that agree in all that is read from them; parts may round the statistics otherwise."""
+    """Two stores that agree in all that is read from them, however many parts they were made in."""
+    files = [{k: v for k, v in content(path).items() if k != "index.json"} for path in (a, b)]
+    assert files[0] == files[1]
     a, b = Store(a), Store(b)
     assert a.ids == b.ids and a.shapes == b.shapes and a.seasons == b.seasons
     assert (a.labels is b.labels is None) or (a.labels == b.labels).all()
@@ -108,12 +102,13 @@ def test_store_holds_the_encoded_samples_and_the_statistics(tmp_path):
         pixels = np.concatenate([sample[name] for sample in samples]).astype(np.float64)
         assert report.mean[name] == pytest.approx(pixels.mean(axis=(0, 2, 3)), rel=1e-6)
         assert report.std[name] == pytest.approx(pixels.std(axis=(0, 2, 3)), rel=1e-6)
-    assert found.meta["preprocessing"]["sar"] == SAR.to_dict() and found.meta["dataset"] == "Generated"
-    assert (report.stored, report.converted, report.quarantined) == (6, 6, {})
-    kept = Report.of(found)  # the store carries its report
-    assert dataclasses.replace(report, seconds=kept.seconds) == kept and 0 < kept.seconds <= report.seconds
+    assert found.meta["preprocessing"]["sar"] == SAR.mapping()
+    assert found.meta["data"] == {"name": "Generated", "title": "Generated", "drawn": False}
+    assert (report.stored, report.converted, report.quarantined) == (6, 6, {}) and report.seconds > 0
+    kept = Report.of(found)  # the store carries its report, but for the time that it took
+    assert dataclasses.replace(report, seconds=0.0, converted=0) == kept
     again = run(data, tmp_path)
-    assert again.converted == 0 and dataclasses.replace(again, converted=6, seconds=kept.seconds) == kept
+    assert again.converted == 0 and dataclasses.replace(again, seconds=0.0) == kept
 
 
 def test_single_images_get_a_season_axis(tmp_path):
@@ -135,14 +130,13 @@ def test_workers_write_the_same_store_and_bound_what_is_under_way(tmp_path):
     assert len(readers - {str(os.getpid())}) in (1, 2) and str(os.getpid()) not in readers
 
 
-def test_at_most_a_few_samples_per_worker_are_under_way(tmp_path):
-    data = Generated(100, log=str(tmp_path / "log"))
-    results = iter(convert_module._encoded(data, PREPROCESSING, range(100), 1, 1))
-    for received in range(1, 11):
-        found = next(results)["arrays"]["optical"]
-        time.sleep(0.02)  # enough for the worker to read all of them, if it were let
-        assert sum(pid != os.getpid() for pid in _readers(tmp_path / "log")) <= received + 2
-        assert (found == OPTICAL.encode(data[received - 1]["optical"])).all()
+def test_workers_are_given_few_samples_at_a_time(tmp_path):
+    """Each reads, encodes and writes one after the other, so what is under way does not depend on the data set."""
+    data, log = Generated(200, log=str(tmp_path / "log")), tmp_path / "log"
+    with pytest.raises(DataError, match="1 of 200 samples are quarantined, more than 0%, last 0000000"):
+        run(data.__class__(200, bad={0: DataError("x")}, log=str(log), pause=0.01), tmp_path / "store", workers=1, allowed=0)
+    seen = [int(line.split()[0]) for line in log.read_text().splitlines() if line.split()[1] != str(os.getpid())]
+    assert max(seen) < 2 * convert_module._GROUP
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -181,7 +175,7 @@ def test_errors_of_the_program_are_not_quarantined(tmp_path):
 
 def test_a_full_disk_is_noticed_before_the_work(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(convert_module.shutil, "disk_usage", lambda path: usage(10**12, 10**12 - 10**4, 10**4))
+    monkeypatch.setattr(layout.shutil, "disk_usage", lambda path: usage(10**12, 10**12 - 10**4, 10**4))
     with pytest.raises(OSError, match="needs .* GB more, 0.0 GB are free"):
         run(Generated(50), tmp_path)
 
@@ -222,7 +216,7 @@ def test_real_patches_become_a_labelled_store(tmp_path):
 
 
 def _convert_in_child(data, path, workers, shard):
-    store._BATCH = 10_000  # several transactions
+    store._BATCH = 10_000  # flushed and marked several times
     run(data, path, workers=workers, shard=shard)
 
 
@@ -251,6 +245,7 @@ def _kill_and_resume(tmp_path, kills, *, shards=1, workers=0):
     assert 0 < report.converted < n  # some of the work was kept
     if shards == 1:
         assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    assert verify(tmp_path / "killed", progress=False) == {}
     same(tmp_path / "killed", tmp_path / "whole")
 
 
@@ -263,13 +258,6 @@ def test_killed_conversions_end_with_the_same_store(tmp_path, shards):
 @pytest.mark.parametrize(("shards", "workers"), [(1, 0), (3, 0), (1, 2)])
 def test_ten_kills_end_with_the_same_store(tmp_path, shards, workers):
     _kill_and_resume(tmp_path, 10, shards=shards, workers=workers)
-
-
-def test_a_kill_before_the_first_write_is_survived(tmp_path):
-    (tmp_path / "data.mdb").touch()
-    with pytest.raises(DataError, match="no finished store"):
-        Store(tmp_path)
-    assert run(Generated(3), tmp_path).converted == 3
 
 
 def test_workers_do_not_outlive_a_killed_conversion(tmp_path):
@@ -311,10 +299,14 @@ def test_parts_read_like_the_whole(tmp_path, shards):
     run(data, tmp_path / "whole")
     for i in reversed(range(shards)):
         report = run(data, tmp_path / "parts", shard=(i, shards))
-        assert report.stored + len(report.quarantined) == len(store.positions(23, (i, shards)))
-    assert len(list((tmp_path / "parts").iterdir())) == shards
+        rows = layout.positions(23, (i, shards))
+        assert report.stored + len(report.quarantined) == report.converted == len(rows)
+        assert list(report.quarantined) == [data.ids[k] for k in BAD if k in rows]
+        if report.stored:
+            pixels = np.concatenate([data[k]["sar"] for k in rows if k not in BAD]).astype(np.float64)
+            assert report.mean["sar"] == pytest.approx(pixels.mean(axis=(0, 2, 3)), rel=1e-6)
+            assert report.std["sar"] == pytest.approx(pixels.std(axis=(0, 2, 3)), rel=1e-6)
     same(tmp_path / "parts", tmp_path / "whole")
-    assert Store(tmp_path / "parts").meta["summary"]["converted"] == 23
     again = run(data, tmp_path / "parts")
     assert again.converted == 0 and again.sha256 == Report.of(Store(tmp_path / "whole")).sha256
 
@@ -323,7 +315,7 @@ def test_parts_read_like_the_whole(tmp_path, shards):
 def test_shards_are_consecutive_and_respect_chunks(chunk):
     for count in (0, 1, 7, 64, 100):
         for n in (1, 2, 7, 16):
-            found = [store.positions(count, (i, n), chunk) for i in range(n)]
+            found = [layout.positions(count, (i, n), chunk) for i in range(n)]
             assert [i for part in found for i in part] == list(range(count))
             assert all(part.start % chunk == 0 for part in found if part)
             assert max(map(len, found)) <= chunk * -(-count // (chunk * n))
@@ -336,50 +328,40 @@ def test_missing_parts_are_named_and_converted_by_a_run_without_shards(tmp_path)
     log, target = tmp_path / "log", tmp_path / "parts"
     run(Generated(12), target, shard=(1, 4))
     run(Generated(12), target, shard=(3, 4))
-    with pytest.raises(DataError, match=r"missing or unfinished: part-0000-of-0004, part-0002-of-0004\)"):
+    with pytest.raises(DataError, match=r"no finished store \(6 of 12 samples to do, in parts 0/4, 2/4\)"):
         Store(target)
-    before = content(target / "part-0001-of-0004")
     report = run(Generated(12, log=str(log)), target)
     assert report.converted == 6 and report.stored == 12
     assert [int(line.split()[0]) for line in log.read_text().splitlines()] == [0, 0, 1, 2, 6, 7, 8]  # first: the probe
-    assert content(target / "part-0001-of-0004") == before
+    run(Generated(12), tmp_path / "whole")
+    same(target, tmp_path / "whole")
 
 
 def test_parts_of_different_conversions_are_refused(tmp_path):
     data, target = Generated(8), tmp_path / "parts"
     run(data, target, shard=(0, 2))
+    before = content(target)
     with pytest.raises(DataError, match=r"holds a store in 2 part\(s\), not 3; choose another path"):
         run(data, target, shard=(0, 3))
-    with pytest.raises(DataError, match=r"part-0000-of-0002: holds another store.*meta.first_sample.sha256"):
-        run(Generated(8, seed=1), target)
-    changed = dataclasses.replace(SAR, outliers=0.04)
-    convert(data, tmp_path / "other", preprocessing={"sar": changed, "optical": OPTICAL}, progress=False, shard=(1, 2))
-    for source, words in (
-        (tmp_path / "other", "meta.preprocessing.sar.outliers: 0.02 there, 0.04 here"),
-        (None, "shard"),
-    ):
-        shutil.rmtree(target / "part-0001-of-0002", ignore_errors=True)
-        shutil.copytree((source or target) / f"part-000{1 if source else 0}-of-0002", target / "part-0001-of-0002")
-        with pytest.raises(DataError, match=f"part-0001-of-0002: is of another conversion than part-0000.*{words}"):
-            Store(target)
-    run(Generated(9), tmp_path / "longer", shard=(1, 2))
-    shutil.rmtree(target / "part-0001-of-0002")
-    shutil.copytree(tmp_path / "longer" / "part-0001-of-0002", target / "part-0001-of-0002")
-    with pytest.raises(DataError, match="ids.count: 8 there, 9 here"):
-        Store(target)
+    changed = {"preprocessing": PREPROCESSING | {"sar": dataclasses.replace(SAR, outliers=0.04)}}
+    for shard in ((0, 1), (1, 2)):
+        with pytest.raises(DataError, match="parts: holds another store.*meta.first_sample.sha256"):
+            run(Generated(8, seed=1), target, shard=shard)
+        with pytest.raises(DataError, match="meta.preprocessing.sar.outliers: 0.02 there, 0.04 here"):
+            run(data, target, shard=shard, **changed)
+        with pytest.raises(DataError, match="ids.count: 8 there, 9 here"):
+            run(Generated(9), target, shard=shard)
+    assert content(target) == before
     run(data, tmp_path / "single")
     with pytest.raises(DataError, match=r"holds a store in 1 part\(s\), not 2"):
         run(data, tmp_path / "single", shard=(0, 2))
-    shutil.copy(tmp_path / "single" / "data.mdb", target)
-    for opened in (Store, lambda path: run(data, path), lambda path: run(data, path, shard=(1, 2))):
-        with pytest.raises(DataError, match=r"in 1 and one in 2 part\(s\); remove the one that is not wanted"):
-            opened(target)
 
 
 @pytest.mark.parametrize("shard", [(0, 1), (1, 2)])
 def test_only_one_process_writes(tmp_path, shard):
-    folder = store.parts(tmp_path, shard[1])[shard[0]]
-    with runs.locked(folder), pytest.raises(RuntimeError, match=f"{folder.name} is in use by another process"):
+    name = ".lock-0001-of-0002" if shard[1] > 1 else ".lock"
+    words = f"{tmp_path.name} is in use by another process"
+    with runs.locked(tmp_path, name=name), pytest.raises(RuntimeError, match=words):
         run(Generated(4), tmp_path, shard=shard)
     run(Generated(4), tmp_path, shard=shard)
     if shard[1] > 1:
@@ -407,7 +389,7 @@ class Tiles(Generated):
         return item | ({} if i in self.bad else {"mask": mask.astype(self.seasons)})
 
 
-ELEVATION = {"preprocessing": {"rgb": RGB, "dem": DEM}, "progress": False}
+ELEVATION = {"preprocessing": {"rgb": RGB, "dem": DEM}, "progress": False, "allowed": 0.5}
 
 
 def tiles(n, log, **settings):
@@ -426,7 +408,8 @@ def test_a_tile_is_decoded_once(tmp_path):
     for i in range(3):
         convert(tiles(26, log), tmp_path / "parts", shard=(i, 3), **ELEVATION)
     same(tmp_path / "parts", tmp_path / "one")
-    assert [len(Store(folder)) for folder in store.parts(tmp_path / "parts")] == [8, 8, 10]
+    rows = [layout.positions(26, (i, 3), Tiles.chunk) for i in range(3)]
+    assert [len(part) for part in rows] == [8, 8, 10]
 
 
 def test_masks_are_kept_as_they_are(tmp_path):
@@ -440,7 +423,7 @@ def test_masks_are_kept_as_they_are(tmp_path):
         assert (found.read(row, "rgb", 0) == data[i]["rgb"]).all()
         assert (found.read(row, "dem", 0) == DEM.encode(data[i]["dem"])).all()
     assert set(report.mean) == set(report.std) == {"rgb", "dem"}
-    found.check({"rgb": RGB.to_dict(), "dem": DEM.to_dict()})
+    found.check({"rgb": RGB.mapping(), "dem": DEM.mapping()})
     for wrong, words in (({"seasons": np.int64}, "int64 .12, 12."), ({"larger": range(3)}, "uint8 .12, 13.")):
         with pytest.raises(DataError, match=f"none of the first 3 of 3.*mask: expected uint8 .12, 12., found {words}"):
             convert(tiles(3, tmp_path / "log", **wrong), tmp_path / "wrong", **ELEVATION)
@@ -458,6 +441,7 @@ def test_the_report_stands_beside_the_published_statistics(tmp_path):
     assert "18 of 30 samples stored, 30 now" in text and "… 12 quarantined in all" in text
     assert text.count("\nquarantined ") == 10 and f"content: sha256 {report.sha256}" in text
     assert str(Report.of(Store(tmp_path))).splitlines()[1:] == text.splitlines()[1:]
+    assert "18 of 30 samples stored, 0 now\n" in str(Report.of(Store(tmp_path)))
 
 
 def test_the_checksum_is_that_of_ids_and_digests(tmp_path):
@@ -471,101 +455,80 @@ def test_the_checksum_is_that_of_ids_and_digests(tmp_path):
     assert report.sha256 == hashlib.sha256(ids + b"\n" + digests).hexdigest()
 
 
-def overwrite(folder, old, new):
-    """Change bytes in the file of a store."""
-    data = (folder / "data.mdb").read_bytes()
+def overwrite(path, old, new):
+    """Change bytes in a file of a store."""
+    data = path.read_bytes()
     assert data.count(old) == 1 and len(old) == len(new)
-    (folder / "data.mdb").write_bytes(data.replace(old, new))
+    path.write_bytes(data.replace(old, new))
 
 
-@pytest.fixture
-def threads(monkeypatch):
-    """Stores are verified in this process: to start others takes seconds."""
-    monkeypatch.setattr(convert_module, "ProcessPoolExecutor", lambda n, *_, **__: ThreadPoolExecutor(n))
-    convert_module._opened.cache_clear()
-    yield
-    convert_module._opened.cache_clear()
-
-
-def test_damage_is_found_and_named(tmp_path, threads):
-    data, target = Generated(8, labels=True), tmp_path / "parts"
+def test_damage_is_found_and_named(tmp_path):
+    data, target = Generated(8, labels=True), tmp_path / "store"
     for i in range(4):
         run(data, target, shard=(i, 4))
-    folders = store.parts(target)
+    whole = content(target)
+    assert verify(target, progress=False) == verify(target, progress=False, workers=2) == {}
     image = OPTICAL.encode(data[1]["optical"])[1].tobytes()
-    overwrite(folders[0], image, image[:-1] + bytes([image[-1] ^ 4]))
-    os.truncate(folders[1] / "data.mdb", 9000)
-    index = b'\0\0\x05\0index{"ids"'  # flags, length of the key, key, value; the length of the value stands before
-    length = (folders[2] / "data.mdb").read_bytes().split(index)[0][-4:]
-    overwrite(folders[2], length + index, b"\0\0\xff\x7f" + index)  # 2 GB: to read it leads behind the end of the file
+    overwrite(target / "optical.npy", image, image[:-1] + bytes([image[-1] ^ 4]))
     labels = [(np.arange(19) % i == 0).astype(np.uint8).tobytes() for i in (8, 9)]
-    overwrite(folders[3], labels[0] + labels[1], labels[1] + labels[0])
-    damaged = verify(target, progress=False)
-    assert list(damaged) == ["0000001", str(folders[1]), str(folders[2]), "0000006", "0000007"]
-    words = ["not the bytes", "truncated, 9000 of", "no store that can be read", "not the bytes", "not the bytes"]
-    assert all(word in reason for word, reason in zip(words, damaged.values(), strict=True)), damaged
-    for folder in (folders[0], folders[3]):
-        assert str(folder) in str(damaged.values())
-    for folder in folders:
-        shutil.rmtree(folder)
-    convert_module._opened.cache_clear()
-    run(data, target)
-    assert verify(target, progress=False, workers=2) == {}  # no part was left, so this is one file
+    overwrite(target / "labels.npy", labels[0] + labels[1], labels[1] + labels[0])
+    for workers in (1, 3):
+        damaged = verify(target, progress=False, workers=workers)
+        assert list(damaged) == ["0000001", "0000006", "0000007"]
+        assert all(f"{target}: not the bytes that were written; remove it" in text for text in damaged.values())
+    for name, change in (("digests", 5), ("state", 0), ("index.json", None)):
+        for file, text in whole.items():
+            (target / file).write_bytes(text)
+        if change is None:
+            overwrite(target / "index.json", b'"0000003"', b'"000000x"')
+        else:
+            array = np.load(target / f"{name}.npy", mmap_mode="r+")
+            array[2] = change
+            array.flush()
+        damaged = verify(target, progress=False)
+        assert list(damaged) == [str(target)] and "its ids, its digests or its state are damaged" in str(damaged)
+    (target / "index.json").write_bytes(whole["index.json"][:-40])
+    assert "no store that can be read" in verify(target, progress=False)[str(target)]
 
 
-def _die(folder, i):
-    if folder.name == "part-0000-of-0002" and i == 1:
-        os.kill(os.getpid(), signal.SIGBUS)
-    return _damage(folder, i)
+def test_what_the_disk_cannot_read_is_damage_and_not_the_end(tmp_path, monkeypatch):
+    run(Generated(3), tmp_path)
+    read = np.fromfile
 
+    def failing(file, dtype, count, offset):
+        if "optical" in str(file) and offset > 2 * 13 * 12 * 12 * 2:
+            raise OSError(5, "Input/output error")
+        return read(file, dtype, count, offset=offset)
 
-_damage = convert_module._damage
-
-
-def test_damage_that_kills_the_reader_is_reported(tmp_path, monkeypatch):
-    """In processes of their own, as for users."""
-    for i in range(2):
-        run(Generated(6), tmp_path, shard=(i, 2))
-    monkeypatch.setattr(convert_module, "_damage", _die)
-    folders, image = store.parts(tmp_path), OPTICAL.encode(Generated(6)[4]["optical"])[0].tobytes()
-    overwrite(folders[1], image, image[::-1])
+    monkeypatch.setattr(np, "fromfile", failing)
     damaged = verify(tmp_path, progress=False)
-    assert list(damaged) == [str(folders[0]), "0000004"] and "not the bytes" in damaged["0000004"]
-    assert damaged[str(folders[0])] == "reading it kills the process; remove it and convert again"
+    assert list(damaged) == ["0000002"] and "Input/output error; remove it" in damaged["0000002"]
 
 
-def test_parts_that_do_not_belong_together_are_damage(tmp_path, threads):
-    for seed, shard in enumerate([(0, 2), (1, 2)]):
-        run(Generated(4, seed=seed), tmp_path, shard=shard)
-    damaged = verify(tmp_path, progress=False)
-    assert list(damaged) == [str(tmp_path)] and "of another conversion" in damaged[str(tmp_path)]
-    shutil.rmtree(store.parts(tmp_path)[1])
-    damaged = verify(tmp_path, progress=False)
-    assert list(damaged) == [str(store.parts(tmp_path)[1])] and "no finished store" in str(damaged)
-    (tmp_path / "part-0000-of-0005").mkdir()
-    assert list(verify(tmp_path, progress=False)) == [str(tmp_path)]
+def test_unfinished_and_missing_stores_are_damage(tmp_path):
+    run(Generated(4), tmp_path / "half", shard=(0, 2))
+    for name in ("half", "nothing"):
+        damaged = verify(tmp_path / name, progress=False)
+        assert list(damaged) == [str(tmp_path / name)] and "no finished store" in str(damaged)
 
 
 def test_truncated_stores_do_not_kill_the_reader(tmp_path):
     run(Generated(40), tmp_path)
-    size = (tmp_path / "data.mdb").stat().st_size
-    for cut in (size - 1, size // 2, 8192, 5000, 4096, 10):
-        copy = tmp_path / str(cut)
-        copy.mkdir()
-        (copy / "data.mdb").write_bytes((tmp_path / "data.mdb").read_bytes()[:cut])
-        words = "truncated" if cut > 4096 else "no store that can be read"
-        with pytest.raises(DataError, match=f"{words}.*remove it"):
-            Store(copy)
-        with pytest.raises(DataError, match=words):
-            run(Generated(40), copy)
+    file = tmp_path / "optical.npy"
+    whole = file.read_bytes()
     found = Store(tmp_path)
-    os.truncate(tmp_path / "data.mdb", size // 2)  # while it is open
-    with pytest.raises(DataError, match="truncated"):
-        Store(found.path)
+    for cut in (len(whole) - 1, len(whole) // 2, 8192, 128, 10):
+        os.truncate(file, cut)  # while it is open
+        with pytest.raises(DataError, match="optical.npy: truncated.*remove the store"):
+            Store(found.path)
+        with pytest.raises(DataError, match="optical.npy: truncated"):
+            run(Generated(40), tmp_path)
+        assert list(verify(tmp_path, progress=False)) == [str(tmp_path)]
+        file.write_bytes(whole)
 
 
 def test_memory_does_not_grow_with_the_number_of_samples(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "_BATCH", 100_000)
+    monkeypatch.setattr(layout, "_BLOCK", 64)
     run(Generated(5), tmp_path / "imports")
     peaks = []
     for count in (100, 700):
@@ -623,4 +586,4 @@ def test_the_published_conversion_of_the_benchmark_gives_nearly_the_same_bytes(t
     assert (abs(sar[by_date].astype(int) - SAR.encode(item["sar"])) > 1).mean() < 0.03
     for way in benchmark.WAYS.values():
         way(root, 36, 5, 0, tmp_path / way.__name__)
-    assert len(Store(tmp_path / "ours")) == 5 and (tmp_path / "published" / "data.mdb").exists()
+    assert len(Store(tmp_path / "ours")) == 5 and (tmp_path / "published").stat().st_size > 5 * 4 * 15 * 36**2

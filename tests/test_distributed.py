@@ -179,6 +179,36 @@ def count_bytes(n: int, k: int) -> int:
     return sent[0]
 
 
+BLOCKS = {"a+b+c": 24, "a+b": 8, "b+c": 8, "a": 16, "b": 0, "c": 4}
+WITH_BLOCKS = list(itertools.product((8, 120), (False, True), RELATIVE))  # samples: Gram matrices and K x K
+
+
+def loss_of_blocks(n: int, missing: bool, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Terms of the loss of three modalities and its gradient in the weights that make the embeddings from inputs."""
+    (rank, world), g = distributed.place(), torch.Generator().manual_seed(n)
+    rows, views, weights = slice(n * rank // world, n * (rank + 1) // world), {}, {}
+    inputs = torch.randn(2, n, 20, generator=g, dtype=dtype)
+    for m in "abc":
+        k = sum(width for block, width in BLOCKS.items() if m in block)
+        weights[m] = torch.randn(20, k, generator=g, dtype=dtype).requires_grad_()
+        noise = torch.randn(2, n, k, generator=g, dtype=dtype)
+        views[m] = [distributed.gather((x @ weights[m] + e)[rows]) for x, e in zip(inputs, noise, strict=True)]
+    has = {m: torch.arange(n) % period > 0 for m, period in (("a", 4), ("c", 3))}  # uneven over the processes
+    present = {m: distributed.gather(mask[rows]) for m, mask in has.items()} if missing else None
+    found = losses.decur_blocks(views, BLOCKS, squares=distributed.squares, present=present)
+    found.total.backward()
+    for w in weights.values():
+        if world > 1:
+            dist.all_reduce(w.grad)
+        w.grad /= world  # as DDP does
+    terms = {name: value.detach() for name, value in found.terms.items()}
+    return terms | {f"gradient of {m}": w.grad for m, w in weights.items()}
+
+
+def losses_of_blocks() -> dict:
+    return {case: loss_of_blocks(*case) for case in WITH_BLOCKS}
+
+
 def check_gather(dtype: torch.dtype) -> None:
     rank, world = distributed.place()
     mine = torch.arange(6, dtype=dtype).view(2, 3).add(10 * rank).requires_grad_()
@@ -208,7 +238,7 @@ def in_four_processes(folder: Path, killed: Path, store: Path, settings, port: i
     check_rows_are_shared_out(40, 64)
     check_rows_are_shared_out(9, 15)
     assert distributed.largest(rank) == 3
-    facts = {"bytes": count_bytes(64, 2048), 4: steps_of(FOUR)}
+    facts = {"bytes": count_bytes(64, 2048), 4: steps_of(FOUR), "blocks": {4: losses_of_blocks()}}
     pretrain.run(settings, store)
     dist.destroy_process_group()
     # Two worlds of two, each with half of the cases.
@@ -216,6 +246,7 @@ def in_four_processes(folder: Path, killed: Path, store: Path, settings, port: i
     os.environ.update({name: str(value) for name, value in pair.items()})
     with distributed.joined(CPU):
         facts[2] = steps_of(CASES[rank // 2 :: 2])
+        facts["blocks"][2] = losses_of_blocks()
     torch.save(facts, folder / f"{rank}.pt")
     raise pretrain.NonFinite("as a loss would")
 
@@ -332,6 +363,17 @@ def test_loss_gradients_and_weights_are_those_of_one_process(four, case):
         found = [facts[world][case] for facts in four if case in facts[world]]
         assert len(found) == expected
         assert_steps_of_one_process(found, case)
+
+
+@pytest.mark.parametrize("case", WITH_BLOCKS, ids=str)
+@pytest.mark.parametrize("world", [2, 4])
+def test_loss_and_gradients_of_blocks_are_those_of_one_process(four, case, world):
+    wanted = loss_of_blocks(*case)
+    for facts in four:
+        found = facts["blocks"][world][case]
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert off(found[name], value) <= RELATIVE[case[-1]], name
 
 
 @pytest.mark.soak

@@ -24,6 +24,7 @@ def make_run(folder, backbone, pair="sar_optical", source="published"):
     settings = {"pair": pair, "method": "decur", "backbone": backbone, "data.source": source, "learning_rate": 0.2}
     preprocessing = {m.name: m.preprocessing.to_dict() for m in modalities}
     state = {"model": model.state_dict(), "step": 300, "settings": settings, "preprocessing": preprocessing}
+    state["data"] = {"name": "ssl4eo", "title": "SSL4EO-S12", "drawn": source == "world", "source": source}
     run = folder / "runs" / "profile" / "pretrain" / f"{pair}-decur-seed0"
     run.mkdir(parents=True)
     torch.save(state, run / "final.pt")
@@ -178,3 +179,73 @@ def test_what_cannot_be_exported_or_loaded(tmp_path):
         export.load(bad)
     with pytest.raises(DataError, match="absent"):
         export.load(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"name": "mine", "title": "Meadows", "drawn": False, "source": "own"}, "- Data: Meadows.\n"),
+        ({"name": "mine", "drawn": False, "source": "own"}, "- Data: mine.\n"),
+        (
+            {"title": "SSL4EO-S12", "drawn": False, "source": "samples"},
+            "- Data: SSL4EO-S12, a handful of sample files. **",
+        ),
+        (None, "- Data: not on record.\n"),
+    ],
+)
+def test_the_card_says_of_the_data_what_the_run_says(tmp_path, data, said):
+    run, _ = make_run(tmp_path, "small")
+    state = torch.load(run / "final.pt", weights_only=True)
+    torch.save(state | {"data": data}, run / "final.pt")
+    export.write(run, tmp_path / "out", "sar")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert said in card and "as published" not in card
+
+
+def test_files_of_others_are_neither_overwritten_nor_described(tmp_path, capsys):
+    run, _ = make_run(tmp_path, "small")
+    target = tmp_path / "out"
+    target.mkdir()
+    card, file = target / "README.md", target / f"{run.name}-sar.safetensors"
+    for theirs in ("# My project\n", "# Pretrained encoders\n", ""):
+        card.write_text(theirs)
+        with pytest.raises(SystemExit, match=f"not exported: {card}: not written by this module, or changed since"):
+            export.main([str(run), str(target)])
+        assert card.read_text() == theirs and [f.name for f in target.iterdir()] == ["README.md"]
+    card.unlink()
+    card.symlink_to(target / "gone")  # what it leads to may come back
+    with pytest.raises(DataError, match="README.md: not written by this module"):
+        export.write(run, target, "sar")
+    card.unlink()
+    safetensors.torch.save_file({"a": torch.zeros(1)}, file)
+    before = file.read_bytes()
+    with pytest.raises(DataError, match="not written by this module; choose another folder"):
+        export.write(run, target, "sar")
+    assert file.read_bytes() == before and not card.exists()
+
+    file.rename(target / "theirs.safetensors")
+    (target / "._x.safetensors").write_bytes(b"of another program")
+    (target / "gone.safetensors").symlink_to(target / "absent.safetensors")
+    (target / "torn.safetensors").write_bytes(b"torn")
+    (run.parents[1] / "records" / "._x.json").write_bytes(b"\x00\x05")
+    export.main([str(run), str(target)])
+    said = capsys.readouterr().out
+    left = "gone.safetensors, theirs.safetensors, torn.safetensors"
+    assert f"3 other files in {target} are not described: {left}" in said and "._x" not in said
+    assert card.read_text().count("\n## ") == 2 and f"did not write them: {left}." in card.read_text()
+    assert (target / "theirs.safetensors").read_bytes() == before
+
+    assert export.write(run, target, "sar") == file  # over its own
+    card.write_text(card.read_text() + "\nMy own notes.\n")
+    with pytest.raises(DataError, match="or changed since"):
+        export.write(run, target, "sar")
+    assert "My own notes." in card.read_text()
+
+
+def test_an_export_is_not_written_over_that_of_another_run_of_its_name(tmp_path):
+    run, _ = make_run(tmp_path / "a", "small")
+    other, _ = make_run(tmp_path / "b", "small", source="world")
+    before = export.write(run, tmp_path / "out", "sar").read_bytes()
+    with pytest.raises(DataError, match="holds another run of this name, of 2024-05-06.*choose another folder"):
+        export.write(other, tmp_path / "out", "sar")
+    assert (tmp_path / "out" / f"{run.name}-sar.safetensors").read_bytes() == before

@@ -14,7 +14,7 @@ from decur_core.data.nyuv2 import CAMERA, CLASSES_40, NYUv2, intrinsics
 from decur_core.data.raster import DataError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-REAL, META = SHARED / "nyu_rgbd_sample", SHARED / "nyuv2_meta"
+REAL, META, HALF = SHARED / "nyu_rgbd_sample", SHARED / "nyuv2_meta", SHARED / "nyuv2_half"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} with the sample data is missing")
 SIZE = (48, 64)
 SPLITS = {"train": ["2", "3", "4"], "test": ["0", "1"]}
@@ -96,6 +96,22 @@ def test_real_image_has_the_measured_values():
         NYUv2(REAL, "test")
     with pytest.raises(DataError, match="has 0 of the 795 images of split train"):
         NYUv2(REAL, "train", missing="skip")
+
+
+@needs_shared
+def test_real_images_of_half_size_are_those_of_the_whole_one():
+    train, test = NYUv2(HALF, "train"), NYUv2(HALF, "test")
+    assert len(train) == 795 and len(test) == 654 and not set(train.ids) & set(test.ids)
+    item, whole = test[test.ids.index("0")], NYUv2(REAL, "test", missing="skip")[0]
+    assert item["rgb"].shape == (3, 240, 320) and item["depth"].shape == (1, 240, 320) == (1, *item["mask"].shape)
+    assert item["depth"].dtype == np.float32 and item["depth"].min() == np.float32(1.784)
+    halved = whole["depth"].reshape(1, 240, 2, 320, 2).mean((2, 4))
+    assert abs(item["depth"] - halved).mean() < 0.02  # steps of 4 cm
+    labelled = (item["mask"] > 0) & (whole["mask"][::2, ::2] > 0)
+    assert (item["mask"] == whole["mask"][::2, ::2])[labelled].mean() > 0.95 and labelled.mean() > 0.85
+    # Half the focal length, and rays that go through the same corners
+    assert np.allclose(item["intrinsics"][[0, 1], [0, 1]], np.array(CAMERA[:2]) / 2)
+    assert np.allclose(item["intrinsics"], intrinsics(240, 320)) and abs(item["gravity"][1]) > 0.9
 
 
 @needs_shared
@@ -181,6 +197,35 @@ def test_lists_may_have_bare_names(tree):
     shutil.rmtree(tree / "HHA")
     with pytest.raises(DataError, match="leave hha=False"):
         NYUv2(tree, "test", hha=True)
+
+
+def in_millimetres(tree):
+    for i in range(5):
+        (tree / "Depth" / f"{i}.npy").unlink()
+        Image.fromarray(np.rint(1000 * truth_of(i)["depth"]).astype(np.uint16)).save(tree / "Depth" / f"{i}.png")
+
+
+def test_depth_may_be_images_in_millimetres(tree):
+    in_millimetres(tree)
+    for i, item in enumerate(NYUv2(tree, "test")):
+        assert item["depth"].dtype == np.float32 and item["depth"].shape == (1, *SIZE)
+        assert abs(item["depth"][0] - truth_of(i)["depth"]).max() <= 0.000501
+
+
+def test_depth_images_of_another_unit_or_kind_are_refused(tree):
+    in_millimetres(tree)
+    data, path = NYUv2(tree, "test"), tree / "Depth" / "1.png"
+    for depth, message in (
+        (np.full(SIZE, 18000, np.uint16), "1.png: depth up to 18000, expected millimetres"),  # 1.8 m in steps of 0.1 mm
+        (np.full(SIZE, 180, np.uint8), "1.png: .*mode I;16.*mode L"),
+    ):
+        Image.fromarray(depth).save(path)
+        with pytest.raises(DataError, match=message):
+            data[1]
+    path.unlink()
+    with pytest.raises(DataError, match="1.png: missing; expected an image of mode I;16"):
+        data[1]
+    assert data[0]["id"] == "0"
 
 
 def test_intrinsics_follow_the_size():

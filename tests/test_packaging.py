@@ -1,7 +1,9 @@
 """One pinned set of versions behind pip, conda and make; citation and licence files that tools can read."""
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -36,10 +38,73 @@ def test_conda_environment_has_the_same_pins():
     assert sorted(pip["pip"]) == sorted(expected)
 
 
-def test_makefile_installs_from_pyproject_and_names_no_version_itself():
-    makefile = (ROOT / "Makefile").read_text()
-    assert re.search(r"^\$\(STAMP\): pyproject.toml$", makefile, re.M) and "--editable '.[test]'" in makefile
-    assert "==" not in makefile
+# An interpreter that notes what it is asked for, and makes an environment of itself.
+FAKE = """#!/bin/sh
+echo "$@" >> "$LOG"
+case "$*" in
+  "-m venv --clear "*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" && cp "$0" "$4/bin/jupyter-book" ;;
+esac
+"""
+
+
+def fake_checkout(folder: Path):
+    """Makefile and pyproject.toml in ``my work``; ``make(goal, VENV=...)`` there -> (exit code, output, commands)."""
+    if not shutil.which("make"):
+        pytest.skip("make is not installed")
+    work, log = folder / "my work", folder / "log"
+    work.mkdir(parents=True)
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, work / name)
+    (folder / "a python").write_text(FAKE)
+    (folder / "a python").chmod(0o755)
+
+    def make(goal: str, **variables):
+        log.write_text("")
+        command = ["make", goal, *(f"{k}={v}" for k, v in {"PYTHON": folder / "a python", **variables}.items())]
+        env = {"PATH": os.environ["PATH"], "LOG": str(log)}
+        done = subprocess.run(command, cwd=work, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return done.returncode, done.stdout, [line for line in log.read_text().splitlines() if line[:2] != "-c"]
+
+    return work, make
+
+
+def test_makefile_installs_from_pyproject_and_names_no_version_itself(tmp_path):
+    assert "==" not in (ROOT / "Makefile").read_text()
+    work, make = fake_checkout(tmp_path)
+    install = "-m pip install --quiet --disable-pip-version-check --editable .[test]"
+    book = ["-m decur_core.run mini", "build . --all -W --keep-going"]
+    assert make("book")[::2] == (0, ["-m venv --clear .venv", install, *book])
+    assert make("book")[::2] == (0, book)
+    later = (work / ".venv" / ".installed").stat().st_mtime + 5
+    os.utime(work / "pyproject.toml", (later, later))
+    assert make("soak")[::2] == (0, [install, "-m pytest -q -m soak"])
+    (work / ".venv" / "bin" / "python").unlink()
+    assert make("soak")[2][:2] == ["-m venv --clear .venv", install]
+
+
+def test_make_removes_what_it_made_and_nothing_else(tmp_path):
+    work, make = fake_checkout(tmp_path)
+    kept = ["my env/mine", "my/mine", "my work/env/mine", "my work/runs/a100/x", "my work/notes.egg-info/x"]
+    kept += ["my work/book/executed/report/x", "my work/mini/x"]
+    gone = ["my work/runs/mini/x", "my work/stores/start/x", "my work/_build/x", "my work/book/executed/mini/x"]
+    for name in kept + gone:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    code, said, commands = make("test", VENV=tmp_path / "my env")
+    assert code != 0 and commands == [] and f"{tmp_path / 'my env'} holds something else" in said
+    code, said, _ = make("clean", VENV=tmp_path / "my env")
+    assert code == 0 and f"{tmp_path / 'my env'} stays: it was not made here" in said
+    assert all((tmp_path / name).exists() for name in kept) and not any((tmp_path / name).exists() for name in gone)
+
+    for venv in (tmp_path / "an env", "env of $$HOME; touch x"):
+        assert make("test", VENV=venv)[0] == 0
+        made = work / str(venv).replace("$$", "$")
+        assert (made / "bin" / "python").exists()
+        assert make("clean", VENV=venv)[0] == 0 and not made.exists()
+    assert all((tmp_path / name).exists() for name in kept) and not (work / "x").exists()
+    assert sorted(f.name for f in work.iterdir()) == [
+        *("Makefile", "book", "env", "mini", "notes.egg-info", "pyproject.toml", "runs", "stores")
+    ]
 
 
 def test_make_explains_a_missing_python(tmp_path):

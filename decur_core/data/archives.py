@@ -5,6 +5,7 @@ python -m decur_core.data.archives s1_grd.tar.gz.part* s2_l1c.tar.gz.part* --to 
 
 import argparse
 import contextlib
+import filecmp
 import gzip
 import hashlib
 import itertools
@@ -24,6 +25,7 @@ from decur_core.running import folders as runs
 PUBLISHED: dict[str, str] = json.loads(Path(__file__).with_name("archives.json").read_text())  # file name -> md5
 _NAME = re.compile(r"(.+\.tar\.gz(?:\.part(?=..))?)([a-z]{2})?")  # archive, part
 _BLOCK = 2**20  # bytes
+_ELSEWHERE = "unpack into another folder, or remove that file if it is a damaged copy"
 
 
 def known(name: str) -> str | None:
@@ -56,9 +58,10 @@ def unpack(parts: Sequence, target: Path | str, *, md5: Mapping[str, str] | None
     """Unpack one `.tar.gz`, whole or in parts (in any order), into the folder `target`; returns the files written.
 
     `md5`, file name -> digest: parts of this archive that it names must be there and agree before anything is written.
-    Run again after an interruption to go on: files that are there in the size that the archive says are left alone.
-    DataError: a part is missing or differs from its md5, the archive is damaged, or a member (absolute path, `..`, link
-    to the outside, device) would leave `target`.
+    Run again after an interruption to go on: what is there is compared with the archive as that is read, and a file
+    that ends too early is completed. DataError: a part is missing or differs from its md5, the archive is damaged, a
+    member (absolute path, `..`, link to the outside, device) would leave `target`, or something else lies in its place,
+    which is not touched, be it the archive itself.
     """
     md5, paths = md5 or {}, sorted(map(Path, parts))
     if len(archives := {_archive(path) for path in paths}) != 1:
@@ -85,10 +88,11 @@ def unpack(parts: Sequence, target: Path | str, *, md5: Mapping[str, str] | None
             file.seek(0)
             if found.hexdigest() != md5[path.name]:
                 raise DataError(f"{path}: md5 {found.hexdigest()}, expected {md5[path.name]}; download it again")
+        inputs = [os.fstat(file.fileno()) for file in files]
         stream = gzip.GzipFile(fileobj=_Joined(files, bar.update), mode="rb")
         try:
             with tarfile.open(fileobj=stream, mode="r|", bufsize=_BLOCK, tarinfo=_Member) as tar:
-                written = sum(_extract(tar, member, Path(target)) for member in iter(tar.next, None))
+                written = sum(_extract(tar, member, Path(target), inputs) for member in iter(tar.next, None))
             while stream.read(_BLOCK):  # a checksum of everything stands at the end
                 pass
         except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as error:
@@ -109,8 +113,8 @@ class _Member(tarfile.TarInfo):
             raise tarfile.ReadError(str(error)) from error
 
 
-def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> bool:
-    """Write a member below `target`, unless it is there; says whether it was a file that was missing."""
+def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, inputs: list[os.stat_result]) -> bool:
+    """Write a member below `target`, as far as it is not there; says whether it was a file and anything was missing."""
     tar.members.clear()  # they would be remembered, and there are millions
     try:
         if member.name.startswith("/"):  # the filter would only cut the slash off
@@ -119,10 +123,45 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> boo
     except tarfile.FilterError as error:
         raise DataError(f"{member.name}: refused, it would leave {target} ({error})") from error
     place = os.path.join(target, safe.name)  # a Path would intern every name
-    there = os.path.isfile(place) and (safe.islnk() or safe.isfile() and os.path.getsize(place) == safe.size)
-    if not there:
+    there = os.stat(place) if os.path.exists(place) else None
+    if there and any(os.path.samestat(there, one) for one in inputs):
+        raise DataError(f"{place}: is the archive, or a part of it, and has a member of that name; {_ELSEWHERE}")
+    if safe.isfile():
+        return _write(tar.extractfile(safe), place, safe)
+    if safe.isdir() or not os.path.lexists(place):
         tar.extract(safe, target, filter="fully_trusted")
-    return safe.isfile() and not there
+        return False
+    if safe.issym():
+        same = os.path.islink(place) and os.readlink(place) == safe.linkname
+    else:
+        same = there and filecmp.cmp(place, os.path.join(target, safe.linkname), shallow=False)
+    if not same:
+        raise DataError(f"{place}: is not the link to {safe.linkname} that the archive has there; {_ELSEWHERE}")
+    return False
+
+
+def _write(source: BinaryIO, place: str, member: tarfile.TarInfo) -> bool:
+    """Complete a file, which may end too early; says whether anything was missing."""
+    block = source.read(_BLOCK)
+    if os.path.lexists(place):
+        with open(place, "rb") as there:
+            # Where the member ends, a byte more shows that the file does not.
+            while (found := there.read(len(block) or 1)) == block and block:
+                block = source.read(_BLOCK)
+        if not block.startswith(found):
+            raise DataError(f"{place}: has other content than in the archive; {_ELSEWHERE}")
+        if not block:
+            return False
+        block = block[len(found) :]
+    else:
+        os.makedirs(os.path.dirname(place), exist_ok=True)
+    with open(place, "ab") as file:
+        while block:
+            file.write(block)
+            block = source.read(_BLOCK)
+    os.chmod(place, member.mode)
+    os.utime(place, (member.mtime, member.mtime))
+    return True
 
 
 def main(argv: Sequence[str] | None = None) -> None:

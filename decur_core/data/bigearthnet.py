@@ -18,8 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
+from decur_core.data.datasets import DataSet
 from decur_core.data.modality import OPTICAL, SAR
-from decur_core.data.raster import DataError, Reader, read_pair, reading, visible
+from decur_core.data.raster import DataError, Part, Reader, read_pair, reading, visible
+from decur_core.data.tasks import Scene
 
 # The 19 classes of BigEarthNet-MM in index order, each with its CORINE level-3 names, the labels in the files.
 _TABLE = """\
@@ -198,11 +200,13 @@ class BigEarthNetV2(Reader):
     """SAR-optical patches of the second release, with 19 labels.
 
     `root` holds `BigEarthNet-S2`, `BigEarthNet-S1` and `metadata.parquet`, whose column `s1_name` alone pairs the
-    patches: their numbers differ. `split`: "train", "val" (also "validation"), "test" or None for all. `missing`, the
-    items, `.labels`, `.left_out` and errors are as with `BigEarthNetMM`.
+    patches: their numbers differ. `split`: "train", "val" (also "validation"), "test" or None for all; `exclude`: leave
+    out patches with snow, clouds or shadow, which are those in the second table, as it is published, and those that the
+    first one marks (one of them has to say so). `missing`, the items, `.labels`, `.left_out` and errors are as with
+    `BigEarthNetMM`.
     """
 
-    def __init__(self, root: Path | str, split: str | None = None, *, missing: str = "error"):
+    def __init__(self, root: Path | str, split: str | None = None, *, exclude: bool = False, missing: str = "error"):
         self.root, here = Path(root), {}
         for sensor in ("S2", "S1"):
             if not (folder := self.root / f"BigEarthNet-{sensor}").is_dir():
@@ -213,11 +217,14 @@ class BigEarthNetV2(Reader):
         partners = {s2: s1 for s2, s1, _, _ in rows}
         if len(partners) < len(rows):
             raise DataError(f"{path}: {len(rows) - len(partners)} of {len(rows)} rows name a patch for a second time")
+        unwanted = _unclear(self.root) if exclude else set()
+        partners = {s2: s1 for s2, s1 in partners.items() if s2 not in unwanted}
         self._partners = _present(partners, here, self.root, missing)
         labels = {row[0]: [name in row[3] for name in CLASSES_19] for row in rows}
         self.ids = [s2 for s2 in self._partners if any(labels[s2])]
         self.labels = np.array([labels[s2] for s2 in self.ids])
-        self.left_out = {"absent": len(rows) - len(self._partners)}
+        self.left_out = {"excluded": len(rows) - len(partners)} if exclude else {}
+        self.left_out["absent"] = len(partners) - len(self._partners)
         self.left_out["no 19-class label"] = len(self._partners) - len(self.ids)
         if not self.ids:
             raise DataError(f"{path}: no patch is left of {len(rows)} in split {split}: {self.left_out}")
@@ -228,15 +235,75 @@ class BigEarthNetV2(Reader):
         return _item(s2, optical, self.root / "BigEarthNet-S1" / s1.rsplit("_", 3)[0] / s1, self.labels[i])
 
 
-def _read_parquet(path: Path) -> list[tuple[str, str, str, list[str]]]:
-    """Rows (S2 patch, S1 patch, split, names of labels) of a metadata.parquet."""
+_SPLITS = ("patch_id", "s1_name", "split", "labels")  # columns of metadata.parquet
+_UNCLEAR = ("contains_seasonal_snow", "contains_cloud_or_shadow")
+
+
+def _columns(path: Path, columns: Sequence[str]) -> list[tuple]:
+    """Rows of some columns of a Parquet file."""
     import pyarrow.parquet  # 0.3 s that only this release needs
 
-    columns = ["patch_id", "s1_name", "split", "labels"]
     with reading(path, f"a Parquet file with {', '.join(columns)}"):
-        table = pyarrow.parquet.read_table(path, columns=columns)
-        rows = list(zip(*(table[column].to_pylist() for column in columns), strict=True))
-    for s2, *_, names in rows:
+        table = pyarrow.parquet.read_table(path, columns=list(columns))
+        return list(zip(*(table[column].to_pylist() for column in columns), strict=True))
+
+
+def _read_parquet(path: Path) -> list[tuple[str, str, str, list[str]]]:
+    """Rows (S2 patch, S1 patch, split, names of labels) of a metadata.parquet."""
+    for s2, *_, names in (rows := _columns(path, _SPLITS)):
         if not isinstance(names, list) or not all(name in CLASSES_19 for name in names):
             raise DataError(f"{path}: {s2} has the labels {names}, expected some of the 19 names of BigEarthNet")
     return rows
+
+
+def _unclear(root: Path) -> set[str]:
+    """S2 patches with seasonal snow, clouds or shadow by the two tables of a root, of which one has to tell."""
+    second = root / "metadata_for_patches_with_snow_cloud_or_shadow.parquet"
+    found, told = set(), []
+    for path in filter(Path.exists, (root / "metadata.parquet", second)):
+        try:
+            found |= {s2 for s2, *flags in _columns(path, ("patch_id", *_UNCLEAR)) if any(flags)}
+            told.append(path)
+        except DataError:
+            if path == second:
+                raise
+    if not told:
+        wanted = f"nor has metadata.parquet the columns {' and '.join(_UNCLEAR)}"
+        raise DataError(f"{second}: missing, {wanted}; put it there or set transfer: exclude to false")
+    return found
+
+
+def _read(root: Path, split: str | None = None, *, missing: str = "error", exclude: bool = False) -> Reader:
+    """Either release; ``exclude``: without the patches of the published lists of snow, clouds and shadow."""
+    if (root / "metadata.parquet").exists():
+        return BigEarthNetV2(root, split, exclude=exclude, missing=missing)
+    lists = sorted(visible(root, "patches_with_*")) if exclude else []
+    if exclude and not lists:
+        wanted = "the published lists of patches with snow, cloud or shadow"
+        raise DataError(f"{root}: no patches_with_*, {wanted}; put them there or set transfer: exclude to false")
+    return BigEarthNetMM(root, split, exclude=lists, missing=missing)
+
+
+def _samples(folder: Path, split: str | None) -> Reader:
+    """The real example patches under the official split lists: the train list's, and all others as test."""
+    train = BigEarthNetMM(folder / "bigearthnet_real", folder / "bigearthnet_splits" / "train.csv.bz2", missing="skip")
+    if split == "train":
+        return train
+    everything = BigEarthNetMM(folder / "bigearthnet_real")
+    return Part(everything, [i for i, name in enumerate(everything.ids) if name not in train.ids])
+
+
+DATASETS = (
+    DataSet(
+        name="bigearthnet",
+        title="BigEarthNet-MM",
+        pair="sar_optical",
+        modalities=(SAR, OPTICAL),
+        read=_read,
+        task=Scene(CLASSES_19),
+        samples=_samples,
+        world="decur_core.worlds.files:BIGEARTHNET",
+        excludes=True,
+        cite="sumbul2021bigearthnetmm",
+    ),
+)

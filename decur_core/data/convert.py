@@ -1,30 +1,36 @@
 """From a data set (files, or a generator that looks the same) to a store of encoded images."""
 
 import itertools
-import shutil
+import multiprocessing
+import pickle
+import sys
 import time
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
-import lmdb
 import numpy as np
-import rasterio
 import torch
-from torch.utils.data import DataLoader
 
-from decur_core.data.modality import Preprocessing
+from decur_core.data import arrays
+from decur_core.data.arrays import TODO, digest, load, positions
+from decur_core.data.encode import STOPPED, Encoder, Sample
+from decur_core.data.modality import Modality
 from decur_core.data.raster import DataError
-from decur_core.data.store import Store, StoreWriter, checksum, digest, parts, positions
+from decur_core.data.store import Store, StoreWriter, too_many
 from decur_core.running import folders as runs
 from decur_core.running import processes as distributed
 
-PROBES = 100  # samples tried before a data set is given up as a whole
-_PAGE = 4096  # bytes; LMDB gives each image whole ones
+_GROUP = 16  # samples, at most (or a chunk of the reader), that a worker is given at a time
+_GUARD = (
+    'A script that starts processes keeps its calls below `if __name__ == "__main__":`, as each of them runs it again'
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +44,18 @@ class Report:
     std: dict[str, list[float]]
     published: dict[str, list[list[float]]]  # modality -> (mean, std) as the reader knows them
     sha256: str  # of the content, whatever the number of workers, shards and interruptions
-    converted: int  # samples, stored or quarantined, of the run that finished the store (of shards: of all)
-    seconds: float  # wall time of that run
+    converted: int = 0  # samples, stored or quarantined, of this run
+    seconds: float = 0.0  # wall time of this run
 
     @classmethod
     def of(cls, store: Store) -> "Report":
-        """The report that a finished store carries."""
-        bands = {name: setting["bands"] for name, setting in store.meta["preprocessing"].items()}
-        noted = {"published": {}, "sha256": "", "converted": 0, "seconds": 0.0} | store.meta["summary"]
-        return cls(stored=len(store), quarantined=store.meta["quarantined"], bands=bands, **noted)
+        """The report on a finished store."""
+        return cls._of(store.meta, store.meta["summary"] | {"quarantined": store.meta["quarantined"]})
+
+    @classmethod
+    def _of(cls, meta: dict, summary: dict) -> "Report":
+        bands = {name: mapping["bands"] for name, mapping in meta["preprocessing"].items()}
+        return cls(bands=bands, published=meta["published"], **summary)
 
     def far(self, name: str) -> list[str]:
         """Bands of a modality whose mean is over half a deviation, or deviation a factor 1.5, off the published one."""
@@ -70,172 +79,200 @@ class Report:
 
 
 def convert(
-    dataset, path: Path | str, *, preprocessing: dict[str, Preprocessing], workers=0, shard=(0, 1), progress=True
+    dataset,
+    path: Path | str,
+    *,
+    preprocessing: dict[str, Modality | dict],
+    about: dict | None = None,
+    workers: int = 0,
+    shard: tuple[int, int] = (0, 1),
+    retry: bool = False,
+    allowed: float = 0.05,
+    progress: bool = True,
 ) -> Report:
     """Encode every sample and write it to the store at `path`; run again after an interruption to go on.
 
-    `dataset` has `.ids` and `[i]` -> {"id", <modality>: physical values ((S,) C, H, W), optionally "labels" (L,) and
-    "mask" uint8 (H, W)}, and pickles if there are `workers`: processes that read and encode, 0 for this one, which
-    alone writes. It may have `.chunk` (so many consecutive samples share files and go to one worker, in one piece) and
-    `.statistics`, modality -> (mean, std) as published, for the report. `preprocessing`: per modality (the samples'
-    keys), also noted in the store. A mask is kept as it is, as modality "mask" of shape (1, H, W). A sample that cannot
-    be read or does not fit is quarantined with the reason, and the conversion goes on.
+    `dataset` has `.ids` and `[i]` -> {"id", <modality>: physical values ((S,) C, H, W), optionally "labels" (L,) of
+    zeros and ones, and "mask" uint8 (H, W)}, and pickles if there are `workers`: processes that read, encode and write,
+    0 for this one. It may have `.chunk` (so many consecutive samples share files and go to one worker, in one piece)
+    and `.statistics`, modality -> (mean, std) as published, for the report. `preprocessing`: per modality (the samples'
+    keys), or its `mapping()`; noted in the store. `about`: facts of the data set, noted as well: "name" (that of the
+    reader's class, unless given), "title", "classes", "drawn" (whether by a miniature world). A mask is kept as it is,
+    as modality "mask" of shape (1, H, W).
 
-    `shard` (i, n) converts the i-th of n parts, for n jobs side by side; the report is that part's. The whole, asked
-    for where there are parts, goes on with those that are missing. A finished store or part is never changed: to try
-    quarantined samples again, mend their files, remove it and convert again.
+    A sample in whose files something is wrong is quarantined with the reason, and the conversion goes on; `retry` tries
+    those again that are quarantined. If more than the share `allowed` is, the store is not finished. `shard` (i, n)
+    converts the i-th of n parts, for n jobs side by side; the report is that part's. The whole, asked for where there
+    are parts, goes on with those that are missing.
 
-    DataError: all of the first samples fail (wrong root, unit or modality), or `path` holds another store or one in
-    another number of parts. RuntimeError: another process writes it. OSError: not enough free disk space.
+    DataError: all of the first samples fail (wrong root, unit or modality), the reader's items are of another form, too
+    much is quarantined, or `path` holds another store or one in another number of parts. RuntimeError: another process
+    writes it, or workers cannot be started. OSError: a root, a helper process or the room on the disk went away; mend
+    that, and the same call goes on.
     """
-    start, path, chunk = time.perf_counter(), Path(path), getattr(dataset, "chunk", 1)
-    first = _first_good(dataset, preprocessing)
-    sizes = {name: len(array) for name, array in first["arrays"].items()}
-    if len(set(sizes.values())) != 1:
-        raise DataError(f"{first['id']}: modalities differ in seasons: {sizes}")
-    meta = {
-        "dataset": type(dataset).__name__,
-        "preprocessing": {name: setting.to_dict() for name, setting in preprocessing.items()},
-        # Ids and shapes may agree while the pixels do not: another seed, another release, another resampling. Of the
-        # whole data set, also in parts, which then belong together only if they come from the same one.
-        "first_sample": {"id": first["id"], "sha256": digest(first["arrays"].values(), first["labels"]).hex()},
-    }
-    shapes = {name: array.shape[1:] for name, array in first["arrays"].items()}
-    form = {"shapes": shapes, "seasons": min(sizes.values()), "labels": len(first["labels"]), "meta": meta}
-    pages = sum(len(array) * -(-array[0].nbytes // _PAGE) for array in first["arrays"].values())
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # a worker that is being started runs this
+        raise RuntimeError(f"convert was called while a worker process was being started. {_GUARD}.")
+    start, path = time.perf_counter(), Path(path)
+    chosen = {n: x if hasattr(x, "encode") else Modality.from_mapping(x) for n, x in preprocessing.items()}
     positions(0, shard)  # refuses a shard that cannot be
-    folders, converted = parts(path, shard[1]), 0
-    if len(folders) != shard[1] != 1:
-        raise DataError(f"{path}: holds a store in {len(folders)} part(s), not {shard[1]}; choose another path")
-    for place in [shard] if shard[1] > 1 else [(i, len(folders)) for i in range(len(folders))]:
-        began, folder = time.perf_counter(), folders[place[0]]
-        with runs.locked(folder), StoreWriter(folder, **form, ids=dataset.ids, shard=place, chunk=chunk) as writer:
-            span = positions(len(dataset.ids), place, chunk)
-            todo = span[len(writer.done) :]  # samples are written in order
-            if todo:
-                _check_disk(path, _PAGE * pages * len(dataset.ids))
-            results = _encoded(dataset, preprocessing, todo, workers, chunk)
-            bar = {"total": len(span), "initial": len(span) - len(todo), "desc": folder.name, "disable": not progress}
-            for i, result in zip(todo, runs.progress(results, **bar), strict=True):
-                try:
-                    put = writer.quarantine if "reason" in result else writer.put
-                    put(dataset.ids[i], **result)
-                except DataError as error:  # another size than the first sample, a mask that others lack
-                    writer.quarantine(dataset.ids[i], f"DataError: {error}")
-            converted += len(todo)
-            noted = {"converted": len(todo), "seconds": round(time.perf_counter() - began, 3)}
-            writer.close(summary=noted | {"published": getattr(dataset, "statistics", {})})
-    report = Report.of(Store(path if shard[1] == 1 else folder))
+    index = load(path) or {"parts": shard[1], "meta": {}}
+    encoder = Encoder(dataset, chosen, len((about or {}).get("classes") or ()) or None)
+    row, first = encoder.first(index["meta"].get("first_sample", {}).get("id"))
+    sizes = {name: len(array) for name, array in first.images.items()}
+    if len(set(sizes.values())) != 1:
+        raise DataError(f"{dataset.ids[row]}: modalities differ in seasons: {sizes}")
+    meta = {
+        "data": {"name": type(dataset).__name__, "title": type(dataset).__name__, "drawn": False} | (about or {}),
+        "preprocessing": {name: modality.mapping() for name, modality in chosen.items()},
+        "published": {name: np.asarray(v).tolist() for name, v in getattr(dataset, "statistics", {}).items()},
+        # Ids and shapes may agree while the pixels do not: another seed, another release, another resampling. Of the
+        # whole data set, also in parts, which then come from the same one.
+        "first_sample": {"id": dataset.ids[row], "sha256": first.digest().hex()},
+    }
+    shapes = {name: array.shape[1:] for name, array in first.images.items()}
+    form = {
+        "ids": dataset.ids,
+        "shapes": shapes,
+        "seasons": sizes.popitem()[1],
+        "labels": len(first.labels),
+        "meta": meta,
+    }
+    form |= {"chunk": getattr(dataset, "chunk", 1), "retry": retry, "allowed": allowed}
+    converted, parts = 0, index["parts"]
+    for place in [shard] if shard[1] > 1 else [(i, parts) for i in range(parts)]:
+        with StoreWriter(path, shard=place, **form) as writer:
+            todo = [row for row in writer.span if writer.state[row] == TODO]
+            bad = np.count_nonzero(writer.state == arrays.QUARANTINED)
+            name = path.name if place[1] == 1 else f"{path.name} {place[0]}/{place[1]}"
+            bar = {"total": len(writer.span), "initial": len(writer.span) - len(todo), "desc": name}
+            with closing(_results(_Job(encoder, writer), todo, min(workers, len(todo)), form["chunk"])) as results:
+                for row, reason in runs.progress(results, disable=not progress, **bar):
+                    bad, converted = bad + bool(reason), converted + 1
+                    if reason and bad > allowed * len(dataset.ids):
+                        raise DataError(too_many(path, bad, len(dataset.ids), allowed, f"{dataset.ids[row]}: {reason}"))
+            span = writer.span if shard[1] > 1 else range(len(dataset.ids))
+    report = Report._of(meta, arrays.summary(path, writer.index, span))
     return replace(report, converted=converted, seconds=time.perf_counter() - start)
 
 
-def _check_disk(path: Path, whole: int) -> None:
-    """Refuse, with an OSError, to begin what the disk cannot hold: `whole` bytes in all, for all parts."""
-    need = 1.05 * whole - sum(512 * file.stat().st_blocks for file in path.glob("**/data.mdb"))
-    if need > (free := shutil.disk_usage(path).free):
-        raise OSError(f"{path}: the store needs {need / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free on its disk")
+@dataclass
+class _Job:
+    """What every process of a conversion does."""
+
+    encoder: Encoder
+    writer: StoreWriter
+
+    def one(self, row: int) -> str:
+        """Store a sample or note why it is left out; returns the reason."""
+        sample = self.encoder.tried(row)
+        if isinstance(sample, Sample):
+            try:
+                self.encoder.good = row, self.writer.put(row, sample.images, sample.labels, moments=sample.moments)
+                return ""
+            except DataError as error:  # another size than the first sample, a mask that others lack
+                sample = f"DataError: {error}"
+        self.writer.quarantine(row, sample)
+        return sample
 
 
-def _encode(dataset, preprocessing: dict[str, Preprocessing], i: int) -> dict:
-    """Sample i as the arguments of `StoreWriter.put`, or {"reason"} if it is bad."""
-    arrays, moments = {}, {}
+def _results(job: _Job, todo: Sequence[int], workers: int, chunk: int) -> Iterator[tuple[int, str]]:
+    """(row, reason or "") of all that is to be done; workers are given few samples at a time, but whole chunks."""
+    if not workers:
+        yield from ((row, job.one(row)) for row in todo)
+        return
+    chunks = [list(rows) for _, rows in itertools.groupby(todo, lambda row: row // chunk)]
+    size = max(1, min(_GROUP // chunk, len(chunks) // (4 * workers)))
+    groups = [sum(chunks[k : k + size], []) for k in range(0, len(chunks), size)]
+    reader, ready, ahead = type(job.encoder.dataset), False, deque()
+    refused = f"{reader.__module__}.{reader.__qualname__} cannot be sent to a worker process"
+    way = "define it in a module of its own (a file that is imported, not a notebook or a function), or use workers=0"
     try:
-        sample = dataset[i]
-        for name, setting in preprocessing.items():
-            images = sample[name] if sample[name].ndim == 4 else sample[name][None]
-            arrays[name] = setting.encode(images)
-            mean = images.mean(axis=(0, 2, 3), dtype=np.float64)
-            centred = images - mean.astype(np.float32)[:, None, None]
-            square = np.square(centred, out=centred).mean(axis=(0, 2, 3), dtype=np.float64)
-            moments[name] = [mean.tolist(), square.tolist()]
-        if "mask" in sample:
-            arrays["mask"] = mask = sample["mask"][None, None]
-            if mask.dtype != np.uint8 or mask.shape[2:] != images.shape[2:]:
-                raise DataError(f"mask: expected uint8 {images.shape[2:]}, found {mask.dtype} {mask.shape[2:]}")
-    except (DataError, rasterio.errors.RasterioError, OSError) as error:
-        return {"reason": f"{type(error).__name__}: {error}"}
-    return {"arrays": arrays, "labels": sample.get("labels", ()), "record": {"moments": moments}}
+        sent = pickle.dumps(job)
+    except Exception as error:
+        raise RuntimeError(f"{refused} ({error!r}): {way}") from error
+    # New processes run the calling script once more, unless it goes by this name; only its own classes need that.
+    alone = patch.object(sys.modules["__main__"], "__spec__", SimpleNamespace(name="__main__"), create=True)
+    # Fresh processes: forked ones would inherit this one's threads and what its libraries hold.
+    options = {"mp_context": multiprocessing.get_context("spawn"), "initializer": _join, "initargs": (sent,)}
+    with nullcontext() if b"__main__" in sent else alone, ProcessPoolExecutor(workers, **options) as pool:
+        try:
+            if reason := pool.submit(_ready).result():
+                raise RuntimeError(f"{refused} ({reason}): {way}")
+            ready = True
+            for group in groups:
+                ahead.append((group, pool.submit(_work, group)))
+                if len(ahead) >= 2 * workers:
+                    yield from ahead[0][1].result()
+                    ahead.popleft()
+            while ahead:
+                yield from ahead[0][1].result()
+                ahead.popleft()
+        except BrokenProcessPool as error:
+            if not ready:
+                why = f"ended before they could begin; their own message stands above. {_GUARD}. Or use workers=0"
+                raise ChildProcessError(f"{job.writer.path}: the worker processes {why}") from error
+            rows = f"{job.encoder.dataset.ids[ahead[0][0][0]]} or of those after it"
+            why = "It was killed, for want of memory perhaps, or a library crashed; workers=0 shows on what"
+            raise ChildProcessError(f"a worker process died, at work on {rows}. {why}. {STOPPED}") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _encode_chunk(dataset, preprocessing: dict[str, Preprocessing], todo: range, chunk: int, k: int) -> list[dict]:
-    """The samples of the reader's k-th chunk that are to be done."""
-    wanted = range(max(k * chunk, todo.start), min((k + 1) * chunk, todo.stop))
-    return [_encode(dataset, preprocessing, i) for i in wanted]
+_job: _Job | str = ""  # of this worker process, or why there is none
 
 
-def _encoded(dataset, preprocessing: dict, todo: range, workers: int, chunk: int) -> Iterable[dict]:
-    """Encoded samples in order; with workers, two chunks per worker are under way, however large the data set."""
-    chunks = range(todo.start // chunk, -(-todo.stop // chunk)) if todo else range(0)
-    workers = min(workers, len(chunks))
-    loader = DataLoader(
-        chunks,
-        batch_size=None,
-        collate_fn=partial(_encode_chunk, dataset, preprocessing, todo, chunk),
-        num_workers=workers,
-        # Fresh processes: forked ones would inherit the writer's environment and this process's threads.
-        multiprocessing_context="spawn" if workers else None,
-        worker_init_fn=distributed.tie,
-        generator=torch.Generator(),  # leaves the global one alone
-    )
-    return itertools.chain.from_iterable(loader)
+def _join(sent: bytes) -> None:
+    global _job
+    distributed.tie()
+    torch.set_num_threads(1)
+    try:
+        _job = pickle.loads(sent)
+    except Exception as error:
+        _job = repr(error)
 
 
-def _first_good(dataset, preprocessing: dict[str, Preprocessing]) -> dict:
-    """The first sample that can be encoded, with its id."""
-    reasons = []
-    for i, id in enumerate(dataset.ids[:PROBES]):
-        result = _encode(dataset, preprocessing, i)
-        if "reason" not in result:
-            return result | {"id": id}
-        reasons.append(f"{id}: {result['reason']}")
-    raise DataError(f"none of the first {len(reasons)} of {len(dataset.ids)} samples is usable, first {reasons[:1]}")
+def _ready() -> str:
+    return _job if isinstance(_job, str) else ""
+
+
+def _work(rows: Sequence[int]) -> list[tuple[int, str]]:
+    try:
+        return [(row, _job.one(row)) for row in rows]
+    finally:
+        _job.writer.flush()
 
 
 def verify(path: Path | str, *, workers: int = 1, progress: bool = True) -> dict[str, str]:
-    """Read every byte of a store again: id, or folder for what concerns all of it -> what is wrong; empty if nothing.
+    """Read every byte of a store again: id, or path for what concerns all of it -> what is wrong; empty if nothing.
 
-    Other processes read, `workers` of them: a damaged tree of pages can lead LMDB to places that kill the reader.
+    `workers` threads read, not through maps: what the disk cannot read is an error then.
     """
-    damaged, start = {}, partial(ProcessPoolExecutor, workers, get_context("spawn"), initializer=distributed.tie)
-    pool = start()
+    path, way = Path(path), "remove it and convert again"
     try:
-        for folder in (folders := parts(path)):
-            try:
-                n = pool.submit(_count, folder).result()
-                found = pool.map(partial(_damage, folder), range(n), chunksize=16)
-                for some in runs.progress(found, total=n, desc=f"verify {folder.name}", disable=not progress):
-                    damaged |= some
-            except DataError as error:
-                damaged[str(folder)] = str(error)
-            except BrokenProcessPool:
-                damaged[str(folder)] = "reading it kills the process; remove it and convert again"
-                pool = start()
-        if len(folders) > 1 and not damaged:
-            Store(path)  # do the parts belong together?
+        store, index = Store(path), load(path)
+        if arrays.summary(path, index, range(len(index["ids"])))["sha256"] != store.sha256:
+            raise DataError(f"{path}: its ids, its digests or its state are damaged; {way}")
     except DataError as error:
-        damaged[str(path)] = str(error)
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return damaged
+        return {str(path): str(error)}
+    there = arrays.maps(path, index)
+    rows = np.flatnonzero(there["state"][0] == arrays.STORED).tolist()
 
+    def bytes_of(name: str, row: int) -> np.ndarray:
+        k, row = divmod(row, index["rows_per_file"].get(name, len(index["ids"])))
+        size, first = there[name][k].strides[0], there[name][k].offset
+        return np.fromfile(there[name][k].filename, np.uint8, size, offset=first + row * size)
 
-_opened = lru_cache(1)(Store)
+    def damage(row: int) -> str:
+        try:
+            labels = bytes_of("labels", row) if index["labels"] else ()
+            same = digest((bytes_of(name, row) for name in store.shapes), labels) == there["digests"][0][row].tobytes()
+            return "" if same else f"{path}: not the bytes that were written; {way}"
+        except OSError as error:
+            return f"{path}: {error}; {way}"
 
-
-def _count(folder: Path) -> int:
-    """Number of ids of a finished store or part."""
-    store = _opened(folder)
-    if checksum(store.ids, store.digests) != store.meta["summary"].get("sha256"):
-        raise DataError(f"{folder}: its ids or digests are damaged (or from an earlier version, without digests)")
-    return len(store)
-
-
-def _damage(folder: Path, i: int) -> dict[str, str]:
-    """{id: reason} if the i-th sample is not what was written."""
-    store = _opened(folder)
-    try:
-        images = (store.read(i, name, season) for name in store.shapes for season in range(store.seasons))
-        same = digest(images, () if store.labels is None else store.labels[i]) == store.digests[32 * i : 32 * i + 32]
-        return {} if same else {store.ids[i]: f"{folder}: not the bytes that were written; remove it and convert again"}
-    except (ValueError, lmdb.Error) as error:
-        return {store.ids[i]: f"{folder}: {error}"}
+    with ThreadPoolExecutor(workers) as pool:
+        groups = (pool.map(damage, rows[k : k + 256]) for k in range(0, len(rows), 256))
+        found = runs.progress(
+            itertools.chain.from_iterable(groups), total=len(rows), desc="verify", disable=not progress
+        )
+        return {index["ids"][row]: reason for row, reason in zip(rows, found, strict=True) if reason}

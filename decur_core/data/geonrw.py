@@ -12,7 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from decur_core.data.raster import DataError, Reader, read
+from decur_core.data.datasets import DataSet
+from decur_core.data.modality import DEM, RGB
+from decur_core.data.raster import DataError, Reader, read, visible
+from decur_core.data.tasks import Masks
 
 SPLITS = {
     "train": (
@@ -63,7 +66,7 @@ class GeoNRW(Reader):
         self.root, self.parts, self.chunk, self._files, self._last = Path(root), parts, parts**2, {}, ("", {})
         if not self.root.is_dir():
             raise DataError(f"{self.root}: missing; the root of GeoNRW holds a folder per city")
-        cities = sorted(folder.name for folder in self.root.glob("*/")) if split is None else SPLITS[split]
+        cities = sorted(folder.name for folder in visible(self.root, "*/")) if split is None else SPLITS[split]
         absent = [city for city in cities if not self._find(city)]
         if split and absent and missing == "error":
             state = f"no tile of {len(absent)} of {len(cities)} cities of the split {split}: {', '.join(absent)}"
@@ -94,7 +97,7 @@ class GeoNRW(Reader):
     def _find(self, city: str) -> bool:
         """Note the files of the tiles of a city; whether there are any."""
         found = {}
-        for path in sorted((self.root / city).glob("*")):
+        for path in sorted(visible(self.root / city, "*")):
             if match := _NAME.fullmatch(path.name):
                 found.setdefault(f"{city}/{match[1]}", {}).setdefault(match[2], []).append(path.name)
         self._files |= found
@@ -117,3 +120,18 @@ class GeoNRW(Reader):
         if rgb.dtype != np.uint8:
             raise DataError(f"{self.root / tile}_rgb.jp2: expected 8-bit colours, found {rgb.dtype}")
         return {"rgb": rgb, "dem": dem, "mask": mask[0].astype(np.uint8)}
+
+
+DATASETS = (
+    DataSet(
+        name="geonrw",
+        title="GeoNRW",
+        pair="rgb_dem",
+        modalities=(RGB, DEM),
+        read=GeoNRW,
+        pretrain="train",
+        task=Masks(CLASSES[1:]),
+        world="decur_core.worlds.terrain:GEONRW",
+        cite="baier2020geonrw",
+    ),
+)

@@ -1,10 +1,11 @@
 """NYU Depth v2, labelled part: 1,449 indoor images of 480 x 640 pixels with depth and masks (Silberman et al. 2012).
 
-Either as the tree that segmentation methods share, `RGB/<i>.jpg`, `Depth/<i>.npy` (float32, metres, filled in),
-`Label/<i>.png` (palette image, 40 classes), perhaps `HHA/<i>.jpg`, and `train.txt`, `test.txt` with `RGB/<i>.jpg<TAB>
-Label/<i>.png` or `<i>` per line; or as published, `nyu_depth_v2_labeled.mat` (also in metres and filled in) with
-`splits.mat` and `classMapping40.mat` (894 classes to 40). i = 0 to 1448 counts the images of the .mat, whose own lists
-begin at 1; 795 are for training, 654 for testing. `camera_rotations_NYU.txt`, a rotation per image, may be there too.
+Either as the tree that segmentation methods share, `RGB/<i>.jpg`, `Depth/<i>.npy` (float32, metres, filled in) or
+`Depth/<i>.png` (16 bits, millimetres), `Label/<i>.png` (palette image, 40 classes), perhaps `HHA/<i>.jpg`, and
+`train.txt`, `test.txt` with `RGB/<i>.jpg<TAB>Label/<i>.png` or `<i>` per line, images being of any size; or as
+published, `nyu_depth_v2_labeled.mat` (also in metres and filled in) with `splits.mat` and `classMapping40.mat` (894
+classes to 40). i = 0 to 1448 counts the images of the .mat, whose own lists begin at 1; 795 are for training, 654 for
+testing. `camera_rotations_NYU.txt`, a rotation per image, may be there too.
 
 How to get it: the .mat (2.8 GB) from cs.nyu.edu/~silberman/datasets/nyu_depth_v2.html, its companions and the rotations
 from github.com/ankurhanda/nyuv2-meta-data. No licence is stated.
@@ -16,8 +17,11 @@ import h5py
 import numpy as np
 import scipy.io
 
+from decur_core.data.datasets import DataSet
+from decur_core.data.modality import INDOORS
 from decur_core.data.raster import DataError, Reader, reading, repeated, visible
-from decur_core.data.sunrgbd import CLASSES_37, checked, read_image
+from decur_core.data.sunrgbd import CLASSES_37, AsHHA, checked, read_image
+from decur_core.data.tasks import Masks
 
 _NAMES = {"fridge": "refridgerator", "tv": "television"}  # the other 35 of the first 37 are those of SUN RGB-D
 CLASSES_40: tuple[str, ...] = (  # values 1 to 40 of masks
@@ -35,6 +39,18 @@ def intrinsics(height: int, width: int) -> np.ndarray:
     """Those of whole images brought to any size: float64 (3, 3), where the first pixel has its centre at (1, 1)."""
     (fx, fy, cx, cy), sy, sx = CAMERA, height / 480, width / 640
     return np.array([[fx * sx, 0, (cx - 0.5) * sx + 0.5], [0, fy * sy, (cy - 0.5) * sy + 0.5], [0, 0, 1]])
+
+
+def _metres(path: Path) -> np.ndarray:
+    with reading(path, "an array of depth in metres"), open(path, "rb") as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _millimetres(path: Path) -> np.ndarray:
+    """Depth image of 16 bits in millimetres -> float32 metres; the sensor ends at 10 m, so more is another unit."""
+    if (depth := read_image(path, "I;16")).max() > 10_000:
+        raise DataError(f"{path}: depth up to {depth.max()}, expected millimetres, 0 (hole) to 10000; convert its unit")
+    return depth / np.float32(1000)
 
 
 class NYUv2(Reader):
@@ -63,6 +79,7 @@ class NYUv2(Reader):
             raise DataError(f"{self.root}: no tree with RGB and HHA; leave hha=False, and use depth_to_hha")
         if (self.root / "RGB").is_dir():
             here = {path.stem for path in visible(self.root / "RGB", "*.jpg")}
+            self._depth = ".npy" if visible(self.root / "Depth", "*.npy") else ".png"
         else:
             with reading(path := self.root / _MAT, _WANTED), h5py.File(path) as file:
                 here = set(map(str, range(len(file["images"]))))
@@ -85,10 +102,10 @@ class NYUv2(Reader):
     def __getitem__(self, i: int) -> dict:
         item, files = {"id": (name := self.ids[i])}, dict.fromkeys(("rgb", "depth", "mask"), self.root / _MAT)
         if self._to_40 is None:
-            folders = {"rgb": "RGB/{}.jpg", "depth": "Depth/{}.npy", "mask": "Label/{}.png", "hha": "HHA/{}.jpg"}
+            folders = {"rgb": "RGB/{}.jpg", "mask": "Label/{}.png", "hha": "HHA/{}.jpg"}
             files = {k: self.root / path.format(name) for k, path in folders.items() if k != "hha" or self._hha}
-            with reading(files["depth"], "an array of depth in metres"), open(files["depth"], "rb") as file:
-                depth = np.lib.format.read_array(file, allow_pickle=False)
+            files["depth"] = path = self.root / "Depth" / f"{name}{self._depth}"
+            depth = _millimetres(path) if self._depth == ".png" else _metres(path)
             item |= {k: read_image(path, *_MODES[k]) for k, path in files.items() if k in _MODES}
         else:
             with reading(files["rgb"], _WANTED), h5py.File(files["rgb"]) as file:
@@ -129,3 +146,19 @@ class NYUv2(Reader):
         if twice := repeated(lists["train"] + lists["test"]):
             raise DataError(f"{self.root}: train.txt and test.txt name {twice[0]} twice; take both as published")
         return lists[split]
+
+
+DATASETS = (
+    DataSet(
+        name="nyuv2",
+        title="NYU Depth v2",
+        pair="rgb_depth",
+        modalities=INDOORS,
+        read=NYUv2,
+        task=Masks(CLASSES_40),
+        stored=AsHHA,
+        samples=lambda folder, split: NYUv2(folder / "nyu_rgbd_sample", split, missing="skip"),
+        world="decur_core.worlds.rooms:NYUV2",
+        cite="silberman2012nyuv2",
+    ),
+)

@@ -1,7 +1,9 @@
 """GeoTIFF (and JPEG 2000) bands as arrays on one grid, and what all readers share, first errors that name the file."""
 
+import logging
+import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +13,9 @@ import rasterio
 import torch
 import torch.nn.functional as F
 from rasterio.crs import CRS
+from rasterio.io import DatasetReader
+
+from decur_core.running.files import visible as visible  # part of what readers share
 
 # Pixel size of the 13 Sentinel-2 bands B1..B8, B8A, B9..B12 in units of 10 m.
 OPTICAL_STEPS = (6, 1, 1, 1, 2, 2, 2, 1, 2, 6, 6, 2, 2)
@@ -30,14 +35,31 @@ class Reader:
         return len(self.ids)
 
 
+class Part(Reader):
+    """The items of a reader at some positions."""
+
+    def __init__(self, reader: Reader, positions: Sequence[int]):
+        self.reader, self.positions, self.ids = reader, positions, [reader.ids[i] for i in positions]
+
+    def __getitem__(self, i: int) -> dict:
+        return self.reader[self.positions[i]]
+
+
+class Joined(Reader):
+    """Several readers one after the other, as one."""
+
+    def __init__(self, *readers: Reader):
+        self.places = [(reader, i) for reader in readers for i in range(len(reader))]
+        self.ids = [name for reader in readers for name in reader.ids]
+
+    def __getitem__(self, i: int) -> dict:
+        reader, place = self.places[i]
+        return reader[place]
+
+
 def repeated(names: Iterable[str]) -> list[str]:
     """Those that are given more than once."""
     return [name for name, count in Counter(names).items() if count > 1]
-
-
-def visible(folder: Path | str, pattern: str) -> list[Path]:
-    """Files or folders in a folder, in any order, without hidden ones, which are of other programs."""
-    return [path for path in Path(folder).glob(pattern) if not path.name.startswith(".")]
 
 
 @contextmanager
@@ -77,19 +99,37 @@ def read(path: Path | str, *, count: int, kind: str, driver: str = "GTiff") -> n
     `count` bands must be there; `kind` is "f" for a floating-point file, "ui" for integers, "fui" for either: another
     type means another product; `driver`: GDAL's name of the format. In a file of kind "fui" pixels that it marks as
     having no data become NaN, so the result is float32. A DataError names a file that is missing, damaged, truncated or
-    of another form.
+    of another form; damaged is also what the decoder only warns of, as of a JPEG 2000 stream without an end.
     """
-    return _read(path, count=count, kind=kind, driver=driver).values
+    with _gdal() as warned:
+        return _read(path, warned, count=count, kind=kind, driver=driver).values
 
 
-def _read(path: Path | str, *, count: int, kind: str, driver: str = "GTiff") -> _Raster:
+@contextmanager
+def _gdal() -> Iterator[list[str]]:
+    """Where files are read: one environment for many files, and a list of what GDAL warns of in this thread."""
+    said, thread, handler = [], threading.get_ident(), logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage()) if record.thread == thread else None
+    log = logging.getLogger("rasterio")
+    log.addHandler(handler)
     try:
-        with rasterio.open(path, driver=driver) as source:
+        with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):  # there are no side files worth a listing
+            yield said
+    finally:
+        log.removeHandler(handler)
+
+
+def _read(path: Path | str, warned: list[str], *, count: int, kind: str, driver: str = "GTiff") -> _Raster:
+    try:
+        with DatasetReader(path, driver=driver) as source:  # rasterio.open would enter an environment for each file
             if source.count != count:
                 raise DataError(f"{path}: expected {count} band(s), found {source.count}")
             if np.dtype(source.dtypes[0]).kind not in kind:
                 raise DataError(f"{path}: expected {_KINDS[kind]}, found {source.dtypes[0]}")
+            warned.clear()  # of unknown tags and the like; what counts is how the pixels are decoded
             values = source.read(masked=kind == "fui")
+            if warned:  # a decoder goes on with what it can make of a damaged file
+                raise DataError(f"{path}: damaged, says its decoder ({driver}): {warned[0]}")
             if kind == "fui":
                 values = values.astype(np.float32).filled(np.nan)
             return _Raster(values, source.crs, tuple(source.bounds))
@@ -116,14 +156,15 @@ def read_bands(
 
     A DataError as in `read`, for a file of another size than `size` / step, and for one at another place.
     """
-    with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):  # there are no side files worth a listing
-        files = [path and _read(path, count=1, kind=kind) for path, kind in zip(paths, kinds, strict=True)]
+    with _gdal() as warned:
+        files = [path and _read(path, warned, count=1, kind=kind) for path, kind in zip(paths, kinds, strict=True)]
     first = next(row for row, file in enumerate(files) if file and steps[row] == 1)
     size = tuple(size or files[first].values.shape[1:])
-    out = np.zeros((len(paths), *size), dtype=np.float32)
+    out = np.empty((len(paths), *size), dtype=np.float32)
     coarse = {}  # bands of one step are resized in one call
     for row, (path, file, step) in enumerate(zip(paths, files, steps, strict=True)):
         if file is None:
+            out[row] = 0
             continue
         height, width = file.values.shape[1:]
         if (height, width) == size and (step == 1 or pixel):
@@ -159,14 +200,12 @@ def _check_places(files: dict[Path | str, _Raster], first: Path | str, pixel: fl
 def read_pair(
     optical: Sequence[Path | str | None],
     sar: Sequence[Path | str],
-    *,
-    size: tuple[int, int] | None = None,
-    pixel: float | None = None,
+    **options,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read the 13 optical (integers) and the SAR files (floating point) of one place: float32 (13, H, W), (C, H, W).
 
-    `optical` in the order B1..B8, B8A, B9..B12, None for a zero row; `size`, `pixel` and errors as in `read_bands`.
+    `optical` in the order B1..B8, B8A, B9..B12, None for a zero row; `options` and errors as of `read_bands`.
     """
     steps, kinds = (*OPTICAL_STEPS, *[1] * len(sar)), ["ui"] * len(optical) + ["f"] * len(sar)
-    bands = read_bands([*optical, *sar], steps=steps, kinds=kinds, size=size, pixel=pixel)
+    bands = read_bands([*optical, *sar], steps=steps, kinds=kinds, **options)
     return bands[: len(optical)], bands[len(optical) :]

@@ -10,7 +10,7 @@ import numpy as np
 import rasterio
 
 from decur_core.data.bigearthnet import BigEarthNetMM
-from decur_core.data.modality import OPTICAL, SAR, Preprocessing
+from decur_core.data.modality import OPTICAL, SAR, Modality
 from decur_core.data.raster import DataError, Reader, read, visible
 
 FOLDERS = {"sen1floods11": "sen1floods11_sample", "sen12mscr": "sen12mscr_pair", "bigearthnet": "bigearthnet_real"}
@@ -63,7 +63,7 @@ class RealPairs(Reader):
         return tiles
 
 
-def _read(path: Path, setting: Preprocessing, kind: str) -> np.ndarray:
+def _read(path: Path, setting: Modality, kind: str) -> np.ndarray:
     """All bands of a modality from one file, float32; band names in the file, if any, must be those of the modality."""
     image = read(path, count=len(setting.bands), kind=kind).astype(np.float32)
     with rasterio.open(path) as source:

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from decur_core.data.datasets import DataSet
 from decur_core.data.modality import OPTICAL, SAR
 from decur_core.data.raster import DataError, Reader, read_pair, repeated, visible
+from decur_core.data.samples import RealPairs
 
 # Scene names: S1A_IW_GRDH_1SDV_20200329T001515_... and 20200323T162931_20200323T163750_T15QXA
 _SCENE_DATES = {"s1": re.compile(r"^.{16}_(\d{8}T\d{6})_"), "s2c": re.compile(r"^(\d{8}T\d{6})_")}
@@ -66,19 +68,16 @@ class SSL4EOS12(Reader):
     def __getitem__(self, i: int) -> dict:
         sar_dates, sar_scenes = self._scenes("s1", self.ids[i])
         optical_dates, optical_scenes = self._scenes("s2c", self.ids[i])
-        optical, sar, size = [], [], None
-        for optical_scene, sar_scene in zip(optical_scenes, sar_scenes, strict=True):
+        optical = sar = np.empty(0)
+        for k, (optical_scene, sar_scene) in enumerate(zip(optical_scenes, sar_scenes, strict=True)):
             paths = [f"{optical_scene}/{band}.tif" for band in OPTICAL.bands]
+            size = optical.shape[2:] or None
             images = read_pair(paths, [f"{sar_scene}/{band}.tif" for band in SAR.bands], size=size)
-            size = images[0].shape[1:]
-            optical.append(images[0])
-            sar.append(images[1])
-        return {
-            "id": self.ids[i],
-            "sar": np.stack(sar),
-            "optical": np.stack(optical),
-            "dates": {"sar": sar_dates, "optical": optical_dates},
-        }
+            if not k:  # of this size are all of them
+                optical, sar = (np.empty((self.seasons, *image.shape), np.float32) for image in images)
+            optical[k], sar[k] = images
+        dates = {"sar": sar_dates, "optical": optical_dates}
+        return {"id": self.ids[i], "sar": sar, "optical": optical, "dates": dates}
 
     def _scenes(self, folder: str, location: str) -> tuple[list[str], list[str]]:
         """Dates and directories of a location's scenes, in order of the date."""
@@ -93,3 +92,23 @@ class SSL4EOS12(Reader):
             raise DataError(f"{place}: {len(scenes)} season directories, expected {self.seasons}")
         dates, paths = zip(*sorted(scenes), strict=True)
         return list(dates), list(paths)
+
+
+def _read(root: Path, split: str | None = None, *, missing: str = "error") -> SSL4EOS12:
+    return SSL4EOS12(root)
+
+
+DATASETS = (
+    DataSet(
+        name="ssl4eo",
+        title="SSL4EO-S12",
+        pair="sar_optical",
+        modalities=(SAR, OPTICAL),
+        read=_read,
+        splits=("all",),
+        pretrain="all",
+        samples=lambda folder, split: RealPairs(folder),
+        world="decur_core.worlds.files:SSL4EO",
+        cite="wang2023ssl4eo",
+    ),
+)

@@ -1,174 +1,141 @@
-"""Encoded images in LMDB files: raw bytes per image and season, JSON for everything else, nothing pickled.
+"""Encoded images as plain arrays on disk (`arrays`): read as slices of maps, written row by row by many processes.
 
-A store is a folder with one file, or with parts (`part-0003-of-0016`) that are such folders and hold consecutive ids.
-Keys, joined by zero bytes: `image <id> <modality> <season>` -> uint8 (C, H, W); `done <id>` -> JSON record of a stored
-id or {"reason": …} of a quarantined one, in the same transaction as its images; `spec` -> JSON of what is to be stored;
-`index` -> JSON of what is, `labels` -> uint8 (n, L) and `digests` -> 32 bytes per id, all three written last.
+Rows are written in place, never through a map: a full disk is an error then, not the end of the process. They are
+marked as done when they have reached the disk, so a kill costs only what is not marked.
 """
 
-import hashlib
-import itertools
+import contextlib
+import functools
 import json
+import math
 import os
 import re
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import lmdb
 import numpy as np
 
+from decur_core.data import arrays
+from decur_core.data.arrays import QUARANTINED, STORED, TODO, digest, disk, load, maps, positions
 from decur_core.data.raster import DataError, repeated
+from decur_core.running import folders as runs
 
-_BATCH = 64 * 2**20  # bytes per transaction: each one waits for the disk
-_MAP = 2**30  # bytes of addresses to begin with
-_LONGEST = 511  # bytes of a key of LMDB
+_LARGEST = 2**37  # bytes of a file
+_BATCH, _PAUSE = 2**26, 10.0  # bytes or seconds after which rows are flushed and marked: a flush waits for the disk
 _ID = re.compile(r"[^\0\n\ud800-\udfff]*")  # those separate ids, or are not Unicode
-_PART = re.compile(r"part-\d{4,}-of-(\d{4,})")
-_MAPS: dict[tuple[int, int], lmdb.Environment] = {}  # finished stores mapped by this process, by device and inode
 
 
-def positions(count: int, shard: tuple[int, int], chunk: int = 1) -> range:
-    """Which of `count` ids belong to shard (i, n): about 1/n of them, consecutive, whole chunks of the reader."""
-    i, n = shard
-    if not 0 <= i < n:
-        raise DataError(f"shard {i}/{n}: expected I/N with I from 0 to N - 1")
-    chunks = -(-count // chunk)
-    return range(count)[i * chunks // n * chunk : (i + 1) * chunks // n * chunk]
+class Store:
+    """A finished store, read-only: `len`, `.ids`, `.shapes`, `.seasons`, `.labels` (uint8 (n, L) or None) and `.meta`.
 
-
-def parts(path: Path | str, count: int = 1) -> list[Path]:
-    """Folders of a store in the order of their ids, there or missing; `count` of them if nothing is there yet."""
-    there = {int(part[1]) for folder in Path(path).glob("part-*") if (part := _PART.fullmatch(folder.name))}
-    there |= {1} if Path(path, "data.mdb").exists() else set()
-    if len(there) > 1:
-        mixed = " and one in ".join(map(str, sorted(there)))
-        raise DataError(f"{path}: holds a store in {mixed} part(s); remove the one that is not wanted")
-    (count,) = there or {count}
-    return [Path(path, f"part-{i:04d}-of-{count:04d}") for i in range(count)] if count > 1 else [Path(path)]
-
-
-def digest(images: Iterable[np.ndarray], labels: Sequence[int]) -> bytes:
-    """SHA-256 of a sample: the bytes of its images, modality by modality and season by season, then its labels."""
-    found = hashlib.sha256()
-    for image in images:
-        found.update(np.ascontiguousarray(image))
-    found.update(bytes(map(int, labels)))
-    return found.digest()
-
-
-def checksum(ids: Sequence[str], digests: bytes) -> str:
-    """SHA-256 of a store's content, however it was written: of its ids, one a line, then of their digests, in order."""
-    return hashlib.sha256("\n".join(ids).encode() + b"\n" + digests).hexdigest()
-
-
-def _pooled(samples: Iterable[tuple[int, dict]]) -> dict[str, dict[str, list[float]]]:
-    """{"mean", "std"}, each modality -> per band, from (weight, {modality: (means, variances)}), one at a time."""
-    total, sums = 0, {}
-    for weight, moments in samples:
-        total += weight
-        for name, values in moments.items():
-            mean, variance = np.array(values)
-            origin, first, second = sums.get(name, (mean, 0, 0))  # near the mean, so that squares lose nothing
-            offset = mean - origin
-            sums[name] = origin, first + weight * offset, second + weight * (variance + offset**2)
-    mean = {name: (origin + first / total).tolist() for name, (origin, first, _) in sums.items()}
-    variance = {name: second / total - (first / total) ** 2 for name, (_, first, second) in sums.items()}
-    return {"mean": mean, "std": {name: np.sqrt(v.clip(0)).tolist() for name, v in variance.items()}}
-
-
-def _key(*parts: object) -> bytes:
-    return "\0".join(map(str, parts)).encode()
-
-
-def _check_ids(ids: Sequence[str], modalities: Iterable[str]) -> None:
-    """Refuse, with a DataError, ids that cannot be keys, or that are given twice."""
-    longest = _LONGEST - max(len(_key("image", "", name, 999)) for name in modalities)
-    for id in ids:
-        if not (isinstance(id, str) and _ID.fullmatch(id) and len(id.encode()) <= longest):
-            raise DataError(f"id {id!r}: expected text of one line, at most {longest} bytes of UTF-8")
-    if twice := repeated(ids):
-        raise DataError(f"{len(twice)} of {len(ids)} ids are given more than once, first {twice[0]!r}")
-
-
-def _flat(value: object, name: str = "") -> dict[str, object]:
-    """Nested dictionaries as one, with dotted names."""
-    if not isinstance(value, dict):
-        return {name: value}
-    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{name}.{key}".lstrip(".")).items()}
-
-
-def _unlike(there: dict, here: dict) -> str:
-    """What differs between two specs, in words; empty if nothing does."""
-    there, here = _flat(there), _flat(here)
-    return "; ".join(
-        f"{k}: {there.get(k)} there, {here.get(k)} here" for k in there | here if there.get(k) != here.get(k)
-    )
-
-
-def _map(path: Path) -> lmdb.Environment | None:
-    """The read-only mapping of a finished store, one per process and file; None if it is not there or not finished.
-
-    It is never closed, so views into it stay valid, and takes no locks: a finished store has no writer, and a forked
-    worker may go on using its parent's mapping.
+    Rows in quarantine are left out. `.meta` is the writer's, with `quarantined` {id: reason} and `summary` (`mean` and
+    `std` per modality and band, `sha256`). A store pickles as its path and works in threads, forks and fresh processes.
+    A DataError says that it is missing, unfinished or truncated.
     """
-    try:
-        stat = os.stat(path / "data.mdb")
-        if not stat.st_size:  # killed before the first write
-            return None
-        key = (stat.st_dev, stat.st_ino)
-        env, finished = _MAPS.get(key) or lmdb.open(str(path), readonly=True, lock=False, readahead=False), False
-        try:
-            used = env.stat()["psize"] * (env.info()["last_pgno"] + 1)
-            if (size := os.path.getsize(path / "data.mdb")) < used:  # asked for now: a writer may have made it grow
-                # Reading behind the end of a file would kill the process.
-                raise DataError(f"{path}: data.mdb is truncated, {size} of {used} bytes; remove it, convert again")
-            with env.begin() as transaction:
-                finished = transaction.get(b"index") is not None
-        finally:
-            if not finished and key not in _MAPS:  # an open one could not be opened again, in this process
-                env.close()
-    except FileNotFoundError:
-        return None
-    except (OSError, lmdb.Error) as error:
-        raise DataError(f"{path}: no store that can be read; remove it and convert again ({error})") from error
-    return _MAPS.setdefault(key, env) if finished else None
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        index = load(self.path)
+        if not index or not index["finished"]:
+            left = _left(self.path, index) if index else ""
+            raise DataError(f"{self.path}: no finished store{left}; the same conversion goes on where it stopped")
+        there = maps(self.path, index)
+        self.seasons, self.shapes = index["seasons"], {name: tuple(shape) for name, shape in index["shapes"].items()}
+        # The class of numpy's maps takes time at every access.
+        plain = {name: [array.view(np.ndarray) for array in there[name]] for name in self.shapes}
+        self._images = {name: (index["rows_per_file"][name], plain[name]) for name in self.shapes}
+        self._rows = [row for row, id in enumerate(index["ids"]) if id not in index["quarantined"]]
+        self.ids = [index["ids"][row] for row in self._rows]
+        self.labels = there["labels"][0].view(np.ndarray)[self._rows] if index["labels"] else None
+        self.meta = index["meta"] | {key: index[key] for key in ("quarantined", "summary")}
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __reduce__(self) -> tuple:
+        return Store, (self.path,)
+
+    @property
+    def sha256(self) -> str:
+        """Of the content, whatever the number of workers, parts and interruptions that made it."""
+        return self.meta["summary"]["sha256"]
+
+    def check(self, preprocessing: dict[str, dict], *, classes: int | None = None) -> None:
+        """Refuse, with a DataError, a store made with another preprocessing than this (`mapping()` by modality).
+
+        `classes`: how many of them its labels have to tell apart.
+        """
+        for name, needed in preprocessing.items():
+            if (found := self.meta["preprocessing"].get(name)) != needed:
+                other = f"was converted with another preprocessing, {found}; needed is {needed}"
+                raise DataError(f"{self.path}: {name} {other}. Convert the data again.")
+        if classes is not None and classes != (found := 0 if self.labels is None else self.labels.shape[1]):
+            raise DataError(f"{self.path}: labels of {found} classes, expected {classes}; are they of this data set?")
+
+    def read(self, i: int, modality: str, season: int) -> np.ndarray:
+        """Image of the i-th id: uint8 (C, H, W), a read-only view of the file, valid as long as it is held."""
+        if modality not in self._images or not 0 <= season < self.seasons:
+            raise DataError(f"{self.path}: no image {self.ids[i]}, {modality}, season {season} (of {self.seasons})")
+        each, files = self._images[modality]
+        k, row = divmod(self._rows[i], each)
+        return files[k][row, season]
+
+
+def _left(path: Path, index: dict) -> str:
+    """What is to be done of an unfinished store, in words."""
+    with contextlib.suppress(DataError):  # killed while its files were made
+        todo, n = maps(path, index)["state"][0] == TODO, index["parts"]
+        spans = (positions(len(todo), (i, n), index["chunk"]) for i in range(n))
+        missing = ", ".join(f"{i}/{n}" for i, span in enumerate(spans) if todo[span.start : span.stop].any())
+        return f" ({todo.sum()} of {len(todo)} samples to do" + (f", in parts {missing})" if n > 1 else ")")
+    return ""
 
 
 class StoreWriter:
-    """Writes a store or a part of one, or goes on with an unfinished one, as a context manager, one process at a time.
+    """Writes a store or a part of one, or goes on with an unfinished one, as a context manager.
 
     `ids`: every id of the data set, in its order; `shapes`: (C, H, W) per modality; `seasons`: images per id and
-    modality; `labels`: length of the label vector, 0 without; `meta`: JSON-able facts (data set, preprocessing);
-    `shard`, `chunk`: which part, see `positions`. `.ids` are those of the part.
-    The process may be killed at any moment: ids in `.done` (stored or quarantined) are complete, the rest is to be put.
-    `.finished` says that nothing is left to do. A DataError names what differs if `path` holds another store.
+    modality; `labels`: length of the label vector, 0 without; `meta`: JSON-able facts (`data`, `preprocessing`);
+    `shard`, `chunk`: which part, see `positions`; `retry`: do again what is in quarantine; `allowed`: share of the ids
+    in quarantine up to which the store is finished.
+
+    The process may be killed at any moment: what `.state`, uint8 per row of the whole, says to be done is complete.
+    `.span` are the rows of the part, `.finished` says that nothing is left to do. Pickled, it writes rows in another
+    process as well, which has to `flush`.
+
+    DataError: `path` holds another store (what differs), or one in another number of parts; too much is quarantined.
+    RuntimeError: another process writes this part. OSError: there is not enough room, or the disk fails.
     """
 
-    def __init__(self, path: Path | str, *, ids: Sequence[str], shapes, seasons, labels=0, meta, shard=(0, 1), chunk=1):
-        self.path, self._pending, self._bytes = Path(path), [], 0
-        _check_ids(ids, shapes)
-        self.ids = [ids[i] for i in positions(len(ids), shard, chunk)]
-        sha256 = hashlib.sha256("\n".join(ids).encode()).hexdigest()
-        spec = {"format": 2, "shapes": shapes, "seasons": seasons, "labels": labels, "shard": shard, "chunk": chunk}
-        self._spec = json.loads(json.dumps(spec | {"meta": meta, "ids": {"count": len(ids), "sha256": sha256}}))
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._env = _map(self.path)
-        self.finished = self._env is not None
-        if not self.finished:
-            # The file grows with its content; the map is only a range of addresses, doubled when it is full. Without
-            # metasync a power cut can lose the latest transaction, but never the store.
-            with self._writing():
-                self._env = lmdb.open(str(self.path), map_size=_MAP, metasync=False, readahead=False)
-        with self._env.begin() as transaction:
-            there = transaction.get(b"spec")
-            self.done = {i for i in self.ids if transaction.get(_key("done", i)) is not None} if there else set()
-        if there is None:
-            self._commit((b"spec", json.dumps(self._spec).encode()))
-        elif unlike := _unlike(json.loads(there), self._spec):
-            self.close(finish=False)
-            raise DataError(f"{self.path}: holds another store, choose another path ({unlike})")
+    def __init__(
+        self, path: Path | str, *, ids: Sequence[str], shapes: dict, seasons: int, labels=0, meta: dict, shard=(0, 1),
+        chunk=1, retry=False, allowed=1.0,
+    ):  # fmt: skip
+        _check_names(ids, shapes)
+        self.span, self.allowed = positions(len(ids), shard, chunk), allowed
+        wanted = {"format": arrays.FORMAT, "finished": False, "parts": shard[1], "chunk": chunk}
+        wanted |= {"shapes": shapes, "seasons": seasons, "labels": labels, "meta": meta, "rows_per_file": {}}
+        wanted = json.loads(json.dumps(wanted)) | {"ids": list(ids)}
+        for name, shape in shapes.items():
+            files = -(-len(ids) * seasons * math.prod(shape) // _LARGEST)
+            wanted["rows_per_file"][name] = -(-len(ids) // files)
+        part = "" if shard[1] == 1 else f"-{shard[0]:04d}-of-{shard[1]:04d}"
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(runs.locked(Path(path), name=f".lock{part}"))
+            with runs.locked(Path(path), name=".lock-index", wait=True), disk(path):
+                _begin(Path(path), wanted, retry=retry)
+                self._open(Path(path))
+                for row in self.span if retry else ():
+                    if self.state[row] == QUARANTINED:
+                        self._write("state", row, bytes([TODO]))
+                        self.state[row] = TODO
+            self._held = stack.pop_all()
+
+    def _open(self, path: Path) -> None:
+        self.path, self.index, self._files, self._held = path, load(path), {}, contextlib.ExitStack()
+        self._maps, self._pending, self._bytes, self._since = maps(path, self.index), {}, 0, time.monotonic()
+        self.state, self.finished = np.array(self._maps["state"][0]), self.index["finished"]
 
     def __enter__(self) -> "StoreWriter":
         return self
@@ -176,163 +143,151 @@ class StoreWriter:
     def __exit__(self, *error: object) -> None:
         self.close(finish=error[0] is None)
 
-    def put(self, id: str, arrays: dict[str, np.ndarray], labels: Sequence | None = None, *, record=None) -> None:
-        """Store uint8 (seasons, C, H, W) per modality, labels (L,) and a JSON-able dict `record` of an id.
-
-        `record["moments"]`, {modality: (means, variances)} with a value per band, is pooled over the store.
-        """
-        found = {name: [str(array.dtype), *array.shape] for name, array in arrays.items()}
-        wanted = {name: ["uint8", self._spec["seasons"], *shape] for name, shape in self._spec["shapes"].items()}
-        labels = [] if labels is None else [int(label) for label in labels]
-        if found != wanted or len(labels) != self._spec["labels"]:
-            raise DataError(f"{id}: {found}, {len(labels)} labels; expected {wanted}, {self._spec['labels']} labels")
-        images = {_key("image", id, name, s): arrays[name][s] for name in wanted for s in range(self._spec["seasons"])}
-        sha256 = digest((arrays[name] for name in wanted), labels).hex()
-        self._finish(id, (record or {}) | {"labels": labels, "sha256": sha256}, images)
-
-    def quarantine(self, id: str, reason: str) -> None:
-        """Note why an id is left out."""
-        self._finish(id, {"reason": reason})
-
-    def close(self, *, finish: bool = True, summary: dict | None = None) -> None:
-        """Write what is left; with every id done, unless `finish` is off, finish the store and note `summary` in it."""
-        if self._env is None or self.finished:
-            return
-        self._commit()
-        if finish and len(self.done) == len(self.ids):
-            self._index(summary or {})
-        with self._writing():
-            self._env.sync(True)
-        self._env.close()
-        self._env = None
-
-    def _index(self, summary: dict) -> None:
-        """Write what is only known at the end. Records are read one by one: together they are large."""
-        ids, quarantined, labels, digests = [], {}, bytearray(), bytearray()
-
-        def moments(transaction: lmdb.Transaction) -> Iterator[tuple[int, dict]]:
-            for id in self.ids:
-                record = json.loads(transaction.get(_key("done", id)))
-                if "reason" in record:
-                    quarantined[id] = record["reason"]
-                else:
-                    ids.append(id)
-                    labels.extend(record["labels"])
-                    digests.extend(bytes.fromhex(record["sha256"]))
-                    yield 1, record.get("moments", {})
-
-        with self._env.begin() as transaction:
-            summary = _pooled(moments(transaction)) | {"sha256": checksum(ids, digests)} | summary
-        index = json.dumps({"ids": ids, "quarantined": quarantined, "summary": summary}).encode()
-        self._commit((b"labels", labels), (b"digests", digests), (b"index", index))
-
-    def _add(self, *items: tuple[bytes, np.ndarray | bytes]) -> None:
-        self._pending += items
-        self._bytes += sum(memoryview(value).nbytes for _, value in items)
-
-    def _finish(self, id: str, record: dict, images: dict[bytes, np.ndarray] | None = None) -> None:
-        if self.finished or id in self.done:
-            raise DataError(f"{self.path}: {id} is already in the store")
-        self.done.add(id)
-        pixels = ((key, np.ascontiguousarray(image)) for key, image in (images or {}).items())
-        self._add(*pixels, (_key("done", id), json.dumps(record).encode()))
-        if self._bytes >= _BATCH:
-            self._commit()
-
-    def _commit(self, *items: tuple[bytes, bytes]) -> None:
-        """Write what is pending and these items in one transaction."""
-        self._add(*items)
-        while self._pending:
-            with self._writing():
-                try:
-                    with self._env.begin(write=True) as transaction:
-                        for key, value in self._pending:
-                            transaction.put(key, value)
-                    self._pending, self._bytes = [], 0
-                except lmdb.MapFullError:
-                    self._env.set_mapsize(2 * self._env.info()["map_size"])
-
-    @contextmanager
-    def _writing(self):
-        """What LMDB cannot write becomes an OSError; the environment is closed, so that this process may try again."""
-        try:
-            yield
-        except lmdb.Error as error:
-            if self._env is not None:
-                self._env.close()
-                self._env = None
-            way = "is its disk full? Mend that and run the same again: it goes on where it stopped"
-            raise OSError(f"{self.path}: cannot be written ({error}); {way}") from error
-
-
-class Store:
-    """A finished store, read-only: `len`, `.ids`, `.shapes`, `.seasons`, `.labels` (uint8 (n, L) or None) and `.meta`.
-
-    `.meta` is the writer's, with `quarantined` {id: reason} and the `summary`: `mean`, `std`, `sha256` and what the
-    writer noted (numbers are added up over parts). A store pickles as its path and works in forked and spawned workers.
-    A DataError says that it, or which part of it, is missing, unfinished, truncated or of another conversion.
-    """
-
-    def __init__(self, path: Path | str):
-        self.path, folders = Path(path), parts(path)
-        self._envs = [_map(folder) for folder in folders]
-        if missing := [f.name for f, env in zip(folders, self._envs, strict=True) if env is None]:
-            which = f" (missing or unfinished: {', '.join(missing)})" if len(folders) > 1 else ""
-            raise DataError(f"{self.path}: no finished store{which}; the same conversion goes on where it stopped")
-        specs, indices, labels, digests = [], [], [], []
-        for folder, env in zip(folders, self._envs, strict=True):
-            try:
-                with env.begin() as transaction:
-                    specs.append(json.loads(transaction.get(b"spec")))
-                    indices.append(json.loads(transaction.get(b"index")))
-                    labels.append(transaction.get(b"labels"))
-                    digests.append(transaction.get(b"digests", b""))
-            except (lmdb.Error, ValueError, TypeError) as error:
-                raise DataError(f"{folder}: damaged; remove it and convert again ({error})") from error
-        spec, summary = specs[0], indices[0]["summary"]
-        self.ids = [i for index in indices for i in index["ids"]]
-        self.digests = b"".join(digests)
-        if len(folders) > 1:
-            for i, (folder, other) in enumerate(zip(folders, specs, strict=True)):
-                if unlike := _unlike(spec | {"shard": [i, len(folders)]}, other):
-                    what = f"is of another conversion than {folders[0].name}; remove the wrong one, convert again"
-                    raise DataError(f"{folder}: {what} ({unlike})")
-            every = [index["summary"] for index in indices]
-            summary = {k: sum(s[k] for s in every) if isinstance(v, int | float) else v for k, v in summary.items()}
-            squares = ({k: (m, np.square(s["std"][k])) for k, m in s["mean"].items()} for s in every)
-            summary |= _pooled(zip((len(index["ids"]) for index in indices), squares, strict=True))
-            summary["sha256"] = checksum(self.ids, self.digests)
-        self._starts = [0, *itertools.accumulate(len(index["ids"]) for index in indices[:-1])]
-        self.seasons, self.shapes = spec["seasons"], {name: tuple(shape) for name, shape in spec["shapes"].items()}
-        quarantined = {i: reason for index in indices for i, reason in index["quarantined"].items()}
-        self.meta = spec["meta"] | {"quarantined": quarantined, "summary": summary}
-        rows = np.frombuffer(b"".join(labels), np.uint8)
-        self.labels = rows.reshape(len(self.ids), spec["labels"]) if spec["labels"] else None
-
-    def __len__(self) -> int:
-        return len(self.ids)
+    def __reduce__(self) -> tuple:
+        return _joined, (self.path,)
 
     @property
-    def sha256(self) -> str:
-        """Of the content, whatever the number of workers, parts and interruptions that made it."""
-        if not (found := self.meta["summary"].get("sha256")):
-            raise DataError(f"{self.path}: from an earlier version, without a digest of its content; convert it again")
-        return found
+    def ids(self) -> list[str]:
+        """Of the part."""
+        return self.index["ids"][self.span.start : self.span.stop]
 
-    def check(self, preprocessing: dict[str, dict]) -> None:
-        """Refuse, with a DataError, a store that was not made with this preprocessing (`to_dict()` by modality)."""
-        for name, needed in preprocessing.items():
-            if (found := self.meta["preprocessing"].get(name)) != needed:
-                other = f"was converted with another preprocessing, {found}; needed is {needed}"
-                raise DataError(f"{self.path}: {name} {other}. Convert the data again.")
+    @property
+    def done(self) -> set[str]:
+        """Ids of the part that are stored or quarantined."""
+        return {self.index["ids"][row] for row in self.span if self.state[row] != TODO}
 
-    def __reduce__(self) -> tuple:
-        return Store, (self.path,)
+    def put(
+        self, id: str | int, images: dict[str, np.ndarray], labels: Sequence | None = None, *, moments=None
+    ) -> bytes:
+        """Store uint8 (seasons, C, H, W) per modality and labels (L,) of an id, or of the one at a position.
 
-    def read(self, i: int, modality: str, season: int) -> np.ndarray:
-        """Image of the i-th id: uint8 (C, H, W), a read-only view of the file, valid as long as the process."""
-        with self._envs[bisect_right(self._starts, i) - 1].begin(buffers=True) as transaction:
-            value = transaction.get(_key("image", self.ids[i], modality, season))
-        if value is None:
-            raise DataError(f"{self.path}: no image {self.ids[i]}, {modality}, season {season} (of {self.seasons})")
-        return np.frombuffer(value, dtype=np.uint8).reshape(self.shapes[modality])
+        `moments`, {modality: (mean, variance)} with a value per band, go into the statistics. Returns the digest.
+        """
+        row, index = self._row(id), self.index
+        found = {name: [str(array.dtype), *array.shape] for name, array in images.items()}
+        wanted = {name: ["uint8", index["seasons"], *shape] for name, shape in index["shapes"].items()}
+        labels = b"" if labels is None else bytes(int(label) for label in labels)
+        if found != wanted or len(labels) != index["labels"]:
+            state = f"{found}, {len(labels)} labels; expected {wanted}, {index['labels']} labels"
+            raise DataError(f"{index['ids'][row]}: {state}")
+        values = {name: np.ascontiguousarray(images[name]) for name in wanted}
+        values |= {"labels": labels, "digests": digest(values.values(), labels)}
+        if moments and "moments" in self._maps:
+            values["moments"] = np.concatenate([np.asarray(moments[name]) for name in arrays.measured(index)], axis=1)
+        for name in values.keys() & self._maps:
+            self._write(name, row, values[name])
+        self._mark(row, STORED)
+        return values["digests"]
+
+    def quarantine(self, id: str | int, reason: str) -> None:
+        """Note why an id is left out."""
+        row = self._row(id)
+        self._write("reasons", row, reason.encode()[: arrays.REASON].ljust(arrays.REASON, b"\0"))
+        self._mark(row, QUARANTINED)
+
+    def _row(self, id: str | int) -> int:
+        row = id if isinstance(id, int) else self._known[id]
+        if self.state[row] != TODO:
+            raise DataError(f"{self.path}: {self.index['ids'][row]} is already in the store")
+        return row
+
+    @functools.cached_property
+    def _known(self) -> dict[str, int]:
+        return {id: row for row, id in enumerate(self.index["ids"])}
+
+    def _write(self, name: str, row: int, value: np.ndarray | bytes) -> None:
+        k, row = divmod(row, self.index["rows_per_file"].get(name, len(self.state)))
+        there = self._maps[name][k]
+        data, offset = memoryview(value).cast("B"), there.offset + row * there.strides[0]
+        with disk(self.path):
+            if there.filename not in self._files:
+                # For writing alone: a network's file system must not write back what it once read of others' rows.
+                self._files[there.filename] = os.open(there.filename, os.O_WRONLY)
+            while data:
+                written = os.pwrite(self._files[there.filename], data, offset)
+                data, offset, self._bytes = data[written:], offset + written, self._bytes + written
+
+    def _mark(self, row: int, state: int) -> None:
+        self._pending[row] = self.state[row] = state
+        if self._bytes >= _BATCH or time.monotonic() - self._since > _PAUSE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Wait until what was written is on the disk, then mark its rows as done."""
+        flush = getattr(os, "fdatasync", os.fsync)
+        with disk(self.path):
+            for file in self._files.values() if self._pending else ():
+                flush(file)
+        for row, state in self._pending.items():
+            self._write("state", row, bytes([state]))
+        self._pending, self._bytes, self._since = {}, 0, time.monotonic()
+
+    def close(self, *, finish: bool = True) -> None:
+        """Write what is left and, with every row of the store done, finish it, unless `finish` is off."""
+        try:
+            self.flush()
+            with disk(self.path):
+                for file in self._files.values():
+                    os.fsync(file)
+            if finish and not self.finished:
+                with runs.locked(self.path, name=".lock-index", wait=True), disk(self.path):
+                    self._finish()
+        finally:
+            for file in self._files.values():
+                os.close(file)
+            self._files = {}
+            self._held.close()
+
+    def _finish(self) -> None:
+        """Note what is only known at the end, if it has come: other parts may have something to do."""
+        state = maps(self.path, self.index)["state"][0]
+        if (state == TODO).any():
+            return
+        found = arrays.summary(self.path, self.index, range(len(state)))
+        bad = found.pop("quarantined")
+        if len(bad) > self.allowed * len(state):
+            raise DataError(too_many(self.path, len(bad), len(state), self.allowed, ": ".join([*bad.items()][-1])))
+        arrays.save(self.path, self.index | {"finished": True, "quarantined": bad, "summary": found})
+
+
+def _joined(path: Path) -> StoreWriter:
+    """A writer of rows in another process."""
+    writer = object.__new__(StoreWriter)
+    writer._open(path)
+    return writer
+
+
+def _begin(path: Path, wanted: dict, *, retry: bool) -> None:
+    """Note what is to be stored and make the files, `state` last: where it is missing, they are not all there."""
+    index = load(path)
+    if index is None:
+        if foreign := [file for each in arrays.files(wanted).values() for file, *_ in each if (path / file).exists()]:
+            raise DataError(f"{path}: holds {foreign[0]} but no index.json, so no store; choose another path")
+        arrays.save(path, wanted)
+    elif unlike := arrays.unlike(index, wanted):
+        raise DataError(f"{path}: holds another store, choose another path ({unlike})")
+    elif index["parts"] != wanted["parts"]:
+        what = f"holds a store in {index['parts']} part(s), not {wanted['parts']}"
+        raise DataError(f"{path}: {what}; choose another path")
+    elif retry and index["finished"] and index["quarantined"]:
+        arrays.save(path, index | {"finished": False})
+    if not (path / "state.npy").exists():
+        arrays.make(path, index or wanted)
+
+
+def too_many(path: Path, bad: int, count: int, allowed: float, last: str) -> str:
+    """Why a store is not finished of which more is in quarantine than was asked for."""
+    how = "mend their files and convert with retry=True, or convert with a larger share allowed=…"
+    return f"{path}: {bad} of {count} samples are quarantined, more than {allowed:.0%}, last {last}; {how}"
+
+
+def _check_names(ids: Sequence[str], modalities: Iterable[str]) -> None:
+    """Refuse, with a DataError, ids that cannot be noted or are given twice, and modalities that cannot name files."""
+    for id in ids:
+        if not (isinstance(id, str) and _ID.fullmatch(id)):
+            raise DataError(f"id {id!r}: expected text of one line, without zeros and surrogates")
+    if twice := repeated(ids):
+        raise DataError(f"{len(twice)} of {len(ids)} ids are given more than once, first {twice[0]!r}")
+    for name in modalities:
+        if not re.fullmatch(r"[A-Za-z]\w*", name) or name in ("labels", "digests", "moments", "reasons", "state"):
+            raise DataError(f"modality {name!r}: expected a name of letters, digits and _, none of a store's own files")

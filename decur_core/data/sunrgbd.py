@@ -18,7 +18,11 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
-from decur_core.data.raster import DataError, Reader, reading, repeated, visible
+from decur_core.data.datasets import DataSet
+from decur_core.data.hha import depth_to_hha
+from decur_core.data.modality import INDOORS
+from decur_core.data.raster import DataError, Reader, reading, repeated, resize, visible
+from decur_core.data.tasks import Masks
 
 _NAMES = """\
 wall floor cabinet bed chair sofa table door window bookshelf picture counter blinds desk shelves curtain dresser \
@@ -173,3 +177,46 @@ def _matrix(path: Path, height: int, width: int) -> np.ndarray:
     """Numbers of a text file row by row, however they are spread over lines: float64 (height, width)."""
     with reading(path, f"{height} x {width} numbers; unpack the frame again"):
         return np.array(path.read_text().split(), float).reshape(height, width)
+
+
+class AsHHA(Reader):
+    """RGB-depth items as they are stored: depth as HHA, image, HHA and mask of one size.
+
+    ``reader`` gives ``rgb, depth, intrinsics, gravity`` and maybe ``mask`` (``SUNRGBD``, ``NYUv2``, ``RoomWorld``);
+    HHA comes before the change of size, so that the camera's intrinsics hold. Items: ``rgb`` and ``hha`` uint8
+    (3, *size), bilinear; ``mask`` uint8 size, nearest.
+    """
+
+    def __init__(self, reader: Reader, size: tuple[int, int]):
+        self.reader, self.size, self.ids = reader, size, reader.ids
+
+    def __getitem__(self, i: int) -> dict:
+        item = self.reader[i]
+        hha = depth_to_hha(item["depth"][0], item["intrinsics"], item["gravity"]).transpose(2, 0, 1)
+        made = {"id": item["id"]}
+        for name, image in (("rgb", item["rgb"]), ("hha", hha)):
+            made[name] = np.rint(resize(image, self.size)).clip(0, 255).astype(np.uint8)
+        if "mask" in item:
+            mask = item["mask"]
+            rows, columns = (
+                ((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(self.size, mask.shape, strict=True)
+            )
+            made["mask"] = mask[rows[:, None], columns]
+        return made
+
+
+DATASETS = (
+    DataSet(
+        name="sunrgbd",
+        title="SUN RGB-D",
+        pair="rgb_depth",
+        modalities=INDOORS,
+        read=SUNRGBD,
+        pretrain="all",
+        task=Masks(CLASSES_37),
+        stored=AsHHA,
+        samples=lambda folder, split: SUNRGBD(folder / "sunrgbd_native_sample"),
+        world="decur_core.worlds.rooms:SUNRGBD",
+        cite="song2015sunrgbd",
+    ),
+)

@@ -1,6 +1,11 @@
 """Checkpoints that survive a kill, a full disk and damage, and that refuse to pass for those of another run."""
 
+import contextlib
+import pickle
+import pickletools
+import re
 import zipfile
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -18,23 +23,127 @@ def save(state: dict, file: Path) -> None:
         raise OSError(f"{file} cannot be written: {error.__context__ or error}") from error
 
 
-def load(file: Path, way: str = "") -> dict:
-    """What ``save`` wrote; OSError for a torn file, and for bytes that changed since, which torch would not notice.
+def save_or_say(state: dict, file: Path, what: str) -> bool:
+    """``save``; where that fails, a full disk for instance, says so with the reason: work goes on without it.
 
-    ``way``: the way out, for the error's text.
+    ``what``: where the work is, such as ``step 500``. Returns whether the checkpoint was written.
     """
     try:
-        with zipfile.ZipFile(file) as archive:
-            if part := archive.testzip():
-                raise zipfile.BadZipFile(f"the checksum of {part} is wrong")
-        return torch.load(file, map_location="cpu", weights_only=True)
+        save(state, file)
+    except OSError as error:
+        print(f"{what}: checkpoint not written ({error}); the run goes on with the one before")
+        return False
+    return True
+
+
+class Damaged(OSError):
+    """A file holds something else than what was written; another OSError says nothing about the file."""
+
+
+def load(file: Path, way: str = "") -> dict:
+    """What ``save`` wrote; Damaged for a torn file, and for bytes that changed since, which torch would not notice.
+
+    ``way``: the way out, for the error's text. What the machine lacks (permission, a file handle, memory, a disk that
+    answers) comes as the OSError or MemoryError that it is: nobody shall remove a sound file for it.
+    """
+    try:
+        _whole(file)
+        return _unpickled(file)
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # torch raises many kinds
-        raise OSError(f"{file} cannot be read ({type(error).__name__}: {error}); {way}".rstrip("; ")) from error
+        raise Damaged(f"{file} cannot be read ({type(error).__name__}: {error}); {way}".rstrip("; ")) from error
+
+
+def _whole(file: Path) -> list[str]:
+    """The names in a zip archive, every byte of which has been read and is what was written; else BadZipFile."""
+    with zipfile.ZipFile(file) as archive:
+        if part := archive.testzip():
+            raise zipfile.BadZipFile(f"the checksum of {part} is wrong")
+        return archive.namelist()
+
+
+def _pickles(file: Path) -> list[str]:
+    """Nothing; ValueError where the pickles, four of them, at the start of an older checkpoint are cut short."""
+    with file.open("rb") as opened:
+        for _ in range(4):
+            deque(pickletools.genops(opened), maxlen=0)
+    return []
+
+
+def _unpickled(file: Path):
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except RuntimeError as error:
+        if "allocate memory" in str(error):
+            raise MemoryError(f"{file}: {error}") from error
+        raise
+
+
+# How files begin that get into the place of weights: what they are, and the way out.
+_OTHERS = {
+    b"version https://git-lfs": ("a Git LFS pointer, not the file itself", "fetch it with: git lfs pull"),
+    b"<": ("a web page (HTML or XML), not weights", "download the file itself, for which the page may ask to log in"),
+    b"{": ("text (JSON), not weights", "read what it says, and download the file itself"),
+    b"\x1f\x8b": ("compressed by gzip", "unpack it first"),
+}
+_LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")  # how torch.save began before it wrote zip archives
+_MORE = re.compile(r"GLOBAL|Can only (build|create)|must be imported")  # what torch says of things it will not make
+
+
+def read_weights(path: Path | str) -> dict:
+    """The dict in someone else's checkpoint, any file of ``torch.save`` or safetensors; no code in it is run.
+
+    ValueError says what a file is that holds no weights or more than weights, and the way out. What keeps it from being
+    opened (it is missing, a folder, not permitted) comes as the OSError that it is.
+    """
+    path, names, again = Path(path), [], "download it again"
+    with path.open("rb") as file:
+        start = file.read(1024)
+    if not start:
+        raise ValueError(f"{path}: is empty; {again}")
+    for sign, (kind, way) in _OTHERS.items():
+        if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(sign):
+            raise ValueError(f"{path}: is {kind}; {way}")
+    legacy = _LEGACY.startswith(start[: len(_LEGACY)])
+    try:
+        names = _whole(path) if start.startswith(b"PK") else _pickles(path) if legacy else []
+        content = _unpickled(path)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        text = re.sub(r"(?s).*WeightsUnpickler error: |\. Please use .*|\s*Check the documentation.*", "", str(error))
+        reason = f"({type(error).__name__}: {text.strip()})"
+        if isinstance(error, pickle.UnpicklingError) and _MORE.search(text):
+            way = "if you trust it, open it with weights_only=False elsewhere and save its state dict ('model') alone"
+            raise ValueError(
+                f"{path}: holds more than tensors, and loading that can run code; {way} {reason}"
+            ) from error
+        if any("/code/" in name for name in names):
+            way = "open it with torch.jit.load and save its state_dict() with torch.save"
+            raise ValueError(f"{path}: is a TorchScript program, not weights; {way}") from error
+        if names and not any(name.endswith("/data.pkl") for name in names):
+            way = f"it holds {', '.join(names[:3])}; unpack it first"
+            raise ValueError(f"{path}: is a zip archive that torch.save did not write; {way}") from error
+        if not legacy and not start.startswith(b"PK"):
+            found, way = f"it begins with {start[:20]!r}", f"{again}, or save its tensors with torch.save"
+            raise ValueError(f"{path}: is no file of torch.save, {found}; {way}") from error
+        raise ValueError(f"{path}: is cut short or damaged; {again} {reason}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}; expected a dict of tensors, or one inside it")
+    return content
 
 
 def files(folder: Path) -> list[Path]:
-    """The checkpoints of an unfinished run, oldest first."""
-    return sorted(folder.glob("checkpoint-*.pt"))
+    """The checkpoints of an unfinished run, oldest first; a copy that someone made under another name is none."""
+    return sorted(f for f in folder.glob("checkpoint-*.pt") if f.stem.removeprefix("checkpoint-").isdecimal())
+
+
+def remove(folder: Path) -> None:
+    """Remove the checkpoints of a finished run, as far as the disk can be written."""
+    for file in files(folder):
+        with contextlib.suppress(OSError):  # they do no harm where they are
+            file.unlink()
 
 
 def newest(folder: Path, identity: dict) -> dict | None:
@@ -42,7 +151,7 @@ def newest(folder: Path, identity: dict) -> dict | None:
     for file in reversed(files(folder)):
         try:
             state = load(file)
-        except OSError as error:
+        except Damaged as error:
             print(f"{error}; trying the one before")
             continue
         same_settings(state["settings"], identity, folder)

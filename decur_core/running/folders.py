@@ -1,7 +1,6 @@
 """Run folders, provenance and records: what was computed, from what, by which code, on which machine."""
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
@@ -15,8 +14,9 @@ from pathlib import Path
 import tqdm.auto
 
 from decur_core import config
+from decur_core.losses import METHODS
+from decur_core.running.files import locked, remove_torn, replacing, visible, write_json, write_text  # noqa: F401
 
-METHODS = config.METHODS
 SENTINEL = "decur: notebook finished"
 
 
@@ -27,7 +27,7 @@ def finished() -> None:
 
 def path(settings: config.Settings, *parts: str) -> Path:
     """A folder below ``<runs>/<profile>``; it is not made here."""
-    return config.ROOT / settings.runs / settings.profile / Path(*parts)
+    return Path(settings.runs, settings.profile, *parts)
 
 
 def title(settings: config.Settings) -> str:
@@ -38,58 +38,22 @@ def title(settings: config.Settings) -> str:
 
 def label(settings: config.Settings) -> str:
     """Name of a run for readers: method and seed, then ``variant`` and ``name`` if there are any."""
-    parts = (METHODS[settings.method], *_only(settings), f"seed {settings.seed}", settings.variant, settings.name)
+    method = METHODS[settings.method].title
+    parts = (method, *_only(settings), f"seed {settings.seed}", settings.variant, settings.name)
     return ", ".join(filter(None, parts))
 
 
 def trained(settings: config.Settings) -> list[str]:
     """The modalities whose networks a run trains; the others keep their initial weights."""
-    pair = config.MODALITIES[settings.pair]
-    return _only(settings) or ([] if settings.method in ("random", "supervised") else list(pair))
+    everything = [m.name for m in config.modalities(settings)] if METHODS[settings.method].loss else []
+    return _only(settings) or everything
 
 
 def _only(settings: config.Settings) -> list[str]:
     """The modality of a method that looks at one."""
-    pair = config.MODALITIES[settings.pair]
-    return [pair[settings.single - 1]] if settings.method == "barlow_twins_single" else []
-
-
-@contextlib.contextmanager
-def replacing(file: Path):
-    """Binary writing under a temporary name, flushed to disk, then renamed: a reader never sees half a file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(file: Path, text: str) -> None:
-    """``text`` as UTF-8, written like any file that others read."""
-    with replacing(file) as f:
-        f.write(text.encode())
-
-
-def write_json(file: Path, value) -> None:
-    """``value`` as JSON, written like any text."""
-    write_text(file, json.dumps(value, indent=1))
-
-
-@contextlib.contextmanager
-def locked(folder: Path, *, wait: bool = False):
-    """Hold ``folder`` for this process; a second process that wants it gets an error, or its turn with ``wait``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            raise RuntimeError(f"{folder} is in use by another process; wait for it or stop it first") from None
-        yield
+    if not METHODS[settings.method].single:
+        return []
+    return [settings.single or config.modalities(settings)[0].name]
 
 
 _listening: list[list[int]] = []  # of every ``stop_signals`` that has been entered and not left
@@ -124,8 +88,12 @@ def progress(steps: Iterable, *, disable: bool = False, **options):
 
 
 def git(*command: str) -> str:
-    """What a git command says about the repository; empty where it fails or there is none."""
-    options = {"cwd": config.ROOT, "capture_output": True, "text": True, "timeout": 30, "check": True}
+    """What a git command says about the tree that this library is in; empty where it fails or there is none.
+
+    Variables such as GIT_DIR, which hooks set, speak of another tree; those of git's configuration stay.
+    """
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or k.startswith("GIT_CONFIG_")}
+    options = {"cwd": config.ROOT, "env": kept, "capture_output": True, "text": True, "timeout": 30, "check": True}
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(["git", *command], **options).stdout.strip()
     return ""
@@ -140,9 +108,15 @@ def _processor() -> str:
 
 
 def commit() -> tuple[str, bool]:
-    """The repository's commit, and whether library or notebooks differ from it; results in the tree do not count."""
-    changes = git("status", "--porcelain", "--untracked-files=no", "--", "decur_core", "notebooks")
-    return git("rev-parse", "--short=12", "HEAD") or "unknown", bool(changes)
+    """The commit of this tree, and whether library or notebooks differ from it; new files count, results do not.
+
+    ("unknown", False) outside of git, and where the repository is another one that these files merely lie in.
+    """
+    found = git("rev-parse", "--show-toplevel", "HEAD", "HEAD:decur_core/config.py").splitlines()
+    if len(found) != 3 or not os.path.samefile(found[0], config.ROOT):
+        return "unknown", False
+    changes = git("status", "--porcelain", "--untracked-files=all", "--", "decur_core", "notebooks")
+    return found[1][:12], bool(changes)
 
 
 def provenance() -> dict:
@@ -180,7 +154,7 @@ def write_record(settings: config.Settings, name: str, record: dict) -> dict:
 
 def publish_records(folder: Path, target: Path) -> None:
     """The records of ``folder`` as one file for the book: of the profile's own runs, not of renamed trials."""
-    records = [json.loads(f.read_text()) for f in sorted(folder.glob("*.json"))]
+    records = [json.loads(f.read_text()) for f in sorted(visible(folder, "*.json"))]
     kept = [{k: v for k, v in r.items() if k != "label_ids"} for r in records if not r["name"]]
     if kept:
         write_json(target, kept)

@@ -25,6 +25,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from decur_core import losses
+from decur_core.config import ConfigError
 
 asked = ctypes.c_int()  # number of a signal to stop at; memory shared with the process that launched this one
 followed = False  # whether that process shows the progress of this one
@@ -38,8 +39,12 @@ def place() -> tuple[int, int]:
 
 @contextlib.contextmanager
 def joined(device: torch.device):
-    """Inside, this process is one of those that torch's launcher started and gave a number."""
+    """Inside, this process is one of those that torch's launcher started and gave a number.
+
+    ConfigError where the environment has a part of what the launcher sets, or parts that contradict each other.
+    """
     global _side
+    _check_launcher(device)
     tie()
     gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else None
     torch.cuda.set_device(gpu or -1)  # -1 changes nothing
@@ -49,12 +54,34 @@ def joined(device: torch.device):
     dist.destroy_process_group()  # not after an error: NCCL would wait for processes that are stuck
 
 
+def _check_launcher(device: torch.device) -> None:
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", *["LOCAL_RANK"] * (device.type == "cuda"))
+    there = {name: os.environ[name] for name in names if os.environ.get(name)}
+    numbers = {name: int(value) for name, value in there.items() if value.isdecimal()}
+    way = "start with torchrun, which sets them all, or unset RANK"
+    if absent := [name for name in names if name not in there]:
+        raise ConfigError(f"the environment has {there}, but no {', '.join(absent)}; {way}")
+    if {*names} - {*numbers, "MASTER_ADDR"} or numbers["RANK"] >= numbers["WORLD_SIZE"]:
+        raise ConfigError(f"the environment has {there}; expected whole numbers, RANK below WORLD_SIZE; {way}")
+    if numbers.get("LOCAL_RANK", -1) >= (gpus := torch.cuda.device_count()) > 0:
+        found = f"LOCAL_RANK = {numbers['LOCAL_RANK']}, but torch sees {gpus} GPUs"
+        raise ConfigError(f"{found}; start one process for each (torchrun --nproc-per-node {gpus})")
+
+
 def largest(number: int = 0) -> int:
     """The largest ``number`` of all processes, once all have asked; raises where one has died. No GPU is waited for."""
     value = torch.tensor(int(number))
     if dist.is_initialized():
         dist.all_reduce(value, dist.ReduceOp.MAX, group=_side)
     return int(value)
+
+
+def shared(value):
+    """What the first process has, once all have asked."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, group=_side)
+    return values[0]
 
 
 class _Exchange(torch.autograd.Function):

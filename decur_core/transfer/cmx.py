@@ -12,12 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decur_core import backbones
-from decur_core.backbones import MixTransformer
 from decur_core.data.raster import DataError
 
 DECODER = 512  # channels to which the decoder brings every stage
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; published for both inputs
-# Published evaluations call segmentation.predict with this window; single-scale as it is, multi-scale with scales of
+# Published evaluations call fcn.predict with this window; single-scale as it is, multi-scale with scales of
 # 0.75, 1 and 1.25 and flip.
 WINDOW = (480, 640)
 
@@ -120,7 +119,7 @@ class DualEncoder(nn.Module):
         super().__init__()
         widths = backbones.widths(backbone)
         for prefix in ("", "extra_"):
-            for name, module in MixTransformer(backbone, 3).named_children():
+            for name, module in backbones.build(backbone, 3)[0].named_children():
                 setattr(self, prefix + name, module)
         self.FRMs = nn.ModuleList([Rectification(width) for width in widths])
         self.FFMs = nn.ModuleList([Fusion(width, heads) for width, heads in zip(widths, (1, 2, 5, 8), strict=True)])

@@ -12,7 +12,8 @@ from rasterio.crs import CRS
 
 from decur_core.data.bigearthnet import BAND_FILES
 from decur_core.data.modality import OPTICAL, SAR
-from decur_core.worlds.sar_optical import GROUPS, BigEarthNetWorld, World
+from decur_core.worlds import Miniature, apart
+from decur_core.worlds.sar_optical import FACTORS, GROUPS, BigEarthNetWorld, World
 
 _TIME = "%Y%m%dT%H%M%S"
 _LONLAT, _UTM = CRS.from_epsg(4326), CRS.from_epsg(32633)
@@ -104,3 +105,20 @@ def write_bigearthnet(root: Path | str, world: BigEarthNetWorld, splits: dict[st
             lines.append(f"{s2},{s1}\n")
         root.mkdir(parents=True, exist_ok=True)
         (root / f"bigearthnet-{split}.csv").write_text("".join(lines))
+
+
+TITLE = "drawn world of radar and optical images"
+SSL4EO = Miniature(
+    TITLE,
+    make=lambda world, split: World(world.locations, tile=world.tile, layout=world.layout, seed=world.seed),
+    parts=lambda world: {"all": range(world.locations)},
+    write=lambda root, world, parts: write_ssl4eo(root, SSL4EO.make(world, "all"), parts["all"]),
+    factors=FACTORS,
+)
+BIGEARTHNET = Miniature(
+    TITLE,
+    make=lambda world, split: BigEarthNetWorld(world.train + world.test, tile=world.tile, seed=world.seed),
+    parts=apart("train"),
+    write=lambda root, world, parts: write_bigearthnet(root, BIGEARTHNET.make(world, "train"), parts),
+    factors=FACTORS,
+)

@@ -14,6 +14,7 @@ sensors that carry it, depth as HHA, and not at all from the other one. The size
 
 import io
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from decur_core.data.nyuv2 import intrinsics
+from decur_core.worlds import Miniature, apart
 from decur_core.worlds.sar_optical import Locations
 
 # name: who sees it. What each one does is written where it is used, in `scene`, `_photograph` and `_sensed`.
@@ -265,3 +267,30 @@ def write_nyuv2(root: Path | str, world: RoomWorld, splits: dict[str, Iterable[i
             lines.append(f"RGB/{i}.jpg\tLabel/{i}.png\n")
         (root / f"{split}.txt").write_text("".join(lines))
     np.savetxt(root / "camera_rotations_NYU.txt", turns.reshape(-1, 3), "%.17g")
+
+
+def _make(world, split: str, *, locations: str = "locations", stream: int = 0) -> RoomWorld:
+    size = {"height": world.tile, "width": world.tile * 4 // 3}
+    return RoomWorld(getattr(world, locations) + world.test, **size, seed=world.seed, stream=stream)
+
+
+def _make_nyuv2(world, split: str) -> RoomWorld:
+    return _make(world, split, locations="train", stream=1)
+
+
+TITLE = "drawn world of rooms in colour and depth"
+SEEN = {name: "hha" if who == "depth" else who for name, who in FACTORS.items()}
+SUNRGBD = Miniature(
+    TITLE,
+    make=_make,
+    parts=apart("locations"),
+    write=lambda root, world, parts: write_sunrgbd(root, _make(world, "train"), parts),
+    factors=SEEN,
+    size=lambda world: (world.tile, world.tile * 4 // 3),
+)
+NYUV2 = replace(
+    SUNRGBD,
+    make=_make_nyuv2,
+    parts=apart("train"),
+    write=lambda root, world, parts: write_nyuv2(root, _make_nyuv2(world, "train"), parts),
+)

@@ -44,6 +44,7 @@ SPECTRA = {
     "built-up": (2300, 2350, 2400, 2500, 2600, 2650, 2750, 2800, 2850, 1000, 15, 2900, 2700),
     "sparse": (1300, 1110, 1200, 1250, 1500, 1850, 2000, 2050, 2150, 750, 12, 2400, 1650),
     "dense": (1200, 840, 980, 480, 900, 2900, 3600, 3700, 4000, 1200, 10, 1500, 650),
+    "wood": (1150, 830, 760, 480, 780, 1700, 2050, 2150, 2350, 900, 10, 1000, 480),
     "cloud": (5200, 5000, 4900, 4950, 5050, 5150, 5250, 5250, 5350, 2600, 420, 4300, 3600),
 }
 SPECTRA = {name: np.array(values, np.float32) for name, values in SPECTRA.items()}
@@ -163,7 +164,15 @@ def draw_layout(rng, built_up: float, water: float, tile: int) -> Layout:
     houses = _lowest(rank + 10 * street + 100 * lakes, round((0.03 + 0.24 * built_up) * tile**2))  # streets come last
     cover[houses] = BUILT
 
-    # fields: nearest of jittered seeds in the maximum norm of turned axes, so rectangles of any direction
+    return Layout(cover, _fields(rng, cover), houses & (x % 4 == 0))
+
+
+def _fields(rng, cover: np.ndarray) -> np.ndarray:
+    """Number of the field of every pixel, int (tile, tile); half of the bare land of `cover` becomes vegetated.
+
+    Fields are what is nearest to jittered seeds in the maximum norm of turned axes, so rectangles of any direction.
+    """
+    tile = len(cover)
     side = round(tile / 7)
     seeds = (np.indices((side, side)).reshape(2, -1, 1) + rng.random((2, side**2, 1))) * (tile / side)
     dy, dx = np.indices((tile, tile)).reshape(2, 1, -1) - seeds
@@ -173,7 +182,7 @@ def draw_layout(rng, built_up: float, water: float, tile: int) -> Layout:
     parcel = gap.argmin(0).reshape(tile, tile)
     land = cover == BARE
     cover[_lowest(rng.permutation(side**2)[parcel] + 1000 * ~land, int(land.sum()) // 2)] = VEGETATED
-    return Layout(cover, parcel, houses & (x % 4 == 0))
+    return parcel
 
 
 def _by_field(values: np.ndarray, layout: Layout, elsewhere: float) -> np.ndarray:
@@ -182,18 +191,25 @@ def _by_field(values: np.ndarray, layout: Layout, elsewhere: float) -> np.ndarra
     return np.where((layout.cover == BARE) | (layout.cover == VEGETATED), spread, elsewhere).astype(np.float32)
 
 
-def _optical(rng, layout: Layout, f: dict[str, float], seasons: int) -> dict[int, np.ndarray]:
-    """Optical views of one location: {k: uint16 (seasons, bands of GROUPS[k], tile/k, tile/k)} for k = 1, 2, 6."""
+def _optical(
+    rng, layout: Layout, f: dict[str, float], seasons: int, woods: np.ndarray | None = None
+) -> dict[int, np.ndarray]:
+    """Optical views of one location: {k: uint16 (seasons, bands of GROUPS[k], tile/k, tile/k)} for k = 1, 2, 6.
+
+    `woods`: bool (tile, tile), where crowns hide what lies below.
+    """
     tile = layout.cover.shape[-1]
     bare = SPECTRA["soil grey"] + f["soil_colour"] * (SPECTRA["soil red"] - SPECTRA["soil grey"])
     vegetated = SPECTRA["sparse"] + f["greenness"] * (SPECTRA["dense"] - SPECTRA["sparse"])
-    spectra = np.stack([bare, SPECTRA["water"], SPECTRA["built-up"], vegetated], 1)  # in the order of LAND_COVER
+    # in the order of LAND_COVER, then the crowns
+    spectra = np.stack([bare, SPECTRA["water"], SPECTRA["built-up"], vegetated, SPECTRA["wood"]], 1)
+    cover = layout.cover if woods is None else np.where(woods, len(LAND_COVER), layout.cover)
     shade = _by_field(rng.normal(1, 0.15, (seasons, layout.parcel.max() + 1)), layout, 1)
     haze = 1 / (1 + np.exp(-1.5 * _smooth(rng, (seasons, tile, tile), 4.0))) + 0.2
     haze *= (0.02 + 0.36 * f["haze"]) / haze.mean((1, 2), keepdims=True)
     gain = rng.normal(1, 0.08, (seasons, 1, 1, 1)).astype(np.float32)
     offset = rng.normal(0, 80, (seasons, 1, 1, 1)).astype(np.float32)
-    view = spectra[:, layout.cover] * (shade * (1 - haze)) + SPECTRA["cloud"][:, None, None, None] * haze
+    view = spectra[:, cover] * (shade * (1 - haze)) + SPECTRA["cloud"][:, None, None, None] * haze
     native = {}
     for k, rows in GROUPS.items():
         band = view[rows].swapaxes(0, 1)

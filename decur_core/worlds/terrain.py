@@ -25,6 +25,7 @@ from rasterio import Affine
 from rasterio.enums import ColorInterp
 
 from decur_core.data.geonrw import SPLITS
+from decur_core.worlds import Miniature
 from decur_core.worlds.sar_optical import Locations, _blocks, _lowest, _smooth, integers
 
 # name: who sees it. What each one does is written where it is used, in `draw_scene`, `_rgb` and `_dem`.
@@ -206,3 +207,24 @@ def write_geonrw(root: Path | str, world: TerrainWorld, indices: Iterable[int]) 
                 if key == "rgb":  # else the header says grey, and Pillow refuses three bands of grey
                     file.colorinterp = ColorInterp.red, ColorInterp.green, ColorInterp.blue
                 file.write(image)
+
+
+def _make(world, split: str) -> TerrainWorld:
+    if split == "test":  # split by city
+        return TerrainWorld(world.test, tile=world.tile, seed=world.seed, stream=1, cities=SPLITS["test"])
+    return TerrainWorld(world.locations, tile=world.tile, seed=world.seed)
+
+
+def _write_parts(root: Path, world, parts: dict[str, range]) -> None:
+    for split, part in parts.items():
+        write_geonrw(root, _make(world, split), part)
+
+
+GEONRW = Miniature(
+    "drawn world of photographs and elevation",
+    make=_make,
+    parts=lambda world: {"train": range(world.locations), "test": range(world.test)},
+    write=_write_parts,
+    factors={name: who for name, who in FACTORS.items() if name not in REMOVED},
+    whole=16,  # patches of a tile
+)

@@ -7,7 +7,7 @@ import pytest
 import rasterio
 import torch
 
-from decur_core.data.modality import DEM, HHA, OPTICAL, RGB, SAR, Preprocessing
+from decur_core.data.modality import DEM, HHA, OPTICAL, RGB, SAR, Modality
 from decur_core.data.raster import DataError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -96,13 +96,13 @@ def test_images_without_data_and_dark_water_pass():
 
 def test_dictionary_survives_json_and_refuses_other_fields():
     for setting in (SAR, OPTICAL):
-        values = json.loads(json.dumps(setting.to_dict()))
-        assert Preprocessing.from_dict(values) == setting
+        values = json.loads(json.dumps(setting.mapping()))
+        assert setting.mapped(values) == setting
         with pytest.raises(ValueError, match="gamma"):
-            Preprocessing.from_dict(values | {"gamma": 2.2})
+            Modality.from_mapping(values | {"gamma": 2.2})
         values.pop("valid_range")
         with pytest.raises(ValueError, match="valid_range"):
-            Preprocessing.from_dict(values)
+            Modality.from_mapping(values)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_colours_and_codes_are_bytes_already():
 
 
 def test_a_dictionary_from_before_a_field_existed_still_says_the_same():
-    older = {k: v for k, v in SAR.to_dict().items() if k != "copies"}
-    assert Preprocessing.from_dict(older) == SAR
+    older = {k: v for k, v in SAR.mapping().items() if k != "copies"}
+    assert SAR.mapped(older) == SAR
     with pytest.raises(ValueError, match="bands"):
-        Preprocessing.from_dict({k: v for k, v in older.items() if k != "bands"})
+        Modality.from_mapping({k: v for k, v in older.items() if k != "bands"})

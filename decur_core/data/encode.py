@@ -1,0 +1,123 @@
+"""A sample of a reader as a row of a store, or what is wrong: with its files, with the reader, or with neither."""
+
+import errno
+from dataclasses import dataclass
+
+import numpy as np
+import rasterio
+
+from decur_core.data.arrays import digest
+from decur_core.data.modality import Modality
+from decur_core.data.raster import DataError
+
+PROBES = 100  # samples tried before a data set is given up as a whole
+STOPPED = "The conversion stopped; mend that, and the same call goes on"
+_BAD = (DataError, rasterio.errors.RasterioError, OSError)  # what may be wrong with a sample's files
+# What is never the fault of one file.
+_ELSEWHERE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
+_ELSEWHERE += (errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT, errno.EHOSTDOWN)
+
+
+class FormError(DataError):
+    """What is wrong with a reader's items, not with its files."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    images: dict[str, np.ndarray]  # uint8 (seasons, C, H, W)
+    labels: np.ndarray  # uint8 (L,)
+    moments: dict[str, list]
+
+    def digest(self) -> bytes:
+        return digest(self.images.values(), self.labels)
+
+
+class Encoder:
+    """Reads and encodes samples, and tells what is wrong with one from what is wrong around it."""
+
+    def __init__(self, dataset, preprocessing: dict[str, Modality], classes: int | None):
+        self.dataset, self.preprocessing, self.labels, self.good = dataset, preprocessing, classes, None
+
+    def first(self, id: str | None) -> tuple[int, Sample]:
+        """The first sample that can be encoded (`id`: by which a store knows its data set), and its position."""
+        ids, reasons = self.dataset.ids, []
+        for row in [ids.index(id)] if id in ids else range(min(PROBES, len(ids))):
+            try:
+                sample = self.encode(row)
+                self.labels, self.good = len(sample.labels), (row, sample.digest())
+                return row, sample
+            except _BAD as error:
+                if isinstance(error, FormError):
+                    raise
+                reasons.append(f"{ids[row]}: {type(error).__name__}: {error}")
+        what = "by which the store knows its data set" if id in ids else f"of the first {len(reasons)} of {len(ids)}"
+        raise DataError(f"none {what} samples is usable, first {reasons[:1]}")
+
+    def encode(self, row: int) -> Sample:
+        """A sample, or one of _BAD for what is wrong with its files."""
+        sample, images, moments = self.dataset[row], {}, {}
+        labels = self._checked(self.dataset.ids[row], sample)
+        for name, modality in self.preprocessing.items():
+            values = sample[name] if sample[name].ndim == 4 else sample[name][None]
+            images[name], moments[name] = modality.encode(values), _moments(values)
+        if "mask" in sample:
+            images["mask"] = mask = sample["mask"][None, None]
+            if mask.dtype != np.uint8 or mask.shape[2:] != values.shape[2:]:
+                raise DataError(f"mask: expected uint8 {values.shape[2:]}, found {mask.dtype} {mask.shape[2:]}")
+        return Sample(images, labels, moments)
+
+    def _checked(self, id: str, sample: dict) -> np.ndarray:
+        """The labels of an item, after a look at its form."""
+        wanted = f"a reader's item is {{'id': ids[i], {', '.join(map(repr, self.preprocessing))}: arrays"
+        wanted += ", maybe 'labels': vector of 0 and 1, one per class, 'mask': uint8 (H, W)}"
+        known = [k for k, v in sample.items() if isinstance(v, np.ndarray)] if isinstance(sample, dict) else []
+        if missing := [name for name in self.preprocessing if name not in known]:
+            raise FormError(f"{id}: no array {missing[0]!r} in {type(sample).__name__} {list(sample)}; {wanted}")
+        if sample.get("id") != id:
+            raise FormError(f"{id}: the item at its place has the id {sample.get('id')!r}; {wanted}")
+        labels = np.asarray(sample.get("labels", np.zeros(0, np.uint8)))
+        binary = labels.ndim == 1 and labels.dtype.kind in "bui" and np.isin(labels, (0, 1)).all()
+        expected = 0 if "mask" in sample and "labels" not in sample else self.labels  # classes are those of the pixels
+        if not binary or len(labels) != (len(labels) if expected is None else expected):
+            count = "" if expected is None else f" {expected} of them are expected;"
+            raise FormError(f"{id}: labels {labels.dtype} {labels.tolist()!s:.60};{count} {wanted}")
+        return labels.astype(np.uint8)
+
+    def tried(self, row: int) -> Sample | str:
+        """A sample, or why it is bad. An OSError if that is not its own fault, but of what is around it."""
+        for last in (False, True):  # a moment later it may be as it should be
+            try:
+                return self.encode(row)
+            except _BAD as error:
+                if isinstance(error, FormError):
+                    raise
+                if last:
+                    self._blame(row, error)
+                    return f"{type(error).__name__}: {error}"
+
+    def _blame(self, row: int, error: Exception) -> None:
+        """Refuse, with an OSError, to call a sample bad if another one, which was good, is not any more."""
+        ids, cause, (good, before) = self.dataset.ids, error, self.good
+        while cause:
+            if getattr(cause, "errno", None) in _ELSEWHERE:
+                raise OSError(cause.errno, f"{ids[row]}: {error}. {STOPPED}") from error
+            cause = cause.__cause__ or cause.__context__
+        try:
+            if self.encode(good).digest() == before:
+                return
+            now = "has other pixels now"
+        except _BAD as other:
+            now = f"cannot be read any more ({other})"
+        gone = f"{ids[row]}: {error}; but {ids[good]}, which was good before, {now}"
+        raise OSError(errno.ENOENT, f"{gone}: what holds the files went away or changed. {STOPPED}") from error
+
+
+def _moments(images: np.ndarray) -> list[list[float]]:
+    """Mean and variance of each band of (S, C, H, W): exact sums of float32 rows would cost three times as much."""
+    ones, found = np.ones(images.shape[3], np.float32), []
+    for k in range(images.shape[1]):
+        band = images[:, k].astype(np.float32, copy=False)
+        mean = np.vecdot(band, ones).mean(dtype=np.float64) / len(ones)
+        band = band - np.float32(mean)
+        found.append((mean, np.vecdot(band, band).mean(dtype=np.float64) / len(ones)))
+    return np.transpose(found).tolist()

@@ -1,0 +1,133 @@
+"""OMBRIA: Sentinel-1 and Sentinel-2 patches of flooded places, before and after, with flood masks (Drakonakis et al.
+2022).
+
+Tree: `OmbriaS1/{train,test}/{BEFORE,AFTER,MASK}/S1_{before,after,mask}_<n>.png`, `OmbriaS2/…` likewise, and four later
+events in `2021/<COUNTRY>/Sentinel{1,2}/{BEFORE,AFTER,MASK}/{imbefore,imafter,gt}_<n>.png`; 256 x 256 pixels as
+published, any size here. Sentinel-1: VV, stretched to 8 bits **per patch**, so that absolute backscatter is lost.
+Sentinel-2: B11, B8 and B3 in 8 bits; 5 % of the patches have black borders, which stay. Masks: 0 dry, 255 flooded, the
+same for both sensors. The patches of test are of the same events as those of train; 2021 is the honest test.
+
+How to get it: github.com/geodrak/OMBRIA. Contains modified Copernicus Sentinel data; masks of the Copernicus EMS.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from decur_core import augment
+from decur_core.data.datasets import DataSet
+from decur_core.data.modality import Modality
+from decur_core.data.raster import DataError, Reader, visible
+from decur_core.data.sunrgbd import read_image
+from decur_core.data.tasks import Masks
+
+CLASSES = ("dry", "flooded")  # values 1 and 2 of masks; 0 would be unlabelled
+EVENTS = ("albania", "france", "guyana", "timor")  # of 2021
+SPLITS = {"train": ("train",), "test": ("test",), "2021": EVENTS, **{event: (event,) for event in EVENTS}}
+_KEYS = [(sensor, part) for sensor in (1, 2) for part in ("BEFORE", "AFTER", "MASK")]
+
+SAR = Modality(
+    name="sar",
+    bands=("VV",),
+    unit="8-bit backscatter, stretched per patch",
+    valid_range=(0.0, 255.0),
+    scheme="bytes",
+    policy=augment.SAR,
+    title="SAR",
+    colour="#0072B2",
+)
+OPTICAL = Modality(
+    name="optical",
+    bands=("B11", "B8", "B3"),
+    unit="8-bit reflectance",
+    valid_range=(0.0, 255.0),
+    scheme="bytes",
+    title="optical",
+    colour="#D55E00",
+)
+
+
+class Ombria(Reader):
+    """SAR-optical pairs before and after a flood, with masks.
+
+    `root` holds the tree; `split`: "train", "test", "2021", one of its EVENTS, or None for all; `missing`: "error"
+    refuses events, or patches of them, of which a file is not there, "skip" uses the others (`.left_out` counts them).
+
+    Items: {"id": such as "train/0001" or "france/12", "sar": uint8 (2, 1, H, W), "optical": uint8 (2, 3, H, W) of
+    `OPTICAL.bands`, both before and after, "mask": uint8 (H, W), 1 dry, 2 flooded, index into CLASSES plus 1}.
+
+    A DataError names a file that is missing, damaged, of another size or with other values, and masks of the two
+    sensors that are not the same.
+    """
+
+    def __init__(self, root: Path | str, split: str | None = None, *, missing: str = "error"):
+        if split not in (None, *SPLITS) or missing not in ("error", "skip"):
+            known = f"{', '.join(SPLITS)}, None; 'error', 'skip'"
+            raise ValueError(f"split {split!r}, missing {missing!r}; allowed are {known}")
+        self.root, self._files, absent = Path(root), {}, []
+        for event in SPLITS[split] if split else ("train", "test", *EVENTS):
+            found = {key: _files(self.root / _folder(event, *key)) for key in _KEYS}
+            numbers = sorted(set().union(*found.values()), key=int)
+            absent += [] if numbers else [f"no patch in {self.root / _folder(event, 1, 'BEFORE')}"]
+            for number in numbers:
+                if gone := [key for key in _KEYS if number not in found[key]]:
+                    absent.append(f"no {number} in {self.root / _folder(event, *gone[0])}")
+                else:
+                    self._files[f"{event}/{number}"] = {key: found[key][number] for key in _KEYS}
+        self.ids, self.left_out = list(self._files), {"absent": len(absent)}
+        if absent and missing == "error" or not self.ids:
+            state = f"{len(absent)} events or patches are not whole: {absent[0]}"
+            raise DataError(f"{self.root}: {state}; complete it, or use what is there with missing='skip'")
+
+    def __getitem__(self, i: int) -> dict:
+        files, images = self._files[self.ids[i]], {}
+        for (sensor, part), path in files.items():
+            bands = 3 if sensor == 2 and part != "MASK" else 1
+            images[sensor, part] = image = _read(path, bands)
+            if image.shape[1:] != (size := images[_KEYS[0]].shape[1:]):
+                raise DataError(f"{path}: {image.shape[1:]} pixels, but {files[_KEYS[0]]} has {size}")
+        mask, path = images[1, "MASK"][0], files[1, "MASK"]
+        if not np.array_equal(mask, images[2, "MASK"][0]):
+            raise DataError(f"{path}: not the mask of {files[2, 'MASK']}; take both as published")
+        if not np.isin(mask, (0, 255)).all():
+            raise DataError(f"{path}: values {np.unique(mask)[:5]}, expected 0 (dry) and 255 (flooded)")
+        sar, optical = (np.stack([images[sensor, part] for part in ("BEFORE", "AFTER")]) for sensor in (1, 2))
+        return {"id": self.ids[i], "sar": sar, "optical": optical, "mask": np.where(mask, 2, 1).astype(np.uint8)}
+
+
+def _folder(event: str, sensor: int, part: str) -> str:
+    return f"2021/{event.upper()}/Sentinel{sensor}/{part}" if event in EVENTS else f"OmbriaS{sensor}/{event}/{part}"
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Number -> file."""
+    paths = {re.sub(r".*_(?=\d+$)", "", path.stem): path for path in visible(folder, "*.png")}
+    return {number: path for number, path in paths.items() if number.isdecimal()}
+
+
+def _read(path: Path, bands: int) -> np.ndarray:
+    """uint8 (bands, H, W); a grey image may come in three equal channels."""
+    image = read_image(path, "L", "RGB")
+    image = image if image.ndim == 3 else image[None]
+    if bands == 1 and len(image) == 3 and (image == image[:1]).all():
+        image = image[:1]
+    if len(image) != bands:
+        raise DataError(f"{path}: {len(image)} different channels, expected {bands}")
+    return image
+
+
+DATASETS = (
+    DataSet(
+        name="ombria",
+        title="OMBRIA",
+        pair="ombria",
+        modalities=(SAR, OPTICAL),
+        read=Ombria,
+        splits=("train", "test", "2021"),
+        pretrain="train",
+        task=Masks(CLASSES),
+        samples=lambda folder, split: Ombria(folder / "ombria_half", split),
+        cite="drakonakis2022ombria",
+    ),
+)

@@ -1,0 +1,278 @@
+"""SSL4EO-S12 v1.1: Sentinel-1, Sentinel-2 and elevation of 246,144 places at four times (Blumenstiel et al. 2025).
+
+264 x 264 pixels of 10 m in every band. Two published forms, told by the names of the files:
+* Zarr archives of 64 places: `{train,val}/{S1GRD,S2L1C,S2L2A}/ssl4eos12_{train,val}_seasonal_data_<n>.zarr.zip` (3,812
+  and 34), named by `splits/ssl4eos12_{train,val}.txt`; in them `bands` (place, time, band, y, x) and `sample`, the ids;
+* tar shards: `{train,val}/{S1GRD,S2L1C,S2L2A,DEM}/ssl4eos12_shard_<n>.tar` (477 and 5), a Zarr archive
+  `<key>.zarr.zip` per place, with `bands` (time, band, y, x).
+Sentinel-1: VV, VH in dB, float16. Sentinel-2: int16, reflectance x 10000, in the first form plus 1,000, as processing
+baseline 04.00 has it, in the second without. Elevation: metres, one image per place. Ids are not those of v1.
+
+How to get it: huggingface.co/datasets/embed2scale/SSL4EO-S12-v1.1 or datapub.fz-juelich.de/ssl4eo-s12. CC-BY-4.0.
+"""
+
+import io
+import re
+import tarfile
+import zipfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from decur_core.data.datasets import DataSet
+from decur_core.data.modality import DEM, OPTICAL, SAR
+from decur_core.data.raster import DataError, Reader, reading, repeated, visible
+
+B10 = OPTICAL.bands.index("B10")
+OFFSET = 1000  # of processing baseline 04.00
+_L1C = tuple(f"B{int(name[1:]):02d}" if name[1:].isdigit() else name for name in OPTICAL.bands)
+# Folder -> modality, names of the bands in the files, and mean and deviation over the data set as published, which for
+# Sentinel-2 are those without the offset
+FOLDERS = {
+    "S1GRD": (SAR, ("vv", "vh"), (-12.577, -20.265), (5.179, 5.872)),
+    "S2L1C": (
+        OPTICAL, _L1C,
+        (1607.345, 1393.068, 1320.225, 1373.963, 1562.536, 2110.071, 2392.832, 2321.154, 2583.77, 838.712, 21.753,
+         2205.112, 1545.798),
+        (786.523, 849.702, 875.318, 1143.578, 1126.248, 1161.98, 1273.505, 1246.79, 1342.755, 576.795, 45.626,
+         1340.347, 1145.036),
+    ),
+    "S2L2A": (
+        OPTICAL, _L1C[:B10] + _L1C[B10 + 1 :],
+        (793.243, 924.863, 1184.553, 1340.936, 1671.402, 2240.082, 2468.412, 2563.244, 2627.704, 2711.071, 0.0,
+         2416.714, 1849.625),
+        (1160.144, 1201.092, 1219.943, 1397.225, 1400.035, 1373.136, 1429.17, 1485.025, 1447.836, 1652.703, 0.0,
+         1471.002, 1365.307),
+    ),
+    "DEM": (DEM, ("elevation",), (435.726,), (560.326,)),
+}  # fmt: skip
+# Form -> names of its files, and how many were published
+FORMS = {
+    ".zarr.zip": ("ssl4eos12_{split}_seasonal_data_{number:06d}.zarr.zip", {"train": 3812, "val": 34}),
+    ".tar": ("ssl4eos12_shard_{number:06d}.tar", {"train": 477, "val": 5}),
+}
+_PROBES = 16  # places at which the offset is looked for
+
+
+def darkest(images: np.ndarray) -> float:
+    """1st percentile of the pixels with data (not 0) of the darkest band of (T, 12 or 13, H, W); infinite without any.
+
+    The darkest of 13 bands is B10, which sees no ground.
+    """
+    bands = images[:, B10 : B10 + 1] if images.shape[1] == len(_L1C) else images
+    pixels = (band[band > 0] for band in bands[..., ::4, ::4].swapaxes(0, 1))
+    return min((float(np.percentile(values, 1)) for values in pixels if values.size), default=np.inf)
+
+
+def find_offset(places: Iterable[np.ndarray]) -> int:
+    """What was added to reflectance x 10000 in Sentinel-2 images (T, 12 or 13, H, W) of several places: 0 or 1000.
+
+    No ground is darker than 0, so with the offset even the darkest band stays at about 1,000, and without it most
+    places have water, shade or vegetation far below (B10: about 20). The lower quartile of the places tells; a
+    DataError if it fits neither, as on snow or desert alone.
+    """
+    found = float(np.quantile([darkest(images) for images in places] or [np.inf], 0.25, method="lower"))
+    if found < 800:
+        return 0
+    if 950 <= found < 1300:
+        return OFFSET
+    raise DataError(f"darkest pixels of Sentinel-2 at {found:.0f}: neither near 0 nor {OFFSET}; give offset=0 or 1000")
+
+
+class SSL4EOS12v11(Reader):
+    """SAR, optical images and elevation of one place, all four times of it per item.
+
+    `root` holds train/ and val/; `split`: "train", "val", or None for both; `folders`: products to read, keys of
+    FOLDERS, not both S2L1C and S2L2A; `missing`: "error" refuses a split of which files are not there (those of the
+    split list, or else as many as were published) or whose products differ in their places, "skip" uses the places that
+    every product has; `offset`: what was added to Sentinel-2, None to tell it from the data with `find_offset`.
+
+    Items: {"id": str, "sar": float32 (4, 2, H, W) in dB, "optical": float32 (4, 13, H, W) in reflectance x 10000
+    without the offset, with 0 in place of less (noise over dark ground) and, for S2L2A, in B10, "dem": float32 (4, 1,
+    H, W) in metres, four times the same, "dates": {"sar": [...], "optical": [...]} as YYYYMMDDThhmmss}. Times are in
+    the order of the files, which is by date.
+
+    `.chunk`: so many consecutive places share a file; the last block of it is kept, as Zarr archives are compressed
+    over all of their places. `.statistics`: as published, modality -> (mean, std). `.left_out`: what was skipped.
+
+    A DataError names what is missing, damaged or of another form, a place that one product lacks, and one whose B10
+    shows another offset than the rest.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        split: str | None = None,
+        folders: Sequence[str] = ("S1GRD", "S2L1C"),
+        *,
+        missing: str = "error",
+        offset: int | None = None,
+    ):
+        names = [FOLDERS[folder][0].name for folder in folders if folder in FOLDERS]
+        if split not in (None, "train", "val") or missing not in ("error", "skip"):
+            raise ValueError(f"split {split!r}, missing {missing!r}; allowed: 'train', 'val', None; 'error', 'skip'")
+        if not len(folders) == len(set(names)) > 0:
+            raise ValueError(f"folders {folders}: some of {', '.join(FOLDERS)} are needed, one of S2L1C and S2L2A")
+        self.root, self.folders, self.left_out, self._blocks = Path(root), tuple(folders), {}, {}
+        self.statistics = {name: FOLDERS[folder][2:] for name, folder in zip(names, folders, strict=True)}
+        self._files = []  # per file number its path in every folder
+        absent = []
+        for part in [split] if split else ["train", "val"]:
+            for name in self._wanted(part):
+                paths = [self.root / part / folder / name for folder in folders]
+                gone = [path for path in paths if not path.is_file()]
+                absent += [f"no {path}" for path in gone[:1]]
+                self._files += [] if gone else [paths]
+        self._skip("files", absent, missing, self._files)
+        with ThreadPoolExecutor(16) as pool:
+            indices = pool.map(_index, [path for paths in self._files for path in paths])
+            places, lacking = {}, []  # id -> per folder: file number, row or offset, 0 or size
+            for k, paths in enumerate(self._files):
+                found = [next(indices) for _ in paths]
+                for key in dict.fromkeys(key for index in found for key in index):
+                    gone = [path for path, index in zip(paths, found, strict=True) if key not in index]
+                    lacking += [f"{key} is not in {gone[0]}, but in its partners"] if gone else []
+                    if key in places:
+                        raise DataError(f"{paths[0]}: {key} is there a second time; download the files again")
+                    if not gone:
+                        places[key] = [(k, *index[key]) for index in found]
+        self._skip("places", lacking, missing, places)
+        self.ids, self._places = list(places), np.array(list(places.values()), np.int64)
+        shared = int((self._places[:, 0, 0] == self._places[0, 0, 0]).sum())
+        self.chunk = 1 if self._places[0, 0, 2] else shared
+        if offset is None and "optical" in names:
+            probes = []
+            for i in np.unique(np.linspace(0, len(self.ids) - 1, _PROBES).astype(int)):
+                with suppress(DataError):  # a damaged place is refused when it is asked for
+                    probes.append(self._read(i, names.index("optical"), slice(1))[0])
+            offset = find_offset(probes)
+        self.offset = offset
+
+    def __getitem__(self, i: int) -> dict:
+        item, dates = {}, {}
+        for k, name in enumerate(self.statistics):
+            images, times = self._read(i, k)
+            item[name] = self._reflectance(i, images) if name == "optical" else images.astype(np.float32)
+            dates |= {name: times} if times else {}
+        most = max(map(len, item.values()))
+        if "dem" in item and len(item["dem"]) == 1:
+            item["dem"] = np.repeat(item["dem"], most, axis=0)
+        if len({(len(images), images.shape[2:]) for images in item.values()}) > 1:
+            shapes = ", ".join(f"{name} {images.shape}" for name, images in item.items())
+            raise DataError(f"{self._files[self._places[i, 0, 0]][0]}: {self.ids[i]} has {shapes}; not of one place")
+        return {"id": self.ids[i], **item, "dates": dates}
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_blocks": {}}
+
+    def _wanted(self, part: str) -> list[str]:
+        """Names of the files of a split."""
+        folder, list_of_names = self.root / part / self.folders[0], self.root / "splits" / f"ssl4eos12_{part}.txt"
+        forms = [form for form in FORMS if visible(folder, f"*{form}")]
+        if len(forms) > 1:
+            raise DataError(f"{folder}: both forms of the data set, {' and '.join(forms)}; keep one of them")
+        if forms == [".zarr.zip"] and list_of_names.is_file():
+            return list_of_names.read_text().split()
+        name, counts = FORMS[forms[0] if forms else ".tar"]
+        return [name.format(split=part, number=number) for number in range(1, counts[part] + 1)]
+
+    def _skip(self, kind: str, lacking: list[str], missing: str, left) -> None:
+        self.left_out[kind] = len(lacking)
+        if lacking and missing == "error" or not left:
+            state = f"{len(lacking)} {kind} are not there in all of {', '.join(self.folders)}: {lacking[0]}"
+            raise DataError(f"{self.root}: {state}; complete them, or use the others with missing='skip'")
+
+    def _read(self, i: int, k: int, times: slice = slice(None)) -> tuple[np.ndarray, list[str]]:
+        """Images of a place as they are stored, (T, C, H, W), and their dates, none for elevation."""
+        number, place, size = map(int, self._places[i, k])
+        path, (_, names, *_) = self._files[number][k], FOLDERS[self.folders[k]]
+        with reading(path, f"{self.folders[k]} of {self.ids[i]} as Zarr, (times, {len(names)}, H, W)"):
+            if size:
+                with open(path, "rb") as file:
+                    file.seek(place)
+                    group = _open(file.read(size))
+                images, row = group["bands"][times], ...
+            else:
+                group, row = _open(path), place
+                step = group["bands"].chunks[0]
+                start = place // step * step
+                if self._blocks.get(k, [None])[0] != (number, start, times):
+                    self._blocks[k] = (number, start, times), group["bands"][start : start + step, times]
+                images = self._blocks[k][1][place - start]
+            if images.ndim != 4 or images.shape[1] != len(names) or images.dtype.kind not in "fui":
+                raise ValueError(f"{images.dtype} of shape {images.shape}")
+            if self.folders[k] == "DEM":
+                return images, []
+            if "band" in group and (found := tuple(map(str, group["band"][:]))) != names:
+                raise ValueError(f"bands {found}")
+            return images, _dates(group, row, times)
+
+    def _reflectance(self, i: int, images: np.ndarray) -> np.ndarray:
+        """Stored values of Sentinel-2 -> float32 (T, 13, H, W) without the offset."""
+        if images.shape[1] == len(_L1C) and (low := darkest(images)) < np.inf and (low < 800) != (self.offset == 0):
+            state = (
+                f"B10 of {self.ids[i]} begins at {low:.0f}, which does not fit the offset of {self.offset} elsewhere"
+            )
+            raise DataError(f"{self.root}: {state}; use files of one form")
+        values = np.maximum(images.astype(np.float32) - self.offset, 0)
+        return values if images.shape[1] == len(_L1C) else np.insert(values, B10, 0, axis=1)
+
+
+def _open(file: Path | bytes):
+    """The group in a Zarr archive, a file or what it holds."""
+    import zarr  # takes half a second
+    from zarr.buffer import cpu
+    from zarr.storage import MemoryStore, ZipStore
+
+    if isinstance(file, Path):
+        store = ZipStore(file, mode="r")
+    else:
+        with zipfile.ZipFile(io.BytesIO(file)) as archive:
+            parts = {name: cpu.Buffer.from_bytes(archive.read(name)) for name in archive.namelist()}
+        store = MemoryStore(parts, read_only=True)
+    return zarr.open_group(store, mode="r", zarr_format=2)
+
+
+def _index(path: Path) -> dict[str, tuple[int, int]]:
+    """Key of each place in a file -> its row and 0, or offset and size of its archive in bytes."""
+    with reading(path, "a Zarr archive with the ids of its places, or a tar file of such archives"):
+        if path.suffix == ".tar":
+            with tarfile.open(path, "r:") as file:
+                members = [m for m in file if m.name.endswith(".zarr.zip") and not Path(m.name).name.startswith(".")]
+            found = [(m.name.removesuffix(".zarr.zip"), (m.offset_data, m.size)) for m in members]
+        else:
+            found = [(str(name), (row, 0)) for row, name in enumerate(_open(path)["sample"][:])]
+        if twice := repeated(key for key, _ in found):
+            raise ValueError(f"{twice[0]} is in it twice")
+        return dict(found)
+
+
+def _dates(group, row, times: slice) -> list[str]:
+    """When the images of a place were taken, YYYYMMDDThhmmss."""
+    if "file_id" in group:  # names of scenes, which begin with or contain the start
+        return [re.search(r"\d{8}T\d{6}", str(name))[0] for name in group["file_id"][row][times]]
+    taken = group["time"][times].astype("datetime64[ns]").astype("datetime64[s]")
+    return [re.sub("[-:]", "", str(time)) for time in taken]
+
+
+DATASETS = tuple(
+    DataSet(
+        name=name,
+        title=f"SSL4EO-S12 v1.1{title}",
+        pair=pair,
+        modalities=tuple(FOLDERS[folder][0] for folder in folders),
+        read=partial(SSL4EOS12v11, folders=folders),
+        splits=("train", "val"),
+        pretrain="train",
+        world=f"decur_core.worlds.ssl4eo_v11:{name.upper()}",
+        cite="blumenstiel2025ssl4eo",
+    )
+    for name, title, pair, folders in (
+        ("ssl4eo_v11", "", "sar_optical_v11", ("S1GRD", "S2L1C")),
+        ("ssl4eo_v11_dem", " with elevation", "sar_optical_dem", ("S1GRD", "S2L1C", "DEM")),
+    )
+)

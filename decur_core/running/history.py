@@ -1,0 +1,58 @@
+"""A run's history: a line of JSON per step with every loss term, in ``history.jsonl``."""
+
+import contextlib
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from decur_core.config import Settings
+from decur_core.running import checkpoints
+from decur_core.running import folders as runs
+
+
+class NonFinite(RuntimeError):
+    """A loss became NaN or infinite; the message says where, and what to do."""
+
+
+def write(file, pending: list, folder: Path, settings: Settings, rate: float) -> float:
+    """Append the pending steps' lines, after making sure that every term is a number; returns the last total."""
+    values = torch.cat([torch.stack([*terms.values()]) for _, _, terms in pending]).cpu().double().tolist()
+    for step, share, terms in pending:
+        row, values = dict(zip(terms, values, strict=False)), values[len(terms) :]
+        if bad := ", ".join(f"{name} = {value}" for name, value in row.items() if not math.isfinite(value)):
+            good = [f.name for f in checkpoints.files(folder)]
+            raise NonFinite(
+                f"{folder.name}: loss terms {bad} at step {step}; last good checkpoint: {good[-1] if good else 'none'}."
+                " Lower learning_rate, or look at the images of that step."
+            )
+        rates = {"learning_rate": share * settings.learning_rate, "pairs_per_second": round(rate, 2)}
+        file.write(json.dumps({"step": step, **rates, **row}) + "\n")
+    file.flush()
+    return row["total"]
+
+
+def keep(folder: Path, start: int) -> None:
+    """Cut lines of steps that are about to be computed again, so that each step has one line."""
+    kept = [line for line in read(folder) if line["step"] <= start]
+    runs.write_text(folder / "history.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def read(folder: Path) -> list[dict]:
+    """Every step's loss terms and rates, in order, from ``history.jsonl``; a torn last line is left out."""
+    lines = []
+    with contextlib.suppress(FileNotFoundError), open(folder / "history.jsonl") as f:
+        for line in f:
+            with contextlib.suppress(json.JSONDecodeError):
+                lines.append(json.loads(line))
+    return lines
+
+
+def last(folder: Path) -> dict | None:
+    """The newest whole line, read from the end of the file; None if there is none yet."""
+    with contextlib.suppress(OSError, IndexError, json.JSONDecodeError), open(folder / "history.jsonl") as file:
+        file.seek(max(0, os.stat(file.fileno()).st_size - 2000))
+        return json.loads(file.read().splitlines()[-1])
+    return None

@@ -1,0 +1,387 @@
+import ast
+import io
+import pickle
+import shutil
+import tarfile
+from multiprocessing import get_context
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import zarr
+
+from decur_core import config
+from decur_core.data.modality import DEM, OPTICAL, SAR
+from decur_core.data.raster import DataError
+from decur_core.data.ssl4eo_v11 import B10, DATASETS, FOLDERS, SSL4EOS12v11, darkest, find_offset
+from decur_core.worlds import ssl4eo_v11 as worlds
+from decur_core.worlds.sar_optical import World
+from decur_core.worlds.ssl4eo_v11 import ElevatedWorld, write_ssl4eo_v11
+
+TILE, ZIP, TAR = 24, ".zarr.zip", ".tar"
+THREE = ("S1GRD", "S2L1C", "DEM")
+WORLDS = {"train": ElevatedWorld(5, tile=TILE), "val": ElevatedWorld(2, "val", tile=TILE)}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Both forms of the same 5 and 2 places, in files of 3."""
+    before, worlds.PER_FILE = worlds.PER_FILE, 3
+    roots = {}
+    for form in (ZIP, TAR):
+        roots[form] = tmp_path_factory.mktemp("v11") / form.strip(".").replace(".", "_")
+        for split, world in WORLDS.items():
+            folders = (*THREE, "S2L2A")
+            write_ssl4eo_v11(roots[form], world, split, range(len(world)), form=form, folders=folders)
+    worlds.PER_FILE = before
+    return roots
+
+
+@pytest.fixture(params=[ZIP, TAR])
+def form(request):
+    return request.param
+
+
+@pytest.fixture
+def root(written, form, tmp_path):
+    """A copy that may be damaged."""
+    return shutil.copytree(written[form], tmp_path / "root")
+
+
+def same(item, expected, names):
+    assert item["id"] == expected["id"] and set(item) == {"id", "dates", *names}
+    assert item["dates"] == {name: expected["dates"][name] for name in names if name != "dem"}
+    for name in names:
+        assert item[name].dtype == np.float32 and np.array_equal(item[name], expected[name])
+
+
+def test_both_forms_give_what_the_world_gives(written, form):
+    for split, world in WORLDS.items():
+        data = SSL4EOS12v11(written[form], split, THREE, missing="skip")
+        assert data.ids == world.ids and len(data) == len(world)
+        assert data.offset == (1000 if form == ZIP else 0)
+        for i in (*range(len(world)), 0):  # also back to another file
+            same(data[i], world[i], ("sar", "optical", "dem"))
+    data = SSL4EOS12v11(written[form], missing="skip")
+    assert data.ids == [*WORLDS["train"].ids, *WORLDS["val"].ids]
+    same(data[5], WORLDS["val"][0], ("sar", "optical"))
+    assert data.statistics == {"sar": FOLDERS["S1GRD"][2:], "optical": FOLDERS["S2L1C"][2:]}
+    assert all(len(values) == 13 for values in data.statistics["optical"])
+
+
+def test_items_fit_the_modalities(written, form):
+    item = SSL4EOS12v11(written[form], "train", THREE, missing="skip")[1]
+    for modality, seasons in ((SAR, 4), (OPTICAL, 4), (DEM, 4)):
+        assert item[modality.name].shape == (seasons, len(modality.bands), TILE, TILE)
+        assert modality.encode(item[modality.name]).std() > 5
+    assert (
+        -30 < item["sar"].mean() < -5 and 500 < item["optical"].mean() < 4000 and item["optical"][:, B10].mean() < 300
+    )
+    assert (item["dem"] == item["dem"][:1]).all() and 40 < item["dem"].mean() < 1000 and np.ptp(item["dem"]) > 5
+
+
+def test_ground_level_images_have_no_cirrus_band(written, form):
+    data = SSL4EOS12v11(written[form], "train", ("S2L2A",), missing="skip")
+    expected = np.insert(worlds.ground_level(WORLDS["train"][2]["optical"]), B10, 0, axis=1)
+    assert data.offset == (1000 if form == ZIP else 0) and np.array_equal(data[2]["optical"], expected)
+    OPTICAL.check(data[2]["optical"])
+
+
+def test_elevation_alone_has_one_image(written):
+    item = SSL4EOS12v11(written[TAR], "val", ("DEM",), missing="skip")[0]
+    assert item["dem"].shape == (1, 1, TILE, TILE) and item["dates"] == {}
+
+
+def test_spawned_workers_read_the_same_in_any_order(written):
+    with get_context("spawn").Pool(1) as pool:
+        for form in (ZIP, TAR):
+            data = SSL4EOS12v11(written[form], "train", missing="skip")
+            data[0]
+            assert len(pickle.dumps(data)) < 5000  # no images and no open files go along
+            for i, item in zip((4, 0, 3), pool.map(data.__getitem__, (4, 0, 3)), strict=True):
+                same(item, WORLDS["train"][i], ("sar", "optical"))
+
+
+def test_archives_inside_tar_files_are_read_where_they_lie(written, monkeypatch):
+    data = SSL4EOS12v11(written[TAR], "train", missing="skip")
+    monkeypatch.setattr(tarfile, "open", None)  # the index is enough from now on
+    same(data[4], WORLDS["train"][4], ("sar", "optical"))
+    path = written[TAR] / "train" / "S1GRD" / "ssl4eos12_shard_000002.tar"
+    number, offset, size = data._places[4, 0]
+    assert data._files[number][0] == path and path.read_bytes()[offset:][:4] == b"PK\3\4" and size < path.stat().st_size
+
+
+def test_places_that_share_a_file_are_decompressed_once(written, monkeypatch):
+    data = SSL4EOS12v11(written[ZIP], "train", missing="skip")
+    assert data.chunk == 3 and SSL4EOS12v11(written[TAR], "train", missing="skip").chunk == 1
+    reads = []
+    get = zarr.Array.__getitem__
+    monkeypatch.setattr(zarr.Array, "__getitem__", lambda a, key: (reads.append(a.name), get(a, key))[1])
+    [data[i] for i in range(3)]
+    assert reads.count("/bands") == 2  # a block of SAR, one of optical
+
+
+def test_zarr_is_imported_only_where_it_is_needed():
+    """It takes half a second, and every command that looks at the table of data sets imports the reader."""
+    tree = ast.parse((config.ROOT / "decur_core" / "data" / "ssl4eo_v11.py").read_text())
+    inside = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    imports = {n: ast.unparse(n) for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))}
+    assert {text for n, text in imports.items() if "zarr" in text and n in inside}
+    assert not {text for n, text in imports.items() if "zarr" in text and n not in inside}
+
+
+def test_the_offset_is_told_from_the_data():
+    random = np.random.default_rng(0)
+    scene = random.normal(1800, 400, (4, 13, 40, 40)).clip(1)
+    scene[:, B10] = random.normal(20, 6, (4, 40, 40)).clip(1)
+    for images in (scene, np.delete(scene, B10, axis=1)):
+        images[:, 2, :20] = 150  # water
+        assert find_offset([images.astype(np.int16)]) == 0
+        assert find_offset([(images + 1000).astype(np.int16)]) == 1000
+        empty = np.zeros_like(images)
+        assert find_offset([images, empty + 1, images]) == 0
+        snow = images.clip(3000)
+        assert find_offset([images + 1000, images + 1000, snow + 1000]) == 1000
+        with pytest.raises(DataError, match="at 3000: neither near 0 nor 1000; give offset=0 or 1000"):
+            find_offset([snow])
+    assert darkest(np.zeros((4, 13, 8, 8))) == np.inf
+    with pytest.raises(DataError, match="neither near 0 nor 1000"):
+        find_offset([])
+    scene[:, :, :35] = 0  # outside of the acquisition
+    assert 1000 < darkest(np.where(scene > 0, scene + 1000, 0)) < 1020
+
+
+def change(root, form, folder, edit, *, split="train", number=1):
+    """Edit the arrays of the first place (tar) or of all places (zip) of a file."""
+    folder = root / split / folder
+    if form == ZIP:
+        path = folder / f"ssl4eos12_{split}_seasonal_data_{number:06d}.zarr.zip"
+        path.write_bytes(edit(path.read_bytes()))
+        return path
+    path = folder / f"ssl4eos12_shard_{number:06d}.tar"
+    with tarfile.open(path) as file:
+        members = [(m.name, file.extractfile(m).read()) for m in file]
+    with tarfile.open(path, "w") as file:
+        for k, (name, data) in enumerate(members):
+            data = data if k else edit(data)
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            file.addfile(member, io.BytesIO(data))
+    return path
+
+
+def arrays(edit):
+    """An edit of the arrays in an archive, name -> values."""
+
+    def apply(data):
+        from decur_core.data.ssl4eo_v11 import _open
+
+        found = {name: array[...] for name, array in _open(data).arrays()}
+        edit(found)
+        if "band" in found:
+            found["band"] = found.pop("band")
+        return worlds._archive(found, "DEM")
+
+    return apply
+
+
+def raised(root, i=0, folders=("S1GRD", "S2L1C"), **options):
+    with pytest.raises(DataError) as error:
+        SSL4EOS12v11(root, "train", folders, missing="skip", **options)[i]
+    return str(error.value)
+
+
+def test_a_place_with_another_offset_is_refused(root, form):
+    def other(found):
+        found["bands"] += -1000 if form == ZIP else 1000
+
+    change(root, form, "S2L1C", arrays(other))
+    offset = 1000 if form == ZIP else 0
+    assert "B10 of 0000000 begins at" in raised(root, offset=offset)
+    assert f"does not fit the offset of {offset} elsewhere" in raised(root, offset=offset)
+    assert SSL4EOS12v11(root, "train", missing="skip", offset=offset)[4]["id"] == "0000004"
+
+
+def test_values_below_the_offset_are_dark_and_missing_ones_stay_missing(root, form):
+    level = 1000 if form == ZIP else 0
+
+    def noise(found):
+        found["bands"][..., 0, :3, :5, :5] = level - 30
+        found["bands"][..., 0, :, 6:9, 6:9] = 0
+
+    change(root, form, "S2L1C", arrays(noise))
+    optical = SSL4EOS12v11(root, "train", missing="skip")[0]["optical"]
+    assert not optical[0, :3, :5, :5].any() and not optical[0, :, 6:9, 6:9].any() and optical.min() == 0
+    OPTICAL.check(optical)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda found: found.update(band=np.array(["vh", "vv"])), r"bands \('vh', 'vv'\)"),
+        (lambda found: found.update(bands=found["bands"][..., :1, :, :]), "expected S1GRD of 0000000 as Zarr"),
+        (lambda found: found.update(bands=found["bands"][..., :, :-6]), "0000000 has sar (4, 2, 24, 18), optical"),
+        (lambda found: found.pop("bands"), "cannot be read; expected S1GRD of 0000000"),
+    ],
+)
+def test_arrays_of_another_form_are_refused(root, form, edit, message):
+    path = change(root, form, "S1GRD", arrays(edit))
+    found = raised(root)
+    assert str(path) in found and message.replace("\\", "") in found, found
+
+
+def cut(data):
+    return data[: len(data) // 2]
+
+
+@pytest.mark.parametrize("folder", ["S1GRD", "S2L1C"])
+def test_damaged_archives_are_named(root, form, folder):
+    path = change(root, form, folder, cut)
+    found = raised(root)
+    assert str(path) in found and "cannot be read" in found
+    if form == TAR:  # the others are still there, and tell the offset
+        assert SSL4EOS12v11(root, "train", missing="skip")[1]["id"] == "0000001"
+
+
+def test_a_cut_tar_file_is_named(root, form):
+    if form == TAR:
+        path = root / "train" / "S2L1C" / "ssl4eos12_shard_000002.tar"
+        path.write_bytes(cut(path.read_bytes()))
+        assert f"{path}: cannot be read; expected a Zarr archive" in raised(root)
+
+
+def test_a_flipped_byte_is_noticed(root, form):
+    def flip(data):
+        data = bytearray(data)
+        data[len(data) // 2] ^= 255
+        return bytes(data)
+
+    path = change(root, form, "S2L1C", flip)
+    assert f"{path}: cannot be read" in raised(root)
+
+
+def test_missing_files_are_named_or_left_out(root, form):
+    if form == ZIP:
+        assert len(SSL4EOS12v11(root, "train")) == 5  # all that the list names
+        path = root / "train" / "S2L1C" / "ssl4eos12_train_seasonal_data_000001.zarr.zip"
+        path.unlink()
+        message = f"1 files are not there in all of S1GRD, S2L1C: no {path}; complete them"
+    else:
+        path = root / "train" / "S2L1C" / "ssl4eos12_shard_000001.tar"
+        path.unlink()
+        message = f"476 files are not there in all of S1GRD, S2L1C: no {path}; complete them"
+    with pytest.raises(DataError) as error:
+        SSL4EOS12v11(root, "train")
+    assert message in str(error.value)
+    data = SSL4EOS12v11(root, "train", missing="skip")
+    assert data.ids == WORLDS["train"].ids[3:] and data.left_out["files"] == (1 if form == ZIP else 476)
+    same(data[0], WORLDS["train"][3], ("sar", "optical"))
+    shutil.rmtree(root / "train" / "S2L1C")
+    assert "files are not there" in raised(root)
+
+
+def test_without_a_list_all_published_files_are_expected(written, form, tmp_path):
+    root = shutil.copytree(written[form], tmp_path / "root")
+    shutil.rmtree(root / "splits", ignore_errors=True)
+    count = {ZIP: "3810", TAR: "475"}[form]
+    with pytest.raises(DataError, match=f"{count} files are not there in all of S1GRD, S2L1C: no .*000003"):
+        SSL4EOS12v11(root, "train")
+
+
+def test_places_that_differ_between_products_are_named(written, tmp_path):
+    root = shutil.copytree(written[TAR], tmp_path / "root")
+    path = root / "train" / "DEM" / "ssl4eos12_shard_000001.tar"
+    with tarfile.open(path) as file:
+        members = [(m.name, file.extractfile(m).read()) for m in file]
+    with tarfile.open(path, "w") as file:  # another order, one place less, another one more
+        for name, data in (members[2], ("0999999.zarr.zip", members[1][1]), members[0]):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            file.addfile(member, io.BytesIO(data))
+    for number in range(3, 478):  # as if the split were whole
+        for folder in THREE:
+            (root / "train" / folder / f"ssl4eos12_shard_{number:06d}.tar").write_bytes(b"")
+    with pytest.raises(DataError, match="000003.tar: cannot be read"):
+        SSL4EOS12v11(root, "train", THREE)
+    for empty in root.rglob("*.tar"):
+        if not empty.stat().st_size:
+            empty.unlink()
+    data = SSL4EOS12v11(root, "train", THREE, missing="skip")
+    assert data.ids == ["0000000", "0000002", "0000003", "0000004"] and data.left_out["places"] == 2
+    same(data[1], WORLDS["train"][2], ("sar", "optical", "dem"))
+
+
+def test_places_that_differ_are_an_error_where_nothing_may_be_missing(written, tmp_path):
+    root = shutil.copytree(written[ZIP], tmp_path / "root")
+    folder = root / "train" / "S1GRD"
+    first, second = sorted(folder.iterdir())
+    first_bytes = first.read_bytes()
+    first.write_bytes(
+        arrays(lambda found: found.update(sample=np.array(["0000000", "0000001", "0000009"])))(first_bytes)
+    )
+    with pytest.raises(DataError) as error:
+        SSL4EOS12v11(root, "train")
+    assert f"2 places are not there in all of S1GRD, S2L1C: 0000009 is not in {root / 'train' / 'S2L1C'}" in str(
+        error.value
+    )
+    second.write_bytes(first_bytes)
+    (root / "train" / "S2L1C" / second.name).write_bytes((root / "train" / "S2L1C" / first.name).read_bytes())
+    first.write_bytes(first_bytes)
+    with pytest.raises(DataError, match="000002.zarr.zip: 0000000 is there a second time"):
+        SSL4EOS12v11(root, "train")
+
+
+def test_a_mixture_of_forms_and_bad_settings_are_refused(written, tmp_path):
+    root = shutil.copytree(written[ZIP], tmp_path / "root")
+    shutil.copytree(written[TAR] / "train", root / "train", dirs_exist_ok=True)
+    with pytest.raises(DataError, match="S1GRD: both forms of the data set, .zarr.zip and .tar; keep one"):
+        SSL4EOS12v11(root, "train")
+    with pytest.raises(ValueError, match="split 'test', missing 'error'; allowed: 'train'"):
+        SSL4EOS12v11(root, "test")
+    with pytest.raises(ValueError, match="missing 'ignore'; allowed: 'train'"):
+        SSL4EOS12v11(root, missing="ignore")
+    for folders in ((), ("S1GRD", "S2RGB"), ("S2L1C", "S2L2A")):
+        with pytest.raises(ValueError, match="some of S1GRD, S2L1C, S2L2A, DEM are needed, one of S2L1C and S2L2A"):
+            SSL4EOS12v11(root, "train", folders)
+    with pytest.raises(DataError, match="3812|477 files are not there"):
+        SSL4EOS12v11(tmp_path / "nowhere", "train")
+
+
+def test_hidden_members_are_no_places(written, tmp_path):
+    root = shutil.copytree(written[TAR], tmp_path / "root")
+    for path in root.rglob("*.tar"):
+        with tarfile.open(path, "a") as file:
+            file.addfile(tarfile.TarInfo("._0000000.zarr.zip"))
+            file.addfile(tarfile.TarInfo("readme.txt"))
+    (root / "train" / "S1GRD" / "._ssl4eos12.zarr.zip").write_bytes(b"left by an archiver")
+    assert SSL4EOS12v11(root, "train", missing="skip").ids == WORLDS["train"].ids
+
+
+def test_the_world_is_the_one_of_ssl4eo_with_elevation():
+    world, plain = WORLDS["train"], World(5, tile=TILE)
+    item, other = world[3], plain[3]
+    assert item["dates"] == other["dates"] and item["id"] == other["id"]
+    assert abs(item["sar"] - other["sar"]).max() < 0.02 and abs(item["optical"] - other["optical"]).max() <= 0.5
+    assert not set(world.ids) & set(WORLDS["val"].ids)
+    assert not np.array_equal(world.factors["water"][:2], WORLDS["val"].factors["water"])
+    for cover, mean in ((1, -1), (2, 1)):  # water lies low, houses stand up
+        where = world.label_map(3) == cover
+        difference = item["dem"][0, 0][where].mean() - item["dem"][0, 0][~where].mean()
+        assert np.sign(difference) == mean
+    redrawn = ElevatedWorld(2, tile=TILE, layout="redrawn")
+    assert redrawn[1]["dem"].shape == (4, 1, TILE, TILE) and not np.array_equal(redrawn[1]["dem"], world[1]["dem"])
+
+
+@pytest.mark.parametrize("dataset", DATASETS, ids=[d.name for d in DATASETS])
+def test_the_twins_stand_in_for_the_data_sets(dataset, tmp_path):
+    settings = SimpleNamespace(locations=3, test=2, tile=TILE, layout="coregistered", seed=1)
+    module, name = dataset.world.split(":")
+    twin = getattr(worlds, name)
+    assert module == worlds.__name__
+    parts = twin.parts(settings)
+    twin.write(tmp_path, settings, parts)
+    for split in dataset.splits:
+        data, made = dataset.read(tmp_path, split, missing="skip"), twin.make(settings, split)
+        assert data.ids == made.ids and [len(parts[split])] == [len(made)]
+        same(data[1], {**made[1]}, [m.name for m in dataset.modalities])
+    assert twin.make(settings, "train").factors.keys() == twin.factors.keys()
