@@ -25,7 +25,7 @@ from decur_core.model import MultimodalModel
 
 from . import common, lars, loader, loss
 
-CHANNELS = tuple(m.channels for m in common.PAIR)
+CHANNELS = {m.name: m.channels for m in common.PAIR}
 
 COMPILED = "ours, compiled"
 
@@ -37,7 +37,7 @@ def build(*, way: str, backbone: str, side: int, size: int, batch: int, k: int, 
     ours, compiled, kind = way != "published", way == COMPILED, torch.device(device).type
     way = "ours" if ours else way
     gpu, pieces = kind == "cuda", math.gcd(batch, 16) if workers else 1
-    images = [torch.randint(256, (batch, c, side, side), dtype=torch.uint8) for c in 2 * CHANNELS]
+    images = [torch.randint(256, (batch, c, side, side), dtype=torch.uint8) for c in 2 * (*CHANNELS.values(),)]
     opencv, generator = loader.Views(batch, side, size), torch.Generator().manual_seed(0)
     if not ours:
         options = {"sampler": itertools.cycle(range(batch)), "num_workers": workers, "pin_memory": gpu}
@@ -47,8 +47,8 @@ def build(*, way: str, backbone: str, side: int, size: int, batch: int, k: int, 
         images = [x.pin_memory() for x in images]
     model = MultimodalModel(backbone, CHANNELS, (k, k, k))
     model.to(device, memory_format=torch.channels_last if ours else torch.contiguous_format).train()
-    for backbone_m in (model.backbone_1, model.backbone_2) if compiled else ():
-        backbone_m.compile()
+    for network_m in model.backbones.values() if compiled else ():
+        network_m.compile()
     optimizer = lars.WAYS[way](parameter_groups(model, lr=0.2, lr_biases=0.0048), lr=0.2)
     scaler = torch.amp.GradScaler(device, enabled=gpu and not ours)
     low = torch.bfloat16 if ours else torch.float16
@@ -69,7 +69,8 @@ def build(*, way: str, backbone: str, side: int, size: int, batch: int, k: int, 
 
     def network(views: list[torch.Tensor]) -> None:
         optimizer.zero_grad()
-        backward(lambda: model(views[0], views[2], views[1], views[3]))
+        named = dict(zip(CHANNELS, (views[0::2], views[1::2]), strict=True))
+        backward(lambda: itertools.chain.from_iterable(model(named).values()))
 
     def update() -> None:
         scaler.step(optimizer)
@@ -87,8 +88,9 @@ def prepare(**sizes) -> Callable[[], None]:
 def arithmetic(backbone: str, size: int, batch: int, k: int) -> int:
     """Floating-point operations of the network in one step, forward and backward; a multiply-add counts as two."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        views = [torch.empty(batch, c, size, size) for c in CHANNELS for _ in "ab"]
-        sum(z.sum() for z in MultimodalModel(backbone, CHANNELS, (k, k, k))(*views)).backward()
+        views = {name: [torch.empty(batch, c, size, size) for _ in "ab"] for name, c in CHANNELS.items()}
+        embeddings = MultimodalModel(backbone, CHANNELS, (k, k, k))(views).values()
+        sum(z.sum() for both in embeddings for z in both).backward()
     return counter.get_total_flops()
 
 
