@@ -53,13 +53,13 @@ class Unwaited(TorchDispatchMode):
 @pytest.fixture
 def device(monkeypatch):
     """A fake device; what the host draws has values."""
-    plans = augment._plans
+    plan = augment._plan
 
     def drawn(*args, **options):
         with unset_fake_temporarily():
-            return plans(*args, **options)
+            return plan(*args, **options)
 
-    monkeypatch.setattr(augment, "_plans", drawn)
+    monkeypatch.setattr(augment, "_plan", drawn)
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield Unwaited()
 
@@ -95,7 +95,7 @@ def test_views_forward_pass_and_loss_never_wait_for_a_gpu(device):
         for x in views[m.name]:
             assert x.device.type == "cuda" and x.shape == (256, m.channels, 224, 224) and x.dtype == torch.float32
             assert x.is_contiguous(memory_format=torch.channels_last)
-    assert sent > 50
+    assert sent >= 4 * 10  # what is drawn, for each batch of views
     assert all(t.device.type == "cuda" and t.shape == () for t in terms.values()) and device.sent == sent
 
 
