@@ -253,7 +253,7 @@ def _render_each(images: Tensor, views: Tensor, plan: dict) -> None:
 
 
 def _bands(positions: Tensor, sides: Tensor, kernels: Tensor) -> list[tuple[Tensor, int, int, int]]:
-    """For each sample and one axis: weights of windows, pixels from one to the next, pixels before the box, and in all."""
+    """Of each sample, along one axis: weights of windows, pixels from one to the next, before the box, and in all."""
     count, size = positions.shape
     blocks = -(-size // BLOCK)
     reached = positions[:, _mirrored(size, blocks, kernels)]

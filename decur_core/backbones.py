@@ -36,7 +36,7 @@ def _small(name: str, channels: int) -> nn.Module:
     """Strided 3x3 convolutions (32, 64, 128 channels) and global average pooling."""
     layers = []
     for out in widths(name):
-        layers += [nn.Conv2d(channels, out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+        layers += [nn.Conv2d(channels, out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(True)]
         channels = out
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
