@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from decur_core import config, pretrain
-from decur_core.explain import embeddings as explain
+from decur_core import config, explain, pretrain
 
 from . import common
 

@@ -56,6 +56,7 @@ class Transfer(Section):
     segmenter: Literal["fcn", "cmx"] = Field("fcn", description="network on the encoders where pixels have labels")
     epochs: Int = Field(100, ge=1, description="passes over the labelled images")
     iterations: Int = Field(0, ge=0, description="steps; 0: as many as the epochs have")
+    min_updates: Int = Field(0, ge=0, description="steps at least, however few the labels: epochs are added")
     batch_size: Int = Field(256, ge=1, description="images per step")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="update rule")
     learning_rate_linear: Real = Field(0.5, ge=0, description="rate with frozen encoders")

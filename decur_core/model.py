@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -83,28 +83,6 @@ class MultimodalModel(nn.Module):
         with torch.no_grad():  # kept on the parameter, since beyond the limit it would get no gradient and never return
             self.log_scale.clamp_(max=math.log(100))
         return self.log_scale.exp()
-
-
-class OnEncoders(nn.Module):
-    """What networks on pretrained encoders share. Frozen encoders get no gradients and stay in eval mode, so that their
-    BatchNorm statistics keep still.
-    """
-
-    def __init__(self, encoders: Iterable[nn.Module], *, frozen: bool):
-        super().__init__()
-        self.encoders, self.frozen = nn.ModuleList(encoders), frozen
-        self.encoders.requires_grad_(not frozen)
-        self.train(self.training)  # which puts frozen encoders into eval mode from the start
-
-    def train(self, mode: bool = True) -> "OnEncoders":
-        super().train(mode)
-        if self.frozen:
-            self.encoders.eval()
-        return self
-
-    def encoding(self) -> torch.set_grad_enabled:
-        """The context in which the encoders run."""
-        return torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen)
 
 
 def build(settings: Mapping, in_channels: Mapping[str, int]) -> MultimodalModel:

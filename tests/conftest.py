@@ -17,6 +17,8 @@ def make_store(path, *, count: int, seasons: int, labels: bool, seed: int = 0):
     modalities = (SAR, OPTICAL)
     shapes = {m.name: (m.channels, 24, 24) for m in modalities}
     meta = {"preprocessing": {m.name: m.mapping() for m in modalities}}
+    if labels:
+        meta["data"] = {"name": "levels", "title": "Levels", "classes": ["high", "medium", "low"], "drawn": True}
     ids = [f"{i:07d}" for i in range(count)]
     with StoreWriter(path, ids=ids, shapes=shapes, seasons=seasons, labels=3 if labels else 0, meta=meta) as writer:
         for name in ids:

@@ -19,10 +19,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from decur_core import backbones
+from decur_core.data.nyuv2 import CLASSES_40
 from decur_core.data.raster import DataError
+from decur_core.data.tasks import Masks
 from decur_core.transfer import cmx
-from decur_core.transfer import fcn as segmentation
 
+TASK = Masks(CLASSES_40)
 PUBLISHED = json.loads((Path(__file__).parent / "cmx_layout.json").read_text())
 SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "nyu_rgbd_sample"
 
@@ -166,7 +168,7 @@ def test_backbones_that_do_not_fit_are_refused_and_change_nothing(network, chang
 def test_training_steps_on_a_real_image(network, precision):
     images = [np.asarray(Image.open(SAMPLE / name / "0.jpg")) for name in ("RGB", "HHA")]
     images = [cmx.normalize(torch.from_numpy(x.copy()).permute(2, 0, 1)[None] / 255) for x in images]
-    truth = segmentation.targets(torch.from_numpy(np.asarray(Image.open(SAMPLE / "Label" / "0.png")).copy()))[None]
+    truth = TASK.target(torch.from_numpy(np.asarray(Image.open(SAMPLE / "Label" / "0.png")).copy()))[None]
     assert images[0].shape == images[1].shape == (1, 3, 480, 640) and truth.shape == (1, 480, 640)
     images = [F.interpolate(x, size=(96, 128), mode="bilinear") for x in images]
     truth = truth[:, 2::5, 2::5]
@@ -175,7 +177,7 @@ def test_training_steps_on_a_real_image(network, precision):
     optimizer, losses = torch.optim.AdamW(network.parameters(), lr=2e-4), []
     for _ in range(3):
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-            losses.append(segmentation.loss(network(*images), truth))
+            losses.append(TASK.loss(network(*images), truth))
         optimizer.zero_grad()
         losses[-1].backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())

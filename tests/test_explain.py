@@ -1,6 +1,8 @@
 """Attributions and statistics against hand-made formulas, naive loops and interrupted calls."""
 
 import json
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -8,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from decur_core import pretrain
+from decur_core import explain, pretrain
+from decur_core.data.modality import DEM, OPTICAL, SAR
 from decur_core.data.store import Store
-from decur_core.explain import embeddings as explain
+from decur_core.explain import embeddings, saliency
 from decur_core.model import MultimodalModel
 from decur_core.report import figures as plots
 from decur_core.running import folders as runs
@@ -19,17 +22,45 @@ from decur_core.running import folders as runs
 @pytest.fixture(scope="module")
 def target():
     torch.manual_seed(0)
-    model = MultimodalModel("small", (2, 13), (16, 8)).eval()
-    z = model.embed(2, torch.rand(64, 13, 24, 24)).detach()
-    return explain.CommonUnique(model, 2, 6, z.mean(0), z.std(0))
+    model = MultimodalModel("small", {"sar": 2, "optical": 13}, (16, 8)).eval()
+    z = model.embed("optical", torch.rand(64, 13, 24, 24)).detach()
+    return explain.CommonUnique(model, "optical", (range(6), range(6, 8)), z.mean(0), z.std(0))
 
 
 def test_embeddings_do_not_depend_on_the_batch(tiny, pair_store):
     folder, store = pretrain.run(tiny(), pair_store), Store(pair_store)
-    one, two = (explain.embeddings(folder, store, samples=7, batch_size=b) for b in (7, 3))
-    for a, b in zip(one, two, strict=True):
-        assert a.shape == (7, 8)
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    one, two = (embeddings.embeddings(folder, store, samples=7, batch_size=b) for b in (7, 3))
+    assert list(one) == list(two) == ["sar", "optical"]
+    for name, z in one.items():
+        assert z.shape == (7, 8)
+        torch.testing.assert_close(z, two[name], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(explain.embed_members({"a": folder}, pair_store, samples=7)["a"], one)
+
+
+def test_blocks_are_named_by_those_who_share_them():
+    widths = {"sar": 8, "optical": 8}
+    decur = explain.blocks({"method": "decur", "dim_common": 6}, widths)
+    assert decur["optical"] == {"sar+optical": slice(0, 6), "optical": slice(6, 8)} and list(decur) == [
+        "sar",
+        "optical",
+    ]
+    for whole in ({"method": "decur", "dim_common": 6, "decoupling": False}, {"method": "clip", "dim_common": 6}):
+        assert explain.blocks(whole, widths)["sar"] == {"sar+optical": slice(0, 8), "sar": slice(8, 8)}
+    declared = {"a": 2, "a+b+c": 3, "b+c": 4, "c": 1}
+    three = explain.blocks({"method": "decur", "blocks": declared}, {"a": 5, "b": 7, "c": 8})
+    assert three == {
+        "a": {"a": slice(0, 2), "a+b+c": slice(2, 5)},
+        "b": {"a+b+c": slice(0, 3), "b+c": slice(3, 7), "b": slice(7, 7)},
+        "c": {"a+b+c": slice(0, 3), "b+c": slice(3, 7), "c": slice(7, 8)},
+    }
+    with pytest.raises(
+        ValueError, match="the embedding of b has 6 dimensions; its blocks have {'a\\+b\\+c': 3, 'b\\+c': 4"
+    ):
+        explain.blocks({"method": "decur", "blocks": declared}, {"a": 5, "b": 6, "c": 8})
+    with pytest.raises(ValueError, match="the embedding of sar has 8 dimensions"):
+        explain.blocks({"method": "decur", "dim_common": 9}, widths)
+    with pytest.raises(ValueError, match="dim_common = 'auto'; the split"):
+        explain.blocks({"method": "decur", "dim_common": "auto"}, widths)
 
 
 def test_effective_rank_counts_independent_directions():
@@ -59,10 +90,76 @@ def test_tsne_lays_aligned_dimensions_on_top_of_each_other_and_unique_ones_apart
     np.testing.assert_array_equal(place, explain.tsne(z1, z2))
 
 
+DEGENERATE = """
+import numpy as np, torch
+from decur_core import explain
+z = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+cases = {
+    "some constant": (z, torch.cat([z[:, :2], torch.full((40, 2), 7.0)], 1)),
+    "almost all constant": (torch.cat([z[:, :1], torch.ones(40, 9)], 1),),
+    "one and its opposite": (z[:, :1].repeat(1, 6), -z[:, :1].repeat(1, 6)),
+    "two samples": (z[:2], -z[:2]),
+    "three modalities of unequal widths": (z[:, :1], z[:, 1:2], z[:, 2:4]),
+}
+for name, both in cases.items():
+    place = explain.tsne(*both)
+    assert place.shape == (sum(x.shape[1] for x in both), 2) and np.isfinite(place).all(), name
+for name, z1 in {"constant": torch.ones(40, 6), "but for rounding": z[:, :1] * torch.tensor([1.0, 3.0, 7.0])}.items():
+    try:
+        explain.tsne(z1, 0.1 * z1)
+    except ValueError as error:
+        assert "every dimension has the same values" in str(error), name
+    else:
+        raise AssertionError(name)
+print("done")
+"""
+
+
+def test_no_embedding_takes_the_process_down():
+    """In a process of its own, which scikit-learn's compiled code could end."""
+    ran = subprocess.run([sys.executable, "-c", DEGENERATE], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0 and ran.stdout == "done\n", ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("z1", "z2", "reason"),
+    [
+        (torch.ones(50, 8), torch.ones(50, 8), "every dimension has the same values"),
+        (torch.arange(50.0)[:, None].repeat(1, 8), torch.arange(50.0)[:, None].repeat(1, 8), "the same values"),
+        (torch.rand(50, 1), torch.rand(50, 2), r"shapes \(50, 1\) and \(50, 2\).* 4 dimensions in all"),
+        (torch.rand(50, 8), torch.rand(49, 8), r"shapes \(50, 8\) and \(49, 8\)"),
+        (torch.rand(1, 8), torch.rand(1, 8), "2 samples or more"),
+        (torch.rand(0, 8), torch.rand(0, 8), "2 samples or more"),
+        (torch.rand(50, 8), torch.full((50, 8), torch.nan), "8 dimensions hold NaN or infinity"),
+        (torch.rand(50, 8).index_fill(1, torch.tensor([3]), torch.inf), torch.rand(50, 8), "1 dimensions hold NaN"),
+    ],
+)
+def test_embeddings_without_a_map_are_refused(z1, z2, reason):
+    """The first of these ends the process in the library behind it."""
+    with pytest.raises(ValueError, match=reason):
+        explain.tsne(z1, z2)
+
+
+def test_a_rank_of_nothing():
+    assert explain.effective_rank(torch.ones(5, 3)) == 0 == explain.effective_rank(torch.rand(1, 3))
+    with pytest.raises(ValueError, match="holds NaN or infinity"):
+        explain.effective_rank(torch.full((5, 3), torch.nan))
+
+
+def test_constant_dimensions_lie_together_on_the_map():
+    make = torch.Generator().manual_seed(0)
+    z1, z2 = torch.randn(50, 12, generator=make), torch.randn(50, 12, generator=make)
+    z1[:, 6:] = 3.0
+    found = explain.tsne(z1, z2, perplexity=3)
+    assert found.shape == (24, 2) and np.isfinite(found).all()
+    constant, others = found[6:12], np.delete(found, range(6, 12), axis=0)
+    assert np.ptp(constant, axis=0).max() < np.ptp(others, axis=0).min()
+
+
 def test_gradcam_is_the_gradient_weighted_map_of_the_last_convolution(target):
     images, kept, largest = torch.rand(3, 13, 24, 24), {}, []
     layer = target.last_convolution()
-    assert layer is target.model.backbone_2[6]
+    assert layer is target.model.backbones["optical"][6]
     handle = layer.register_forward_hook(lambda module, args, out: kept.update(map=out))
     for part in (0, 1):
         found = explain.gradcam(target, images, part)
@@ -81,12 +178,12 @@ def test_gradcam_is_the_gradient_weighted_map_of_the_last_convolution(target):
 def test_gradcam_of_other_backbones_is_spatial(backbone, size):
     """Of Mix Transformers the last convolution is the depthwise one of the last block, on a map of stride 32."""
     torch.manual_seed(0)
-    model = MultimodalModel(backbone, (3, 2), (16, 8)).eval()
+    model = MultimodalModel(backbone, {"rgb": 3, "sar": 2}, (16, 8)).eval()
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.ones_(module.weight)
-    z, kept = model.embed(1, torch.rand(32, 3, size, size)).detach(), {}
-    target = explain.CommonUnique(model, 1, 5, z.mean(0), z.std(0))
+    z, kept = model.embed("rgb", torch.rand(32, 3, size, size)).detach(), {}
+    target = explain.CommonUnique(model, "rgb", (range(5), range(5, 8)), z.mean(0), z.std(0))
     images = torch.rand(2, 3, size, size)
     handle = target.last_convolution().register_forward_hook(lambda module, args, out: kept.update(map=out))
     found = [explain.gradcam(target, images, part) for part in (0, 1)]
@@ -139,14 +236,16 @@ def test_statistics_equal_a_naive_loop_and_survive_an_interruption(tiny, pair_st
     (file,) = runs.path(settings, "explain").glob("*.jsonl")
     whole = file.read_text()
 
-    two, trained = explain.targets(folder, Store(pair_store))
+    two, modalities, trained = explain.targets(folder, Store(pair_store))
     raw, bands = {"common": [], "unique": []}, []
     for i in range(10):
-        images = [x for _, x in explain._batches(trained, Store(pair_store), [i], 1, "cpu")][0]
+        images = embeddings.images(Store(pair_store), modalities, [i], trained["crop_size"])
         for k, part in enumerate(raw):
-            one, other = (explain._unit(explain.gradcam(t, x, k))[0] for t, x in zip(two, images, strict=True))
+            one, other = (saliency._unit(explain.gradcam(two[m], x, k))[0] for m, x in images.items())
             raw[part].append(np.log(max(float((one * other).mean()), 1e-12)))
-        bands.append(explain.integrated_gradients(two[1], images[1], 0, steps=4)[0][0].mean((1, 2)).numpy())
+        bands.append(
+            explain.integrated_gradients(two["optical"], images["optical"], 0, steps=4)[0][0].mean((1, 2)).numpy()
+        )
     raw = {k: np.where(np.array(v) < np.log(1e-11), np.nan, v) for k, v in raw.items()}  # one of the maps is empty
     low, high = (f(np.concatenate(list(raw.values()))) for f in (np.nanmin, np.nanmax))
     for part, values in raw.items():
@@ -158,8 +257,8 @@ def test_statistics_equal_a_naive_loop_and_survive_an_interruption(tiny, pair_st
     lines = whole.splitlines(keepends=True)
     file.write_text("".join(lines[:2]) + lines[2][: len(lines[2]) // 2])  # killed in the middle of a line
     computed = []
-    cam = explain.gradcam
-    monkeypatch.setattr(explain, "gradcam", lambda t, x, k: computed.append(len(x)) or cam(t, x, k))
+    cam = saliency.gradcam
+    monkeypatch.setattr(saliency, "gradcam", lambda t, x, k: computed.append(len(x)) or cam(t, x, k))
     again = explain.statistics(settings, folder, pair_store, samples=10, batch_size=4, steps=4)
     assert computed == [4] * 4 + [2] * 4 and file.read_text() == whole
     assert all(np.array_equal(found[name], again[name], equal_nan=True) for name in found)
@@ -199,35 +298,40 @@ def test_statistics_of_other_images_are_counted_anew(tiny, pair_store, patch_sto
     np.testing.assert_array_equal(first["bands optical common"], again["bands optical common"])
 
 
-@pytest.mark.parametrize(
-    ("z1", "z2", "reason"),
-    [
-        (torch.ones(50, 8), torch.ones(50, 8), "every dimension has the same values"),
-        (torch.arange(50.0)[:, None].repeat(1, 8), torch.arange(50.0)[:, None].repeat(1, 8), "the same values"),
-        (torch.rand(50, 1), torch.rand(50, 2), r"shapes \(50, 1\) and \(50, 2\).* 4 dimensions in all"),
-        (torch.rand(1, 8), torch.rand(1, 8), "2 samples or more"),
-        (torch.rand(0, 8), torch.rand(0, 8), "2 samples or more"),
-        (torch.rand(50, 8), torch.full((50, 8), torch.nan), "8 dimensions hold NaN or infinity"),
-        (torch.rand(50, 8).index_fill(1, torch.tensor([3]), torch.inf), torch.rand(50, 8), "1 dimensions hold NaN"),
-    ],
-)
-def test_embeddings_without_a_map_are_refused(z1, z2, reason):
-    """The first of these ends the process in the library behind it."""
-    with pytest.raises(ValueError, match=reason):
-        explain.tsne(z1, z2)
+def test_maps_and_overlaps_of_three_modalities_go_by_their_blocks(tiny, tmp_path, monkeypatch):
+    """A model of three, without a training: statistics of every two, parts by the blocks of its settings."""
+    torch.manual_seed(0)
+    widths, bands = {"sar": 6, "optical": 7, "dem": 5}, {"sar": SAR, "optical": OPTICAL, "dem": DEM}
+    channels = {name: m.channels for name, m in bands.items()}
+    model = MultimodalModel("small", channels, (16, 8), dimensions=widths)
+    settings = {"method": "decur", "crop_size": 24, "blocks": {"sar+optical": 3, "sar+dem": 2, "optical": 4}}
+    settings["blocks"] |= {"sar": 1, "dem": 3}
+    items = {name: torch.randint(0, 256, (6, len(m.bands), 24, 24), dtype=torch.uint8) for name, m in bands.items()}
 
+    def views(store, modalities, rows, policy, *, device, seed=()):
+        return [m.copied(items[m.name][list(rows)].float() / 255) for m in modalities]
 
-def test_a_rank_of_nothing():
-    assert explain.effective_rank(torch.ones(5, 3)) == 0 == explain.effective_rank(torch.rand(1, 3))
-    with pytest.raises(ValueError, match="holds NaN or infinity"):
-        explain.effective_rank(torch.full((5, 3), torch.nan))
+    monkeypatch.setattr(embeddings, "views", views)
+    for module in (embeddings, saliency):
+        monkeypatch.setattr(module, "load_pretrained", lambda folder: (model, bands, settings))
+    monkeypatch.setattr(saliency, "Store", lambda path: Fake())
 
+    class Fake:
+        sha256 = "x"
 
-def test_constant_dimensions_lie_together_on_the_map():
-    make = torch.Generator().manual_seed(0)
-    z1, z2 = torch.randn(50, 12, generator=make), torch.randn(50, 12, generator=make)
-    z1[:, 6:] = 3.0
-    found = explain.tsne(z1, z2, perplexity=3)
-    assert found.shape == (24, 2) and np.isfinite(found).all()
-    constant, others = found[6:12], np.delete(found, range(6, 12), axis=0)
-    assert np.ptp(constant, axis=0).max() < np.ptp(others, axis=0).min()
+        def __len__(self):
+            return 6
+
+    found = explain.statistics(tiny(), tmp_path / "run", "a store", samples=6, batch_size=4, steps=2)
+    names = [f"overlap {pair} {part}" for pair in ("sar+optical", "sar+dem", "optical+dem") for part in explain.PARTS]
+    assert [name for name in found if name.startswith("overlap")] == names
+    assert all(found[name].shape == (6,) for name in names)
+    assert found["bands dem common"].shape == (1,) and found["bands optical unique"].shape == (13,)
+    made, _, _ = explain.targets(tmp_path / "run", Fake())
+    z = embeddings.embeddings(tmp_path / "run", Fake(), samples=6)["sar"]
+    z = (z - z.mean(0)) / z.std(0)
+    expected = torch.stack([z[:, :5].mean(1), z[:, 5:].mean(1)], 1)
+    images = embeddings.images(Fake(), bands, range(6), 24)
+    torch.testing.assert_close(made["sar"](images["sar"]), expected, rtol=1e-3, atol=1e-4)
+    rows = explain.example_maps(tiny(), tmp_path / "run", "a store", count=2)
+    assert list(rows[0]) == [f"{m}{part}" for m in bands for part in ("", ", common", ", unique")]

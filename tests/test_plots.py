@@ -4,9 +4,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from decur_core.config import METHODS
+from decur_core.losses import METHODS
 from decur_core.report import figures as plots
-from decur_core.report import styles
+from decur_core.report import pictures, styles
 
 
 @pytest.fixture
@@ -25,7 +25,8 @@ def test_methods_have_the_names_and_the_order_of_the_tables():
     same = {"inputs": "both", "fraction": 1.0, "protocol": "linear", "mean": 50.0, "deviation": None}
     assert legend_of(plots.scores([{"method": m, **same} for m in methods])) == expected
     assert legend_of(plots.per_class({m: [1.0, None] for m in methods}, classes=["a", "b"])) == expected
-    assert [styles.STYLES[m][0] for m in METHODS] == list(METHODS.values())
+    assert [styles.title(m) for m in METHODS] == [m.title for m in METHODS.values()]
+    assert len({styles.colour(m) for m in METHODS}) == len(METHODS)
 
 
 def test_a_label_tells_its_method():
@@ -33,6 +34,8 @@ def test_a_label_tells_its_method():
     assert styles.method_of("Barlow Twins, seed 3") == "barlow_twins" and styles.method_of("DeCUR") == "decur"
     assert styles.method_of("within modality 1") is None
     assert styles.named("rgb, common") == "RGB, common" and styles.named("depth") == "depth"
+    assert styles.title("sar+dem") == "SAR + elevation" and styles.title("intra/hha") == "intra-modal, HHA"
+    assert styles.colour("intra/sar") == styles.colour("sar") and styles.colour("nobody") == styles.colour("nobody")
 
 
 def test_only_matrices_of_decur_and_of_no_run_have_a_border():
@@ -53,16 +56,40 @@ def test_losses_have_plain_ticks_and_one_legend():
         assert any(texts) and all(float(t) > 0 for t in texts if t)
 
 
+def test_losses_are_named_by_their_modalities_and_told_apart():
+    terms = ["total", "intra/sar", "intra/dem", "common/sar+dem", "rest/sar+dem", "rest/sar+optical"]
+    line = {"step": 1, "learning_rate": 0.1, "pairs_per_second": 5.0, "scale": 3.0, **dict.fromkeys(terms, 1.0)}
+    figure = plots.history({"a run": [line, line | {"step": 2}]})
+    expected = ["total", "intra-modal, SAR", "intra-modal, elevation", "common, SAR + elevation"]
+    assert legend_of(figure) == [*expected, "rest, SAR + elevation", "rest, SAR + optical"]
+    drawn = [(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines if line.get_linewidth() > 1]
+    assert len(set(drawn)) == len(terms)
+
+
 def test_dimensions_of_a_pair_say_which_modality_is_the_first(random):
     points = {"rgb_dem": random.normal(size=(8, 2)), "a run": random.normal(size=(8, 2))}
-    figure = plots.dimensions(points, dim_common={"rgb_dem": 3, "a run": 3})
+    pair = {"rgb": {"rgb+dem": slice(0, 3), "rgb": slice(3, 4)}, "dem": {"rgb+dem": slice(0, 3), "dem": slice(3, 4)}}
+    figure = plots.dimensions(points, blocks={"rgb_dem": pair, "a run": pair})
     assert [axis.get_title() for axis in figure.axes] == ["RGB (first), elevation (second)", "a run"]
     assert len(legend_of(figure)) == 4
+    drawn = [np.asarray(c.get_offsets()) for c in figure.axes[0].collections]
+    place = points["rgb_dem"]
+    for found, expected in zip(drawn, (place[:3], place[3:4], place[4:7], place[7:]), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_dimensions_of_three_modalities_of_unequal_widths(random):
+    layout = {"a": {"a": slice(0, 1), "a+b": slice(1, 3)}, "b": {"a+b": slice(0, 2), "b": slice(2, 2)}}
+    layout["c"] = {"c": slice(0, 4)}
+    figure = plots.dimensions({"x": random.normal(size=(9, 2))}, blocks={"x": layout})
+    assert [len(c.get_offsets()) for c in figure.axes[0].collections] == [2, 1, 2, 0, 0, 4]
+    with pytest.raises(ValueError, match="10 points for 9 dimensions of a, b, c"):
+        plots.dimensions({"x": random.normal(size=(10, 2))}, blocks={"x": layout})
 
 
 def test_alignment_has_the_colours_of_methods_and_says_what_it_cuts(random):
     figure = plots.alignment({"DeCUR, seed 0": random.uniform(0, 1.5, 50), "something": random.uniform(0, 1, 50)})
-    assert figure.axes[0].patches[0].get_edgecolor() == plt.matplotlib.colors.to_rgba(styles.STYLES["decur"][1])
+    assert figure.axes[0].patches[0].get_edgecolor() == plt.matplotlib.colors.to_rgba(styles.colour("decur"))
     assert figure.axes[0].get_xticklabels()[-1].get_text() == "≥ 1"
 
 
@@ -89,11 +116,11 @@ def test_histograms_share_bins_of_whole_numbers_and_name_bands(random):
 def test_empty_saliency_and_the_range_of_radar_are_written_in(random):
     image, heat = random.random((3, 8, 8)), random.random((8, 8))
     row = {"rgb": image, "rgb, common": (image, heat), "rgb, unique": (image, np.zeros((8, 8)))}
-    axes = plots.saliency([row], list(row)).axes
+    axes = pictures.saliency([row], list(row)).axes
     assert [[t.get_text() for t in axis.texts] for axis in axes] == [[], [], ["empty"]]
     assert axes[1].get_title() == "RGB,\ncommon"
     radar = np.stack([np.full((8, 8), -12.0), np.full((8, 8), -20.0)])
-    axes = plots.pairs([{"id": "a/b", "optical": random.random((1, 13, 8, 8)), "sar": radar[None]}]).axes
+    axes = pictures.pairs([{"id": "a/b", "optical": random.random((1, 13, 8, 8)), "sar": radar[None]}]).axes
     assert [axis.get_title() for axis in axes] == ["b", "-12 to -12 dB", "-20 to -20 dB"]
 
 
@@ -112,3 +139,26 @@ def test_histograms_take_any_number_of_bands():
     values = {"optical": random.integers(0, 256, (2, 4, 8, 8), np.uint8), "sar": random.normal(size=(2, 1, 8, 8))}
     optical, sar = plots.histograms(values, unit="x").axes
     assert [line.get_label() for line in optical.lines] == [f"band {k}" for k in (1, 2, 3, 4)] and len(sar.lines) == 1
+
+
+def test_pictures_of_any_modality(random):
+    sample = {"id": "x", "dem": random.normal(300, 5, (1, 8, 8)), "rgb": random.integers(0, 255, (3, 8, 8), np.uint8)}
+    axes = pictures.pairs([sample]).axes
+    assert [axis.get_ylabel() for axis in axes] == ["red green blue", "elevation"]
+    assert np.array_equal(axes[0].images[0].get_array(), sample["rgb"].transpose(1, 2, 0))
+    assert axes[1].get_title().endswith(" m")
+    with pytest.raises(ValueError, match="no known modality among id, thermal"):
+        pictures.pairs([{"id": "x", "thermal": sample["dem"]}])
+    optical = random.random((13, 8, 8))
+    np.testing.assert_array_equal(pictures.picture(optical, "optical"), pictures.stretch(optical[[3, 2, 1]], 1, 99))
+    grey = pictures.picture(optical[:2], "sar")
+    assert grey.shape == (8, 8, 3) and np.ptp(grey, axis=2).max() == 0
+    seasons = {"dem": np.stack([sample["dem"]] * 3), "rgb": np.stack([sample["rgb"]] * 3)}
+    titles = [axis.get_title() for axis in pictures.seasons(seasons | {"dates": {"rgb": ["20200101", "b", "c"]}}).axes]
+    assert titles == ["RGB 20200101", "RGB b", "RGB c", *["elevation (no date given)"] * 3]
+    scenes = pictures.scenes(
+        [sample | {"mask": np.eye(8, dtype=np.uint8)}], ["rgb", "dem", "mask"], classes=["none", "some"]
+    )
+    assert scenes.axes[1].get_title().endswith(" m") and legend_of(scenes) == ["none", "some"]
+    assert len(pictures.bands(random.random((3, 8, 8)), "abc", unit="x").axes) == 5
+    assert [a.get_ylabel() for a in pictures.views({"dem": random.random((2, 3, 8, 8))}).axes] == ["elevation", ""]

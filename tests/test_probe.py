@@ -9,8 +9,21 @@ from decur_core import config
 from decur_core.data import prepare
 from decur_core.data.store import Store
 from decur_core.explain import probes as probe
+from decur_core.explain.embeddings import blocks
 from decur_core.report import figures as plots
+from decur_core.report import matrices
 from decur_core.running import folders as runs
+
+SEEN_BY = {"c": "common", "a": "sar", "b": "optical"}
+ROWS = {
+    f"{block} {k}": (m, b)
+    for k, m in ((1, "sar"), (2, "optical"))
+    for block, b in (("common", "sar+optical"), ("unique", m))
+}
+
+
+def table(held: dict[str, tuple]) -> dict:
+    return {ROWS[block]: dict(zip("cab", values, strict=True)) for block, values in held.items()}
 
 
 @pytest.fixture
@@ -33,7 +46,7 @@ def test_linear_probe_is_ridge_regression_with_the_best_leave_one_out_penalty(ra
     train = slice(0, 30)
     z = (x - x[train].mean(0)) / x[train].std(0) / np.sqrt(5)
     gram = z[train] @ z[train].T + 1
-    weights, error = probe._leave_one_out(gram, y[train] - y[train].mean(0))
+    _, error = probe.ridge(gram, y[train] - y[train].mean(0))
     expected = []
     for penalty in probe.PENALTIES * np.linalg.eigvalsh(gram).clip(0).mean():
         left = []
@@ -47,6 +60,55 @@ def test_linear_probe_is_ridge_regression_with_the_best_leave_one_out_penalty(ra
     assert error[0] == pytest.approx(min(expected), rel=1e-8)
 
 
+# R2 of `case` by ridge and kernel ridge regression written out by hand, which scikit-learn took the place of.
+# (samples, features, of these constant, targets, kernel): R2 of each target
+BY_HAND = {
+    (120, 5, 0, 3, "linear"): [0.9980572747666415, -0.2916660244834304, -3.910672579765517e-05],
+    (120, 5, 0, 3, "rbf"): [0.9969209407478306, 0.7738538282122127, 0.00021240369935293657],
+    (40, 60, 0, 3, "linear"): [0.25742436332170826, -0.00019965090582196865, 7.08637086672681e-05],
+    (40, 60, 0, 3, "rbf"): [0.25500447412896765, -3.3717511271902367e-07, -3.293020682360037e-06],
+    (90, 12, 4, 3, "linear"): [0.910429082391844, 0.00048477969027582724, -0.00015873995053827805],
+    (90, 12, 4, 3, "rbf"): [0.9060220033089964, 0.5495623629980595, 8.950045836020326e-05],
+    (16, 3, 0, 1, "linear"): [0.9957503321334668],
+    (16, 3, 0, 1, "rbf"): [0.9965604494312799],
+    (300, 30, 29, 2, "linear"): [2.7345255458111062e-05, 0.00013790287036896665],
+    (300, 30, 29, 2, "rbf"): [0.0005957102784290846, 0.01316427550004895],
+}
+
+
+def case(count, features, constant, targets):
+    random = np.random.default_rng(7)
+    x = random.normal(size=(count, features))
+    y = [x @ random.normal(size=features), np.sin(2 * x[:, 0]) + x[:, 1] ** 2, random.normal(size=count)]
+    y = np.stack(y, 1)[:, :targets]
+    x[:, features - constant :] = 2.5
+    return x, y + 0.1 * random.normal(size=y.shape)
+
+
+@pytest.mark.parametrize("given", BY_HAND)
+def test_probes_have_the_numbers_of_those_written_by_hand(given):
+    *shape, kernel = given
+    assert probe.r2(*case(*shape), kernel=kernel) == pytest.approx(BY_HAND[given], abs=1e-9)
+
+
+def test_probes_of_fewer_samples_and_of_single_precision_have_the_numbers_of_those_written_by_hand():
+    x, y = case(400, 8, 0, 3)
+    expected = [0.9984954700560339, 0.7460924308599897, -3.132883053580393e-05]
+    assert probe.r2(x, y, kernel="rbf", samples=100) == pytest.approx(expected, abs=1e-9)
+    x, y = (part.astype(np.float32) for part in case(200, 6, 0, 3))
+    assert probe.r2(x, y) == pytest.approx(
+        [0.9984641244072006, 0.0010261790433432338, -0.00025300835130170896], abs=1e-9
+    )
+
+
+def test_collapsed_and_diverged_embeddings(random):
+    y = random.normal(size=(40, 2))
+    for kernel in ("linear", "rbf"):
+        assert np.abs(probe.r2(np.full((40, 3), 2.5), y, kernel=kernel)).max() < 0.2
+        with pytest.raises(ValueError, match="not finite; the run that made them has diverged"):
+            probe.r2(np.full((40, 3), np.nan), y, kernel=kernel)
+
+
 def test_scale_shift_and_useless_dimensions_do_not_matter(random):
     x = random.normal(size=(400, 4))
     y = x[:, :1] * 3
@@ -55,17 +117,44 @@ def test_scale_shift_and_useless_dimensions_do_not_matter(random):
     assert probe.r2(x[:, :0], y) == 0
 
 
+def matrix(z1, z2, dim_common, factors, kernel="linear"):
+    settings = {"method": "decur", "dim_common": dim_common}
+    z = {"sar": z1, "optical": z2}
+    return probe.matrix(z, blocks(settings, {m: each.shape[1] for m, each in z.items()}), factors, kernel=kernel)
+
+
 def test_scores_of_a_perfect_and_of_a_swapped_embedding(random):
     factors = {name: random.uniform(-1, 1, 400) for name in ("c", "a", "b")}
-    seen_by = {"c": "common", "a": "sar", "b": "optical"}
     c, a, b = (factors[k][:, None] for k in "cab")
-    perfect = probe.matrix(probe.blocks(np.hstack([c, a]), np.hstack([c, b]), 1), factors)
-    swapped = probe.matrix(probe.blocks(np.hstack([a, c]), np.hstack([b, c]), 1), factors)
-    good, bad = (probe.scores(t, seen_by, ("sar", "optical")) for t in (perfect, swapped))
+    perfect = matrix(np.hstack([c, a]), np.hstack([c, b]), 1, factors)
+    swapped = matrix(np.hstack([a, c]), np.hstack([b, c]), 1, factors)
+    good, bad = (probe.scores(t, SEEN_BY) for t in (perfect, swapped))
     assert good["block score"] > 0.95 and bad["block score"] < -0.95
     assert abs(good["impossible"]) < 0.06
-    mixed = probe.matrix(probe.blocks(np.hstack([c + a, c - a]), np.hstack([c, b]), 1), factors)
-    assert 0.4 < mixed["common 1"]["c"] < 0.6 and 0.4 < mixed["unique 1"]["c"] < 0.6
+    mixed = matrix(np.hstack([c + a, c - a]), np.hstack([c, b]), 1, factors)
+    assert 0.4 < mixed["sar", "sar+optical"]["c"] < 0.6 and 0.4 < mixed["sar", "sar"]["c"] < 0.6
+
+
+def test_three_modalities_are_scored_by_the_block_of_those_who_carry_a_factor(random):
+    factors = {name: random.uniform(-1, 1, 400) for name in ("all", "ab", "ac", "a", "c")}
+    seen_by = {"all": "common", "ab": "a+b", "ac": "a+c", "a": "a", "c": "c"}
+    f = {name: values[:, None] for name, values in factors.items()}
+    z = {"a": np.hstack([f["all"], f["a"], f["ab"], f["ac"]])}
+    z |= {"b": np.hstack([f["all"], f["ab"]]), "c": np.hstack([f["all"], f["c"], f["ac"]])}
+    widths = {m: each.shape[1] for m, each in z.items()}
+    settings = {"method": "decur", "blocks": {"a+b+c": 1, "a": 1, "c": 1, "a+b": 1, "a+c": 1}}
+    table = probe.matrix(z, blocks(settings, widths), factors)
+    assert table["a", "a+c"]["ac"] > 0.99 and table["b", "b"] == dict.fromkeys(factors, 0)
+    found = probe.scores(table, seen_by)
+    assert found["right"] > 0.99 and abs(found["wrong"]) < 0.1 and abs(found["impossible"]) < 0.1
+    settings["blocks"] = {"a+b+c": 1, "a": 1, "c": 1, "a+c": 1, "a+b": 1}  # in a, two blocks have changed places
+    swapped = probe.scores(probe.matrix(z, blocks(settings, widths), factors), seen_by)
+    values = 3 + 2 + 2 + 1 + 1  # entries of factors in their blocks, of which two are now 0
+    assert swapped["right"] == pytest.approx((values - 2) / values, abs=0.05)
+    whole = probe.matrix(z, blocks({"method": "barlow_twins"}, widths), factors)
+    assert probe.scores(whole, seen_by)["right"] == pytest.approx(3 / values, abs=0.01), (
+        "no block of just two, or of one"
+    )
 
 
 def test_what_cannot_be_probed_is_refused(random):
@@ -73,13 +162,6 @@ def test_what_cannot_be_probed_is_refused(random):
         probe.r2(np.zeros((4, 2)), np.zeros((4, 1)))
     with pytest.raises(ValueError, match="kernel 'cubic'"):
         probe.r2(np.zeros((20, 2)), np.zeros((20, 1)), kernel="cubic")
-
-
-SEEN_BY = {"c": "common", "a": "sar", "b": "optical"}
-
-
-def table(held: dict[str, tuple]) -> dict:
-    return {block: dict(zip("cab", values, strict=True)) for block, values in held.items()}
 
 
 def test_scores_follow_from_the_entries_one_by_one():
@@ -93,7 +175,6 @@ def test_scores_follow_from_the_entries_one_by_one():
             }
         ),
         SEEN_BY,
-        ("sar", "optical"),
     )
     assert found["common factors, common block"] == pytest.approx((0.9 + 0.8) / 2)
     assert found["common factors, unique block"] == pytest.approx((0.1 + 0) / 2)  # below 0 nothing is held
@@ -104,22 +185,23 @@ def test_scores_follow_from_the_entries_one_by_one():
     assert found["block score"] == pytest.approx(found["right"] - found["wrong"])
     assert found["impossible"] == 0.03
     unread = {f"{block} {m}": (0.5, np.nan, np.nan) for block in ("common", "unique") for m in (1, 2)}
-    found = probe.scores(table(unread), SEEN_BY, ("sar", "optical"))
+    found = probe.scores(table(unread), SEEN_BY)
     assert found["right"] == 0.5 and np.isnan(found["own factors, common block"])
 
 
 def test_shares_of_the_ceiling_leave_alone_what_a_modality_does_not_carry():
     held = table({"common 1": (0.4, 0.3, 0.02), "unique 2": (0.4, 0.03, 0.3)})
     ceilings = {"sar": {"c": [0.7, 0.9], "a": [0.6], "b": [-0.1]}, "optical": {"c": [0.5], "a": [0.01], "b": [0.75]}}
-    found = probe.normalised({"DeCUR, seed 0": {"linear": held}}, ceilings, SEEN_BY, ("sar", "optical"))
+    found = probe.normalised({"DeCUR, seed 0": {"linear": held}}, ceilings, SEEN_BY)
     shares = found["DeCUR, seed 0"]["linear"]
-    assert shares["common 1"] == pytest.approx({"c": 0.5, "a": 0.5, "b": 0.02})
-    assert shares["unique 2"] == pytest.approx({"c": 0.8, "a": 0.03, "b": 0.4})
+    assert shares[ROWS["common 1"]] == pytest.approx({"c": 0.5, "a": 0.5, "b": 0.02})
+    assert shares[ROWS["unique 2"]] == pytest.approx({"c": 0.8, "a": 0.03, "b": 0.4})
     low = ceilings | {"sar": {"c": [1], "a": [0.05], "b": [0]}}
     with pytest.warns(UserWarning, match="reads a from sar with R2 = 0.05: no ceiling"):
-        rest = probe.normalised({"x": {"linear": held}}, low, SEEN_BY, ("sar", "optical"))["x"]["linear"]
-    assert np.isnan(rest["common 1"]["a"]) and rest["common 1"]["c"] == 0.4 and rest["unique 2"]["a"] == 0.03
-    panels = probe.panels(found | {"DeCUR, seed 1": {"linear": held}}, ceilings)
+        rest = probe.normalised({"x": {"linear": held}}, low, SEEN_BY)["x"]["linear"]
+    common, unique = rest[ROWS["common 1"]], rest[ROWS["unique 2"]]
+    assert np.isnan(common["a"]) and common["c"] == 0.4 and unique["a"] == 0.03
+    panels = matrices.panels(found | {"DeCUR, seed 1": {"linear": held}}, ceilings)
     ceiling, decur = panels.values()
     assert list(panels)[1] == "DeCUR" and ceiling["SAR"] == pytest.approx({"c": 0.8, "a": 0.6, "b": -0.1})
     assert decur["common, SAR"]["c"] == pytest.approx((0.5 + 0.4) / 2)
@@ -135,7 +217,7 @@ def test_over_shares_has_a_point_for_every_share_and_seed():
         }
         for k in range(4)
     }
-    lines = probe.over_shares(by_run, members, SEEN_BY, ("sar", "optical"))["linear"]
+    lines = probe.over_shares(by_run, members, SEEN_BY)["linear"]
     assert list(lines) == list(probe.HELD)
     assert lines["own factors, common block"] == {25: pytest.approx([0, 0.1]), 100: pytest.approx([0.2, 0.3])}
     assert len(plots.curve_panels({"linear": lines, "rbf": lines}, xlabel="", ylabel="").axes) == 2
@@ -180,15 +262,15 @@ def test_the_ceiling_is_computed_once_and_not_on_images_that_it_is_tested_on(tmp
 def test_blocks_without_dimensions_are_told_from_measured_ones(random):
     values = {name: random.uniform(-1, 1, 60) for name in "cab"}
     z, (member,) = torch.rand(60, 4), config.members(config.load("mini", {"sweep": {}, "method": "vicreg"}))
-    by_run = probe.tables({"VICReg, seed 0": (z, z)}, [member], values)
+    by_run = probe.tables({"VICReg, seed 0": {"sar": z, "optical": z}}, [member], values)
     x = random.normal(size=(60, 2))
-    by_run["DeCUR, seed 0"] = {k: probe.matrix(probe.blocks(x, x, 1), values, kernel=k) for k in ("linear", "rbf")}
+    by_run["DeCUR, seed 0"] = {k: matrix(x, x, 1, values, kernel=k) for k in ("linear", "rbf")}
     ceilings = {m: {name: [1.0] for name in "cab"} for m in ("sar", "optical")}
-    shown = probe.panels(by_run, ceilings, methods=("VICReg", "DeCUR"))
+    shown = matrices.panels(by_run, ceilings, methods=("VICReg", "DeCUR"))
     assert np.isnan(list(shown["VICReg"]["unique, SAR"].values())).all()
     assert np.isfinite([list(row.values()) for row in shown["DeCUR"].values()]).all()
-    table, note = probe.report(by_run, SEEN_BY, ("sar", "optical")).split("\n\n")
+    table, note = matrices.table(by_run, SEEN_BY).split("\n\n")
     assert len(table.splitlines()) == 2 + 4 and note.endswith("is not measured: VICReg.")
     again = {k.replace("0", "1"): v for k, v in by_run.items()}
-    spaced = probe.report(by_run | again, SEEN_BY, ("sar", "optical"))
+    spaced = matrices.table(by_run | again, SEEN_BY)
     assert "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.00" in spaced and " ± " not in spaced

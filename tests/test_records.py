@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -21,13 +23,16 @@ def record(name="", micro=50.0, world="world"):
     source = {
         "profile": "mini",
         "world": world,
+        "drawn": world == "world",
+        "data": {"title": "drawn world of radar and optical images"},
         "provenance": {"commit": "c", "date": "2026-01-01", "hardware": hardware},
     }
     return {
         "name": name,
         "micro": micro,
         "macro": 40.0,
-        "per_class": [],
+        "numbers": ["micro", "macro"],
+        "per_class": [60.0, 20.0],
         "dataset": "BigEarthNet-MM",
         "label_ids": ["x"] * 1000,
         **kinds,
@@ -61,12 +66,20 @@ def test_the_preferred_profile_with_that_kind_of_data_supplies_a_table(app, tmp_
     publish(tmp_path, "a100", record(micro=33.0, world="published"))
     content = ["before\n\n<!-- decur: summary world BigEarthNet-MM -->\n\nafter <!-- decur: not at line start -->"]
     records.read_source(app, "book/results", content)
-    assert "**22.0** / 40.0" in content[0] and "miniature world (not real data)" in content[0]
+    assert "| DeCUR | **22.0** |" in content[0] and "| DeCUR | **40.0** |" in content[0]
+    assert "drawn world of radar and optical images, 2 classes, a miniature world (not real data)" in content[0]
+    assert "BigEarthNet" not in content[0], "the data set whose place drawn images take"
     assert "11.0" not in content[0] and "33.0" not in content[0] and content[0].endswith("not at line start -->")
     assert "33.0" in records.table(app, "1 sar+optical published") and "22.0" not in records.table(
         app, "1 sar+optical published"
     )
     assert len(app.env.dependencies["book/results"]) == 3
+
+
+def test_the_extensions_load_without_torch():
+    """So that a page without a table is built without waiting for it."""
+    code = "import sys; sys.path.insert(0, 'book/_ext'); import executed, records; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
 def test_without_records_a_page_says_so(app):

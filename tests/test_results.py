@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from decur_core.report import records, sentences
 from decur_core.report import tables as results
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -20,6 +21,10 @@ def record(method, seed, micro, *, fraction=0.01, protocol="linear", inputs="bot
         "per_class": [micro, None],
         "dataset": "BigEarthNet-MM",
         "metric": "mAP (%)",
+        "numbers": ["micro", "macro"],
+        "data": {"title": "drawn world of radar and optical images"},
+        "drawn": True,
+        "steps": 12,
         "variant": "",
         "fraction": fraction,
         "protocol": protocol,
@@ -34,33 +39,102 @@ RECORDS = [record("decur", s, m) for s, m in enumerate((60.0, 63.0, 66.0))] + [r
 
 
 def test_summary_has_mean_and_sample_deviation():
-    rows = {r["method"]: r for r in results.summary(RECORDS)}
+    rows = {r["method"]: r for r in records.summary(RECORDS)}
     assert rows["decur"]["mean"] == pytest.approx(63) and rows["decur"]["deviation"] == pytest.approx(3)
     assert rows["decur"]["second"] == pytest.approx(53) and rows["decur"]["seeds"] == 3
     assert rows["random"]["deviation"] is None
 
 
-def test_markdown_says_seeds_and_spread():
-    text = results.markdown(results.summary(RECORDS)).replace("\N{NO-BREAK SPACE}", " ")
-    head, _, *lines = text.splitlines()
-    assert head == "| Inputs | Labels | Protocol | Random initialisation | DeCUR |"
-    assert lines == ["| both | 1 % | linear | 40.0 / 30.0 | **63.0 ± 3.0** / 53.0 ± 3.0 |"]
+def test_summary_compares_with_decur_seed_by_seed():
+    found = [record("decur", s, m) for s, m in ((0, 60.0), (1, 63.0), (5, 90.0))]
+    found += [record("clip", s, m) for s, m in ((0, 59.0), (1, 60.0), (7, 10.0))]
+    decur, clip = records.summary(found)
+    assert decur["method"] == "decur" and decur["difference"] == (None, None)
+    assert clip["difference"] == pytest.approx((-2, 2**0.5)) and clip["second_difference"] == pytest.approx(
+        (-2, 2**0.5)
+    )
+    elsewhere = records.summary([*found, record("clip", 0, 50.0, fraction=1.0)])
+    assert [r["difference"] for r in elsewhere if r["fraction"] == 1.0] == [(None, None)], "nothing to compare with"
+
+
+def test_two_records_of_one_measurement_and_seed_are_refused():
+    with pytest.raises(ValueError, match=r"two records of BigEarthNet-MM, method decur.*seed 1"):
+        records.summary([*RECORDS, record("decur", 1, 50.0)])
+
+
+def test_markdown_says_seeds_spread_difference_and_updates():
+    text = results.markdown(records.summary(RECORDS)).replace("\N{NO-BREAK SPACE}", " ")
+    world = "drawn world of radar and optical images, 2 classes"
+    lines = ["| Method | 1 % linear |", "|---|---|", "| DeCUR | **63.0 ± 3.0** |"]
+    first = "\n".join([*lines, "| Random initialisation | 40.0<br>Δ -20.0 |"])
+    second = first.replace("63.0", "53.0").replace("40.0", "30.0")
+    note = "Mean ± standard deviation over 1 to 3 seeds; Δ: difference to DeCUR over the seeds of both."
+    assert text.split("\n\n") == [
+        f"**mAP micro (%), both: {world}**",
+        first,
+        f"**mAP macro (%), both: {world}**",
+        second,
+        f"{note} Updates of the weights: 1 % linear 12.",
+    ]
+    alone = results.markdown(records.summary(RECORDS[:1]))
+    assert alone.endswith("One seed. Updates of the weights: 1 % linear 12.") and "Δ" not in alone
+
+
+def test_no_table_is_wider_than_its_column_and_inputs_have_tables_of_their_own():
+    found = [
+        record("decur", 0, 50.0, fraction=f, protocol=p, inputs=i) | {"steps": int(1000 * f)}
+        for f in (0.01, 0.1, 1.0)
+        for p in ("finetune", "linear")
+        for i in ("optical", "both", "sar")
+    ]
+    text = results.markdown(records.summary(found))
+    heads = [line for line in text.splitlines() if line.startswith("| Method")]
+    assert (
+        heads
+        == [
+            "| Method | 1 % linear | 10 % linear | 100 % linear |",
+            *[h.replace("linear", "finetune") for h in heads[:1]],
+        ]
+        * 6
+    )
+    assert [line.split(", ")[1].split(":")[0] for line in text.splitlines() if "micro" in line] == [
+        "both",
+        "SAR",
+        "optical",
+    ]
+    assert "Updates of the weights: 1 % linear 10, 1 % finetune 10, 10 % linear 100," in text
+    three = [record("decur", 0, 50.0, inputs=i) for i in ("sar", "both", "sar+dem")]
+    names = [
+        line.split(", ")[1].split(":")[0]
+        for line in results.markdown(records.summary(three)).splitlines()
+        if "micro" in line
+    ]
+    assert names == ["all", "SAR + elevation", "SAR"]
 
 
 def test_per_class_keeps_absent_classes_absent():
-    found = results.per_class(RECORDS, protocol="linear", inputs="both", fraction=0.01)
+    found = records.per_class(RECORDS, protocol="linear", inputs="both", fraction=0.01)
     assert found == {"decur": [63.0, None], "random": [40.0, None]}
 
 
-def rows_of(text):
-    lines = text.replace("\N{NO-BREAK SPACE}", " ").splitlines()[2:]
-    return {cells[0]: cells[1:] for cells in ([c.strip() for c in line.split("|")[1:-1]] for line in lines)}
+def rows_of(text, *, differences=False):
+    """Cells by row, those of several tables one after the other; without what stands below a number."""
+    rows = {}
+    for line in text.replace("\N{NO-BREAK SPACE}", " ").splitlines():
+        name, *cells = [c.strip() for c in line.split("|")[1:-1]] or [""]
+        if name and not name.startswith("---"):
+            rows[name] = rows.get(name, []) + (cells if differences else [c.partition("<br>")[0] for c in cells])
+    return rows
 
 
 def test_table_1_puts_ours_beside_the_paper_and_leaves_gaps():
     rows = rows_of(results.table(1, RECORDS, "sar+optical"))
     assert rows["DeCUR"][:4] == ["**79.4**", "**63.0 ± 3.0**", "**81.7**", ""]
     assert rows["VICReg"][1::2] == [""] * 4
+    assert (
+        rows_of(results.table(1, RECORDS, "sar+optical"), differences=True)["Random initialisation"][1]
+        == "40.0<br>Δ -20.0"
+    )
     assert rows["Random initialisation"][:4] == ["58.7", "40.0", "58.7", "40.0"], "one score, as in the paper"
     assert not any(cell for row in rows_of(results.table(1, [], "sar")).values() for cell in row[1::2])
     elsewhere = [r | {"variant": "common-dim_common8"} for r in RECORDS] + [r | {"dataset": "GeoNRW"} for r in RECORDS]
@@ -84,7 +158,7 @@ def test_the_best_is_chosen_among_rows_of_the_columns_own_protocol():
 
 
 def segmented(method, seed, miou, **more):
-    base = record(method, seed, 0.0, fraction=1.0, protocol="finetune")
+    base = record(method, seed, 0.0, fraction=1.0, protocol="finetune") | {"numbers": ["miou", "accuracy"]}
     return base | {"metric": "mIoU (%)", "miou": miou, "accuracy": miou + 30, "network": "FCN"} | more
 
 
@@ -121,12 +195,33 @@ def test_table_4_looks_at_its_own_runs_alone():
     found.append(record("decur", 0, 40.0, fraction=0.01, protocol="finetune") | about | {"variant": ""})
     text = results.table(4, found, "sar+optical")
     assert rows_of(text)["DeCUR"][1] == "**50.0**"
-    assert text.splitlines()[0].endswith("(1% finetune), paper | ours (100 % finetune) |"), "each one's share"
+    assert text.splitlines()[0].endswith("(1% finetune), paper | drawn world (100 % finetune) |"), "each one's share"
     assert results.table(4, [], "sar+optical").splitlines()[0].endswith("paper | ours |")
 
 
+def test_drawn_images_are_called_by_their_worlds_name_and_real_ones_by_their_data_sets():
+    real = [r | {"drawn": False, "world": "published"} for r in RECORDS]
+    for found, name, head in ((RECORDS, "drawn world of radar", "drawn world"), (real, "BigEarthNet-MM", "ours")):
+        drawn = found is RECORDS
+        texts = [
+            results.markdown(records.summary(found)),
+            records.source(found),
+            results.table(1, found, "sar+optical"),
+        ]
+        assert all(name in text for text in texts[:2]) and f"1 % linear, paper | {head} |" in texts[2]
+        assert all(("BigEarthNet" in text) != drawn for text in texts[:2])
+        assert not any("ours" in text.lower() for text in texts) or not drawn
+    mixed = results.table(1, [RECORDS[0], real[1]], "sar+optical")
+    assert "| drawn world and ours |" in mixed.splitlines()[0]
+    assert records.source([r | {"world": "samples"} for r in real]).startswith(
+        "Real samples: a handful of real samples of"
+    )
+    points = records.by_projector([r | {"settings": {"pretraining": {"projector": [8]}}} for r in RECORDS[:1]])
+    assert list(points) == ["drawn world of radar and optical images, 2 classes, linear"]
+
+
 def test_source_names_data_profile_commit_and_hardware():
-    text = results.source(RECORDS)
+    text = records.source(RECORDS)
     for part in ("miniature world (not real data)", "profile report", "3 seeds", "abc", "2 cores of some CPU"):
         assert part in text
 
@@ -139,3 +234,51 @@ def test_the_papers_numbers_are_the_papers():
     assert len(names) == 4
     for name in names:
         assert results.PAPER[name] == json.loads(reference.read_text())[name]
+
+
+def test_a_sentence_names_a_winner_only_where_the_paired_difference_exceeds_its_deviation():
+    found = [record("decur", s, m) for s, m in enumerate((60.0, 63.0, 66.0))]
+    found += [record("clip", s, m - 2 - 0.1 * s) for s, m in enumerate((60.0, 63.0, 66.0))]  # deviates with the seeds
+    found += [record("vicreg", s, m) for s, m in enumerate((64.0, 58.0, 66.0))]
+    task = {"protocol": "linear", "inputs": "both", "fraction": 0.01}
+    about = "mAP micro (%), linear, 1 % of the labels, both, drawn world of radar and optical images, 2 classes"
+    assert sentences.of_records(found, **task) == (
+        f"{about}: DeCUR, with 63.0 ± 3.0 (3 seeds), is ahead of CLIP (by 2.1 ± 0.1);"
+        " it is not told from VICReg (by 0.3 ± 4.5)."
+    )
+    close = [r for r in found if r["method"] != "clip"]
+    assert sentences.of_records(close, **task, number=1) == (
+        f"{about.replace('micro', 'macro')}: nobody is ahead; the highest mean, DeCUR's 53.0 ± 3.0 (3 seeds),"
+        " is not told from VICReg (by 0.3 ± 4.5)."
+    )
+    (other,) = [r for r in found if (r["method"], r["seed"]) == ("clip", 0)]
+    one = sentences.of_records([found[0], other], **task)
+    assert "nobody is ahead" in one and "DeCUR's 60.0 (1 seed), is not told from CLIP (by 2.0)" in one
+    assert sentences.of_records(found[:1], **task) == f"{about}: DeCUR has 60.0 (1 seed)."
+    with pytest.raises(ValueError, match="no record with finetune"):
+        sentences.of_records(found, **task | {"protocol": "finetune"})
+
+
+def test_a_sentence_of_masks_holds_methods_without_pretraining_to_their_own_protocol():
+    found = [segmented("decur", s, 40.0 + s) | {"protocol": "linear"} for s in (0, 1)]
+    found += [segmented("random", s, 30.0 + s) | {"protocol": "linear"} for s in (0, 1)]
+    found += [segmented("supervised", s, 50.0 + 2 * s) for s in (0, 1)]
+    text = sentences.of_records(found, protocol="linear", inputs="both", fraction=1.0)
+    assert text.startswith("mIoU (%), linear, 100 % of the labels, both")
+    assert (
+        "Supervised, with 51.0 ± 1.4 (2 seeds), is ahead of DeCUR (by 10.5 ± 0.7) and Random initialisation (by" in text
+    )
+
+
+def test_a_sentence_of_r2_matrices_pairs_runs_by_their_seeds():
+    def table(own):
+        values = {("sar", "sar+optical"): (0.9, 0.0), ("sar", "sar"): (0.0, own)}
+        values |= {("optical", "sar+optical"): (0.9, 0.0), ("optical", "optical"): (0.0, 0.0)}
+        return {"linear": {block: dict(zip("ca", row, strict=True)) for block, row in values.items()}}
+
+    by_run = {f"DeCUR, seed {s}": table(own) for s, own in enumerate((0.6, 0.9))}
+    by_run |= {f"Barlow Twins, seed {s}": table(own) for s, own in enumerate((0.0, 0.3))}
+    text = sentences.of_matrices(by_run, {"c": "common", "a": "sar"})
+    assert text == (
+        "block score, linear probe: DeCUR, with 0.85 ± 0.07 (2 seeds), is ahead of Barlow Twins (by 0.20 ± 0.00)."
+    )

@@ -11,10 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_jaccard_index
 
 from decur_core import augment, backbones
+from decur_core.data import tasks
 from decur_core.data.raster import DataError
+from decur_core.data.tasks import IGNORE, Masks
 from decur_core.model import MultimodalModel
 from decur_core.transfer import fcn as segmentation
-from decur_core.transfer.fcn import FCN, IGNORE
+from decur_core.transfer.fcn import FCN
+
+TASK = Masks(tuple("abcde"))
 
 
 def seeded(seed=0):
@@ -24,17 +28,17 @@ def seeded(seed=0):
 @pytest.fixture(params=["small", "resnet18", "mit_b0"])
 def model(request):
     torch.manual_seed(0)
-    return MultimodalModel(request.param, (3, 2), (8,))
+    return MultimodalModel(request.param, {"first": 3, "second": 2}, (8,))
 
 
-@pytest.mark.parametrize("branches", [(1, 2), (1,), (2,)])
-def test_logits_are_those_of_the_paper(model, branches):
+@pytest.mark.parametrize("names", [("first", "second"), ("first",), ("second",)])
+def test_logits_are_those_of_the_paper(model, names):
     """Maps side by side, upsampled, then convolved with 1x1 weights and summed."""
-    network = FCN(model, branches=branches, classes=5).eval()
-    images = {1: torch.rand(2, 3, 64, 96), 2: torch.rand(2, 2, 64, 96)}
+    network = FCN({name: model.backbones[name] for name in names}, classes=5).eval()
+    images = {"first": torch.rand(2, 3, 64, 96), "second": torch.rand(2, 2, 64, 96)}
     with torch.no_grad():
-        logits = network(*(images[b] for b in branches))
-        pyramids = [backbones.feature_maps(getattr(model, f"backbone_{b}"), images[b]) for b in branches]
+        logits = network(*(images[name] for name in names))
+        pyramids = [backbones.feature_maps(model.backbones[name], images[name]) for name in names]
         expected = torch.zeros(2, 5, 64, 96)
         for k, head in zip((-3, -2, -1), network.heads, strict=True):
             maps = torch.cat([pyramid[k] for pyramid in pyramids], 1)
@@ -51,7 +55,7 @@ def test_logits_are_those_of_the_paper(model, branches):
 
 def test_counts_beside_the_published():
     """The script has 128, 256 and 512 channels between, and 11 outputs; the docstring says so with both counts."""
-    networks = [backbones.build("resnet50", 3)[0] for _ in range(2)]
+    networks = {name: backbones.build("resnet50", 3)[0] for name in ("rgb", "dem")}
     network = FCN(networks, classes=10).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(*torch.zeros(2, 1, 3, 224, 224))
@@ -60,16 +64,16 @@ def test_counts_beside_the_published():
     assert published == 49_779_361 and sum(p.numel() for p in network.parameters()) == 47_087_774
     assert counter.get_total_flops() == 16_376_643_584
     assert all(text in FCN.__doc__ for text in ("49,779,361", "17.95", "47,087,774", "16.38"))
-    assert sum(p.numel() for p in FCN(networks, branches=(1,), classes=10).parameters()) == encoders // 2 + 35_870
+    assert sum(p.numel() for p in FCN({"rgb": networks["rgb"]}, classes=10).parameters()) == encoders // 2 + 35_870
 
 
 def test_frozen_encoders_keep_still(model):
-    network = FCN(model, classes=3, frozen=True).train()
+    network = FCN(model.backbones, classes=3, frozen=True).train()
     before = {k: v.clone() for k, v in network.encoders.state_dict().items()}
     truth = torch.zeros(2, 64, 64, dtype=torch.int64)
     optimizer, losses = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-4), []
     for _ in range(5):
-        losses.append(segmentation.loss(network(torch.ones(2, 3, 64, 64), torch.ones(2, 2, 64, 64)), truth))
+        losses.append(TASK.loss(network(torch.ones(2, 3, 64, 64), torch.ones(2, 2, 64, 64)), truth))
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()
@@ -79,7 +83,7 @@ def test_frozen_encoders_keep_still(model):
 
 
 def test_frozen_encoders_keep_still_before_any_call_of_train(model):
-    network = FCN(model, classes=3, frozen=True)
+    network = FCN(model.backbones, classes=3, frozen=True)
     before = {k: v.clone() for k, v in network.encoders.state_dict().items()}
     network(torch.rand(2, 3, 64, 64), torch.rand(2, 2, 64, 64))
     assert network.training and not any(module.training for module in network.encoders.modules())
@@ -90,24 +94,24 @@ def test_fine_tuning_reaches_every_used_parameter(model):
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)
-    network = FCN(model, classes=3).train()
+    network = FCN(model.backbones, classes=3).train()
     truth = torch.randint(0, 3, (2, 64, 64), generator=seeded())
-    segmentation.loss(network(torch.rand(2, 3, 64, 64), torch.rand(2, 2, 64, 64)), truth).backward()
+    TASK.loss(network(torch.rand(2, 3, 64, 64), torch.rand(2, 2, 64, 64)), truth).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 
 
 def test_targets_and_loss():
     mask = torch.tensor([[[0, 1], [3, 0]]], dtype=torch.uint8)
-    truth = segmentation.targets(mask)
+    truth = TASK.target(mask)
     assert truth.dtype == torch.int64 and truth.tolist() == [[[IGNORE, 0], [2, IGNORE]]]
     logits = torch.randn(1, 3, 2, 2, generator=seeded()).requires_grad_()
     log_p = logits.log_softmax(1)
-    torch.testing.assert_close(segmentation.loss(logits, truth), -(log_p[0, 0, 0, 1] + log_p[0, 2, 1, 0]) / 2)
-    nothing = segmentation.loss(logits, torch.full_like(truth, IGNORE))
+    torch.testing.assert_close(TASK.loss(logits, truth), -(log_p[0, 0, 0, 1] + log_p[0, 2, 1, 0]) / 2)
+    nothing = TASK.loss(logits, torch.full_like(truth, IGNORE))
     nothing.backward()
     assert nothing == 0 and not logits.grad.any()
     with pytest.raises(DataError, match="torch.int64, expected torch.uint8"):
-        segmentation.targets(truth)
+        TASK.target(truth)
 
 
 def test_scores_of_a_whole_set():
@@ -115,7 +119,7 @@ def test_scores_of_a_whole_set():
     truth = torch.randint(-1, 4, (6, 20, 20), generator=generator)
     guess = torch.where(torch.rand(truth.shape, generator=generator) < 0.6, truth.clamp(min=0), torch.tensor(1))
     confusion = multiclass_confusion_matrix(guess, truth, 6, ignore_index=IGNORE)
-    found = segmentation.scores(confusion)
+    found = tasks.mean_iou(confusion)
     iou, keep = [], truth != IGNORE
     for c in range(6):
         a, b = (guess == c) & keep, (truth == c) & keep
@@ -128,10 +132,10 @@ def test_scores_of_a_whole_set():
 
 
 def test_a_class_that_is_only_predicted_counts_as_zero():
-    found = segmentation.scores(torch.tensor([[6, 2, 0], [0, 0, 0], [0, 0, 0]]))
+    found = tasks.mean_iou(torch.tensor([[6, 2, 0], [0, 0, 0], [0, 0, 0]]))
     assert found == {"miou": 37.5, "accuracy": 75.0, "per_class": [75.0, 0.0, None]}
     with pytest.raises(DataError, match="no labelled pixel"):
-        segmentation.scores(torch.zeros(3, 3))
+        tasks.mean_iou(torch.zeros(3, 3))
 
 
 class Toy(nn.Module):
@@ -235,7 +239,7 @@ def scene(n, height, width, seed=0):
 
 def test_crops_of_images_and_mask_are_the_same():
     images, masks = scene(16, 80, 100)
-    (one, two), truth = segmentation.crop(images, masks, size=64, scale=(0.2, 1.0), generator=seeded(1))
+    (one, two), truth = segmentation.crop(images, TASK.target(masks), size=64, scale=(0.2, 1.0), generator=seeded(1))
     assert one.shape == (16, 1, 64, 64) and two.shape == (16, 2, 64, 64) and one.dtype == torch.float32
     shown = one[:, 0] * 255 / 40
     agrees = (shown - (truth + 1)).abs() < 0.05
@@ -252,21 +256,25 @@ def test_a_mask_takes_the_nearest_pixel(axis):
     """Along one axis the linear view of two classes is on the side of the nearer one."""
     line = torch.randint(1, 3, (8, 60), generator=seeded(), dtype=torch.uint8)
     masks = (line[:, :, None] if axis == 1 else line[:, None]).expand(8, 60, 60).contiguous()
-    (view,), truth = segmentation.crop([masks[:, None] * 100], masks, size=50, scale=(0.2, 1.0), generator=seeded(2))
+    (view,), truth = segmentation.crop(
+        [masks[:, None] * 100], TASK.target(masks), size=50, scale=(0.2, 1.0), generator=seeded(2)
+    )
     assert ((view[:, 0] * 2.55 - (truth + 1)).abs() < 0.501).all() and (view * 2.55 % 1 > 0.1).any()
 
 
 def test_a_crop_of_everything_changes_nothing_and_flips_are_drawn():
     images, masks = scene(12, 64, 64)
-    (one, _), truth = segmentation.crop(images, masks, size=64, scale=(1, 1), generator=seeded(), flip=0.0)
+    (one, _), truth = segmentation.crop(images, TASK.target(masks), size=64, scale=(1, 1), generator=seeded(), flip=0.0)
     whole = augment.Policy(size=64, crop_scale=(1, 1))
     drawn = augment.draw(12, 64, 64, whole, generator=seeded())
     full = (drawn["height"] == 64) & (drawn["width"] == 64)
     assert full.any()
-    assert torch.equal(truth[full], segmentation.targets(masks)[full])
+    assert torch.equal(truth[full], TASK.target(masks)[full])
     torch.testing.assert_close(one[full], images[0][full] / 255)
-    (one, _), mirrored = segmentation.crop(images, masks, size=64, scale=(1, 1), generator=seeded(), flip=1.0)
-    assert torch.equal(mirrored[full], segmentation.targets(masks)[full].flip(2))
+    (one, _), mirrored = segmentation.crop(
+        images, TASK.target(masks), size=64, scale=(1, 1), generator=seeded(), flip=1.0
+    )
+    assert torch.equal(mirrored[full], TASK.target(masks)[full].flip(2))
     torch.testing.assert_close(one[full], images[0][full].flip(3) / 255)
 
 
@@ -275,17 +283,17 @@ def test_crops_draw_once_per_sample_whatever_the_number_of_modalities():
     after = []
     for given in (images, images[:1]):
         generator = seeded()
-        segmentation.crop(given, masks, size=64, scale=(0.2, 1), generator=generator)
+        segmentation.crop(given, TASK.target(masks), size=64, scale=(0.2, 1), generator=generator)
         after.append(torch.rand(1, generator=generator))
     assert after[0] == after[1]
     with pytest.raises(DataError, match=r"\(3, 1, 80, 99\) do not lie on the grid of masks \(3, 80, 100\)"):
-        segmentation.crop([images[0][..., :99]], masks, size=64, scale=(0.2, 1), generator=seeded())
+        segmentation.crop([images[0][..., :99]], TASK.target(masks), size=64, scale=(0.2, 1), generator=seeded())
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 1.75])
 def test_rescaled_crops_are_aligned_and_padded(scale):
     images, masks = scene(8, 80, 100)
-    images, truth = [x.float() for x in images], segmentation.targets(masks)
+    images, truth = [x.float() for x in images], TASK.target(masks)
     options = {"size": (64, 96), "scales": (scale,), "generator": seeded()}
     (one, two), cut = segmentation.rescaled_crop(images, truth, **options)
     assert one.shape == (8, 1, 64, 96) and two.shape == (8, 2, 64, 96) and cut.shape == (8, 64, 96)

@@ -1,19 +1,26 @@
 """Classification transfer: frozen means frozen, the score is the whole set's, subsets hold no patch twice."""
 
+import errno
 import os
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
-from decur_core import config, pretrain
+from decur_core import config, pretrain, transfer
+from decur_core.data import datasets
+from decur_core.data.datasets import modalities_of
 from decur_core.data.raster import DataError
 from decur_core.data.store import Store
+from decur_core.data.tasks import Scene
+from decur_core.model import MultimodalModel
+from decur_core.running import checkpoints
 from decur_core.running import folders as runs
-from decur_core.transfer import evaluation as transfer
+from decur_core.transfer import evaluation, fitting, networks
 
 
 @pytest.fixture
@@ -65,29 +72,45 @@ def test_subset_has_no_duplicates_and_follows_the_seed():
     assert len(transfer.subset(20, 0.01, seed=0)) == 1
 
 
+def changed(settings, **values):
+    """Other settings of the section ``transfer``."""
+    return settings.model_copy(update={"transfer": settings.transfer.model_copy(update=values)})
+
+
 def fitted(settings, folder, stores, **kinds):
     """The classifier after training, caught on its way to prediction."""
     caught = []
-    real = transfer.predict
+    real = fitting.predictions
 
     def catch(classifier, *arguments, **options):
         caught.append(classifier)
         return real(classifier, *arguments, **options)
 
-    transfer.predict = catch
+    fitting.predictions = catch
     try:
         record = transfer.evaluate(settings, folder, stores, **kinds)
     finally:
-        transfer.predict = real
+        fitting.predictions = real
     return record, caught[0]
+
+
+def predicted(classifier, path, t):
+    """Outputs for every image of a store of the pair."""
+    task, kind, store = Scene(("high", "medium", "low")), networks.NETWORKS["linear"], Store(path)
+
+    def samples(rows):
+        return networks.samples(kind, task, modalities_of("sar_optical"), t, store, rows, device="cpu")
+
+    return torch.cat([found for found, _ in fitting.predictions(classifier, kind, samples, store, t)])
 
 
 def test_frozen_encoders_do_not_move(pretrained, patch_stores):
     settings, folder = pretrained
     before = transfer.load_pretrained(folder)[0]
     record, classifier = fitted(settings, folder, patch_stores, protocol="linear")
-    for k, encoder in enumerate(classifier.encoders, start=1):
-        expected = getattr(before, f"backbone_{k}").state_dict()
+    assert list(classifier.encoders) == ["sar", "optical"]
+    for modality, encoder in classifier.encoders.items():
+        expected = before.backbones[modality].state_dict()
         assert all(torch.equal(v, expected[name]) for name, v in encoder.state_dict().items())
     assert record["micro"] > transfer.chance(patch_stores["test"])
 
@@ -96,21 +119,20 @@ def test_finetuning_moves_every_weight(pretrained, patch_stores):
     settings, folder = pretrained
     before = transfer.load_pretrained(folder)[0]
     record, classifier = fitted(settings, folder, patch_stores, protocol="finetune", inputs="optical")
-    expected = dict(before.backbone_2.named_parameters())
+    expected = dict(before.backbones["optical"].named_parameters())
     assert len(classifier.encoders) == 1
-    assert all(not torch.equal(v, expected[name]) for name, v in classifier.encoders[0].named_parameters())
+    encoder = classifier.encoders["optical"]
+    assert all(not torch.equal(v, expected[name]) for name, v in encoder.named_parameters())
     assert record["inputs"] == "optical"
 
 
 def test_score_does_not_depend_on_the_batch_size(pretrained, patch_stores):
     settings, folder = pretrained
     model, _, _ = transfer.load_pretrained(folder)
-    classifier = transfer.Classifier(model, classes=3, frozen=True)
-    test = Store(patch_stores["test"])
+    classifier = networks.Classifier(model.backbones, classes=3, frozen=True)
     small = config.load("start", {"transfer.batch_size": 7, "transfer.crop_size": 20})
     large = config.load("start", {"transfer.batch_size": 64, "transfer.crop_size": 20})
-    one = transfer.predict(classifier, test, small, inputs="both")
-    two = transfer.predict(classifier, test, large, inputs="both")
+    one, two = (predicted(classifier, patch_stores["test"], s.transfer) for s in (small, large))
     assert one.shape == (30, 3)
     torch.testing.assert_close(one, two)
 
@@ -122,7 +144,9 @@ def test_record_is_complete_and_reused(pretrained, patch_stores, monkeypatch):
     for key in ("dataset", "method", "seed", "protocol", "inputs", "fraction", "world", "profile", "settings_hash"):
         assert key in record
     assert {"commit", "date", "hardware", "versions"} <= record["provenance"].keys()
-    monkeypatch.setattr(transfer, "_fit", lambda *a, **k: pytest.fail("an evaluation on record was run again"))
+    assert record["steps"] == 6 and record["numbers"] == ["micro", "macro"] and record["drawn"] is True
+    assert record["dataset"] == "Levels" and record["classes"] == ["high", "medium", "low"]
+    monkeypatch.setattr(fitting, "fit", lambda *a, **k: pytest.fail("an evaluation on record was run again"))
     assert transfer.evaluate(settings, folder, patch_stores, protocol="linear", fraction=0.25) == record
 
 
@@ -139,7 +163,7 @@ def test_a_misspelt_request_is_refused(pretrained, patch_stores, asked, allowed)
     settings, folder = pretrained
     with pytest.raises(config.ConfigError, match=f"{asked} = 'lineal'; allowed: {allowed}"):
         transfer.evaluate(settings, folder, patch_stores, **{"protocol": "linear", asked: "lineal"})
-    with pytest.raises(config.ConfigError, match="dataset = 'bigearth'; allowed: bigearthnet, geonrw"):
+    with pytest.raises(config.ConfigError, match="dataset = 'bigearth'; allowed: bigearthnet, geonrw.*, levels"):
         transfer.evaluate(settings, folder, patch_stores, dataset="bigearth", protocol="linear")
 
 
@@ -152,7 +176,7 @@ def test_fine_tuning_that_could_not_take_a_step_is_refused(pretrained, patch_sto
 
 def test_a_diverged_training_is_not_scored(pretrained, patch_stores):
     settings, folder = pretrained
-    wild = replace(settings, transfer=replace(settings.transfer, learning_rate_finetune=1e30))
+    wild = changed(settings, learning_rate_finetune=1e30)
     with pytest.raises(
         pretrain.NonFinite, match="finetune-both-1: loss nan in epoch 1; lower transfer.learning_rate_f"
     ):
@@ -175,8 +199,8 @@ def test_other_images_are_scored_anew(pretrained, patch_stores, monkeypatch):
 
 def test_an_interrupt_says_where_it_came_and_the_same_call_gives_the_same_record(pretrained, patch_stores, monkeypatch):
     settings, folder = pretrained
-    monkeypatch.setattr(transfer, "SAVE_SECONDS", 0.0)
-    real, steps = transfer._samples, []
+    monkeypatch.setattr(fitting, "SAVE_SECONDS", 0.0)
+    real, steps = evaluation.samples, []
 
     def signalled(*arguments, **options):
         steps.append(1)
@@ -184,11 +208,127 @@ def test_an_interrupt_says_where_it_came_and_the_same_call_gives_the_same_record
             os.kill(os.getpid(), signal.SIGINT)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(transfer, "_samples", signalled)
+    monkeypatch.setattr(evaluation, "samples", signalled)
     with pytest.raises(pretrain.Interrupted, match="SIGINT in epoch . of .; the same call goes on"):
         transfer.evaluate(settings, folder, patch_stores, protocol="linear")
     assert list(runs.path(settings, "transfer").glob("*.pt")) and not list(runs.path(settings, "records").glob("*"))
     record = transfer.evaluate(settings, folder, patch_stores, protocol="linear")
-    monkeypatch.setattr(transfer, "_samples", real)
-    whole = transfer.evaluate(replace(settings, profile="whole"), folder, patch_stores, protocol="linear")
+    monkeypatch.setattr(evaluation, "samples", real)
+    whole = transfer.evaluate(settings.model_copy(update={"profile": "whole"}), folder, patch_stores, protocol="linear")
     assert record["per_class"] == whole["per_class"] and record["micro"] == whole["micro"]
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_evaluation(pretrained, patch_stores, monkeypatch, capsys):
+    settings, folder = pretrained
+    whole = transfer.evaluate(settings.model_copy(update={"profile": "whole"}), folder, patch_stores, protocol="linear")
+    monkeypatch.setattr(fitting, "SAVE_SECONDS", 0.0)
+    tried = []
+
+    def full(state, file):
+        tried.append(file)
+        raise OSError(errno.ENOSPC, "No space left on device", str(file))
+
+    monkeypatch.setattr(checkpoints, "save", full)
+    record = transfer.evaluate(settings, folder, patch_stores, protocol="linear")
+    assert record["per_class"] == whole["per_class"] and len(tried) == 5
+    assert "checkpoint not written" in capsys.readouterr().out
+
+
+def test_own_data_have_their_own_name_and_other_classes_are_refused(pretrained, patch_stores, pair_store, monkeypatch):
+    settings, folder = pretrained
+    record = transfer.evaluate(settings, folder, patch_stores, dataset="levels", protocol="linear")
+    assert record["dataset"] == record["data"]["title"] == "Levels"
+    with pytest.raises(config.ConfigError, match="Levels. has 3 classes, bigearthnet has 19; leave dataset out"):
+        transfer.evaluate(settings, folder, patch_stores, dataset="bigearthnet", protocol="linear")
+    read = Store.__init__
+
+    def silent(self, path):
+        read(self, path)
+        self.meta.pop("data")
+
+    monkeypatch.setattr(Store, "__init__", silent)
+    with pytest.raises(config.ConfigError, match="does not say what it holds; .* name the dataset: bigearthnet"):
+        transfer.evaluate(settings, folder, patch_stores, protocol="linear")
+    with pytest.raises(config.ConfigError, match="which does not say what it holds. has 3 classes"):
+        transfer.evaluate(settings, folder, patch_stores, dataset="bigearthnet", protocol="linear")
+
+
+def test_labels_that_are_none_are_refused_before_any_training(pretrained, patch_stores, monkeypatch):
+    settings, folder = pretrained
+    read = Store.__init__
+
+    def indices(self, path):
+        read(self, path)
+        self.labels = self.labels * 2
+
+    monkeypatch.setattr(Store, "__init__", indices)
+    monkeypatch.setattr(fitting, "fit", lambda *a, **k: pytest.fail("trained on what are no labels"))
+    with pytest.raises(DataError, match="labels of an image are 3 numbers up to 2; expected 0 or 1"):
+        transfer.evaluate(settings, folder, patch_stores, protocol="linear")
+
+
+class Count(Scene):
+    """Not which, but how many: another number of outputs, another loss, another score."""
+
+    outputs, metric, numbers = 1, "within one half (%)", ("within", "within")
+
+    def loss(self, outputs, target):
+        return torch.nn.functional.mse_loss(outputs[:, 0], target.sum(1))
+
+    def score(self, batches):
+        return {"within": 100 * float(torch.cat([(o[:, 0] - y.sum(1)).abs() < 0.5 for o, y in batches]).float().mean())}
+
+
+def test_a_task_from_outside_is_trained_and_scored(pretrained, patch_stores, monkeypatch):
+    settings, folder = pretrained
+    known = datasets.find("bigearthnet")
+    classes = ("high", "medium", "low")
+    monkeypatch.setitem(datasets._TABLE, "counts", replace(known, name="counts", task=Count(classes)))
+    longer = changed(settings, epochs=40, milestones=(30,))
+    record, classifier = fitted(longer, folder, patch_stores, dataset="counts", protocol="linear")
+    assert classifier.head.out_features == 1 and record["metric"] == "within one half (%)" and record["within"] > 60
+    assert record["settings"]["task"] == "Count"
+
+
+def test_runs_with_numbered_modalities_are_refused_by_name(pretrained, patch_stores, tmp_path):
+    settings, folder = pretrained
+    state = checkpoints.load(folder / "final.pt")
+    state["model"] = {k.replace("backbones.sar.", "backbone_1."): v for k, v in state["model"].items()}
+    checkpoints.save(state, tmp_path / "old" / "final.pt")
+    with pytest.raises(DataError, match=r"old/final.pt: from a version that numbered .*backbone_1.*pretrain again"):
+        transfer.evaluate(settings, tmp_path / "old", patch_stores, protocol="linear")
+
+
+def test_any_modalities_of_several_are_given_by_name(pretrained, patch_stores, tmp_path):
+    """A run on three, of which the stores hold two."""
+    settings, folder = pretrained
+    state = checkpoints.load(folder / "final.pt")
+    sar = state["preprocessing"]["sar"]
+    state["preprocessing"] = {"more": {**sar, "name": "more"}, **state["preprocessing"]}
+    channels = {"more": 2, "sar": 2, "optical": 13}
+    state["model"] = MultimodalModel("small", channels, settings.projector).state_dict()
+    checkpoints.save(state, tmp_path / "three" / "final.pt")
+    record, classifier = fitted(settings, tmp_path / "three", patch_stores, protocol="linear", inputs="optical+sar")
+    assert record["inputs"] == "sar+optical" and list(classifier.encoders) == ["sar", "optical"]
+    for inputs in ("both", "more+sar"):
+        with pytest.raises(DataError, match="more"):
+            transfer.evaluate(settings, tmp_path / "three", patch_stores, protocol="linear", inputs=inputs)
+    with pytest.raises(config.ConfigError, match="inputs = 'sar.dem'; allowed: both, more, sar, optical, or several"):
+        transfer.evaluate(settings, tmp_path / "three", patch_stores, protocol="linear", inputs="sar+dem")
+
+
+def test_few_labels_get_as_many_updates_as_asked_for_and_the_schedule_stretches():
+    t = SimpleNamespace(iterations=0, epochs=10, min_updates=300, schedule="steps", milestones=(6, 8))
+    assert fitting.length(t, batches=100) == (1000, 100)
+    total, per_epoch = fitting.length(t, batches=7)
+    assert total == 301 and total % 7 == 0
+    rates = [fitting.share(t, step, per_epoch, total) for step in range(total)]
+    assert rates.count(1) == 181 and rates.count(pytest.approx(0.1)) == 60  # 60, 20 and 20 %
+    assert fitting.length(SimpleNamespace(iterations=50, epochs=10, min_updates=0), batches=7) == (50, 7)
+
+
+def test_an_evaluation_of_few_labels_takes_them(pretrained, patch_stores):
+    settings, folder = pretrained
+    more = changed(settings, min_updates=13)
+    record = transfer.evaluate(more, folder, patch_stores, protocol="linear", fraction=0.4)
+    assert record["patches"]["train"] == 19 and record["steps"] == 14 >= more.transfer.min_updates

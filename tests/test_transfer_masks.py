@@ -1,15 +1,21 @@
 """Segmentation transfer: the right network for every request, exact scores, evaluations that survive a kill."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from decur_core import config, model, pretrain
-from decur_core.data.modality import PAIRS
+from decur_core import config, model, pretrain, transfer
+from decur_core.data import datasets, tasks
+from decur_core.data.datasets import modalities_of
+from decur_core.data.geonrw import CLASSES
+from decur_core.data.raster import DataError
 from decur_core.data.store import Store, StoreWriter
+from decur_core.data.tasks import Masks
 from decur_core.running import folders as runs
-from decur_core.transfer import evaluation as transfer
+from decur_core.transfer import encoders, evaluation, fitting, networks
 from decur_core.transfer import fcn as segmentation
 
 SMALL = {"projector": [16, 8], "dim_common": 6, "crop_size": 20, "batch_size": 8, "epochs": 1, "device": "cpu"}
@@ -18,9 +24,9 @@ TRANSFER = {"epochs": 3, "batch_size": 8, "crop_size": 20, "optimizer": "adamw",
 
 def make(path, pair, count, seed):
     """Images whose mask follows their brightness; a border of unlabelled pixels."""
-    random, (first, second), k = np.random.default_rng(seed), PAIRS[pair], 12 if pair == "rgb_depth" else 8
-    bands = {m.name: (len(m.preprocessing.bands), 3 * k, 4 * k) for m in (first, second)}
-    meta = {"preprocessing": {m.name: m.preprocessing.to_dict() for m in (first, second)}}
+    random, modalities, k = np.random.default_rng(seed), modalities_of(pair), 12 if pair == "rgb_depth" else 8
+    bands = {m.name: (len(m.bands), 3 * k, 4 * k) for m in modalities}
+    meta = {"preprocessing": {m.name: m.mapping() for m in modalities}}
     shapes, ids = bands | {"mask": (1, 3 * k, 4 * k)}, [f"{i}" for i in range(count)]
     with StoreWriter(path, ids=ids, shapes=shapes, seasons=1, meta=meta) as writer:
         for name in ids:
@@ -35,7 +41,8 @@ def make(path, pair, count, seed):
 def stores(tmp_path_factory):
     folder = tmp_path_factory.mktemp("masks")
     return {
-        pair: {s: make(folder / f"{pair}-{s}", pair, 24, k) for k, s in enumerate(("train", "test"))} for pair in PAIRS
+        pair: {s: make(folder / f"{pair}-{s}", pair, 24, k) for k, s in enumerate(("train", "test"))}
+        for pair in ("rgb_dem", "rgb_depth")
     }
 
 
@@ -51,19 +58,19 @@ def settings(tmp_path):
 def test_a_frozen_and_a_fine_tuned_fcn_learn_and_are_scored_over_the_whole_set(settings, stores, monkeypatch):
     chosen, paths = settings(transfer={**TRANSFER, "epochs": 30}), stores["rgb_dem"]
     folder, caught = pretrain.run(chosen, paths["train"]), []
-    score = transfer.confusion
-    monkeypatch.setattr(transfer, "confusion", lambda n, *a, **k: caught.append(n) or score(n, *a, **k))
+    predicted = fitting.predictions
+    monkeypatch.setattr(fitting, "predictions", lambda n, *a: caught.append(n) or predicted(n, *a))
     for protocol, inputs in (("linear", "both"), ("finetune", "dem")):
         record = transfer.evaluate(chosen, folder, paths, dataset="geonrw", protocol=protocol, inputs=inputs)
         network, test = caught[-1], Store(paths["test"])
         assert isinstance(network, segmentation.FCN) and len(network.encoders) == (2 if inputs == "both" else 1)
         assert record["network"] == "FCN" and record["metric"] == "mIoU (%)" and record["dataset"] == "GeoNRW"
-        modalities = transfer.given("rgb_dem", inputs).values()
-        whole = [transfer.stored(test, m.name, range(24)).float() / 255 for m in modalities]
-        whole = [x.repeat(1, m.preprocessing.copies, 1, 1) for x, m in zip(whole, modalities, strict=True)]
+        modalities = encoders.given(modalities_of("rgb_dem"), inputs)
+        whole = [encoders.stored(test, m.name, range(24)).float() / 255 for m in modalities]
+        whole = [x.repeat(1, m.copies, 1, 1) for x, m in zip(whole, modalities, strict=True)]
         with torch.inference_mode():
             found = network.eval()(*whole).argmax(1)
-        truth = transfer.stored(test, "mask", range(24))[:, 0].long() - 1
+        truth = encoders.stored(test, "mask", range(24))[:, 0].long() - 1
         kinds = {"num_classes": 10, "ignore_index": -1}
         seen = sorted(set(found[truth >= 0].tolist()) | set(truth[truth >= 0].tolist()))
         iou = 100 * MulticlassJaccardIndex(average="none", **kinds)(found, truth)
@@ -71,18 +78,28 @@ def test_a_frozen_and_a_fine_tuned_fcn_learn_and_are_scored_over_the_whole_set(s
         accuracy = 100 * MulticlassAccuracy(average="micro", **kinds)(found, truth)
         assert record["accuracy"] == pytest.approx(float(accuracy), abs=1e-3)
     assert record["accuracy"] > 60, "brightness tells the class"
-    start = transfer.load_pretrained(folder)[0].backbone_1.state_dict()
-    assert all(torch.equal(v, start[k]) for k, v in caught[0].encoders[0].state_dict().items())
+    start = transfer.load_pretrained(folder)[0].backbones["rgb"].state_dict()
+    assert all(torch.equal(v, start[k]) for k, v in caught[0].encoders["rgb"].state_dict().items())
     examples = transfer.example_predictions(record, chosen, paths, count=3)
     assert [e["predicted"].shape for e in examples] == [(24, 32)] * 3 and examples[0]["predicted"].min() >= 1
 
 
+def predictions(network, path, t):
+    """Batches of predictions and targets of every image of a store of the pair."""
+    kind, store = networks.NETWORKS["fcn"], Store(path)
+
+    def samples(rows):
+        return networks.samples(kind, Masks(CLASSES[1:]), modalities_of("rgb_dem"), t, store, rows, device="cpu")
+
+    return fitting.predictions(network, kind, samples, store, t)
+
+
 def test_scores_do_not_depend_on_the_batch(settings, stores):
-    network = segmentation.FCN(model.build(config.identity(settings()), [3, 3]), classes=10).eval()
-    test, counts = Store(stores["rgb_dem"]["test"]), []
+    network = segmentation.FCN(model.build(config.identity(settings()), {"rgb": 3, "dem": 3}).backbones, classes=10)
+    counts = []
     for size in (5, 24):
-        chosen = settings(transfer={**TRANSFER, "batch_size": size})
-        counts.append(transfer.confusion(network, test, chosen, classes=10, inputs="both"))
+        t = settings(transfer={**TRANSFER, "batch_size": size}).transfer
+        counts.append(tasks.confusion(predictions(network, stores["rgb_dem"]["test"], t), 10))
     assert torch.equal(*counts) and counts[0].sum() == 24 * 23 * 31
 
 
@@ -98,14 +115,13 @@ def test_every_image_is_predicted_once(settings, stores, monkeypatch):
     record = transfer.evaluate(chosen, folder, paths, dataset="geonrw", protocol="linear")
     assert [len(x) for x in seen] == [8, 8, 8]
     found = transfer.example_predictions(record, chosen, paths, count=99)
-    assert len(found) == transfer.EXAMPLES
+    assert len(found) == evaluation.EXAMPLES
     for example, predicted in zip(found, seen[0], strict=True):
         np.testing.assert_array_equal(example["predicted"], predicted.numpy() + 1)
-    counts, examples = {"classes": 10, "inputs": "both"}, []
-    network = segmentation.FCN(transfer.load_pretrained(folder)[0], classes=10)
-    few = settings(transfer={**TRANSFER, "batch_size": 5})
-    transfer.confusion(network, Store(paths["test"]), few, examples=examples, **counts)
-    assert len(examples) == transfer.EXAMPLES
+    network = segmentation.FCN(transfer.load_pretrained(folder)[0].backbones, classes=10)
+    few, examples = settings(transfer={**TRANSFER, "batch_size": 5}), []
+    list(evaluation._noting(predictions(network, paths["test"], few.transfer), examples))
+    assert len(examples) == evaluation.EXAMPLES
 
 
 def test_a_damaged_checkpoint_of_an_evaluation_is_named_and_replaced(settings, stores, capsys):
@@ -114,9 +130,11 @@ def test_a_damaged_checkpoint_of_an_evaluation_is_named_and_replaced(settings, s
     whole = transfer.evaluate(chosen, folder, paths, **kinds)
     (file,) = runs.path(chosen, "records").glob("*.json")
     runs.write_text(runs.path(chosen, "transfer", f"{file.stem}.pt"), "torn")
+    runs.write_text(runs.path(chosen, "transfer", f".{file.stem}.pt.123"), "of a process that was killed")
     file.unlink()
     assert transfer.evaluate(chosen, folder, paths, **kinds)["per_class"] == whole["per_class"]
     assert f"{file.stem}.pt cannot be read (BadZipFile" in capsys.readouterr().out
+    assert not list(runs.path(chosen, "transfer").iterdir())
 
 
 def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_score(settings, stores, monkeypatch):
@@ -126,7 +144,7 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_score(settings
     (file,) = runs.path(chosen, "records").glob("*.json")
     file.unlink()
 
-    loss, calls = segmentation.loss, []
+    loss, calls = Masks.loss, []
 
     def killed(*arguments):
         calls.append(1)
@@ -134,8 +152,8 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_score(settings
             raise KeyboardInterrupt
         return loss(*arguments)
 
-    monkeypatch.setattr(transfer, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(segmentation, "loss", killed)
+    monkeypatch.setattr(fitting, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(Masks, "loss", killed)
     with pytest.raises(KeyboardInterrupt):
         transfer.evaluate(chosen, folder, paths, **kinds)
     again = transfer.evaluate(chosen, folder, paths, **kinds)
@@ -150,19 +168,25 @@ def test_cmx_starts_from_the_pretrained_transformers_and_refuses_what_it_cannot_
     options = {"backbone": "mit_b0", "method": "random", "transfer": {**TRANSFER, "segmenter": "cmx", "epochs": 1}}
     chosen, paths, built = settings("rgb_depth", **options), stores["rgb_depth"], []
     folder = pretrain.run(chosen, paths["train"])
-    fit = transfer._fit
+    fit = fitting.fit
     monkeypatch.setattr(
-        transfer,
-        "_fit",
+        fitting,
+        "fit",
         lambda n, *a, **k: built.append({k: v.clone() for k, v in n.state_dict().items()}) or fit(n, *a, **k),
     )
     record = transfer.evaluate(chosen, folder, paths, dataset="sunrgbd", protocol="finetune")
     assert record["network"] == "CMX" and 0 <= record["miou"] <= 100
-    start = transfer.load_pretrained(folder)[0].backbone_2.state_dict()
+    start = transfer.load_pretrained(folder)[0].backbones["hha"].state_dict()
     assert all(torch.equal(built[0][f"backbone.extra_{k}"], v) for k, v in start.items())
     for kinds in ({"protocol": "linear"}, {"protocol": "finetune", "inputs": "rgb"}):
         with pytest.raises(config.ConfigError, match="segmenter = 'cmx'.*needs finetune and both"):
             transfer.evaluate(chosen, folder, paths, dataset="nyuv2", **kinds)
+    others = settings(
+        "rgb_depth", name="small", method="random", backbone="small", transfer={**TRANSFER, "segmenter": "cmx"}
+    )
+    folder = pretrain.run(others, paths["train"])
+    with pytest.raises(config.ConfigError, match="backbone small; it needs finetune and both of two .*Mix Transformer"):
+        transfer.evaluate(others, folder, paths, dataset="nyuv2", protocol="finetune")
 
 
 def test_rows_that_say_nothing_are_left_out(settings, stores):
@@ -179,10 +203,32 @@ def test_rows_that_say_nothing_are_left_out(settings, stores):
     assert found == expected | {("barlow_twins_single", p, "rgb") for p in ("linear", "finetune")}
 
 
+@pytest.mark.parametrize("ignore", [0, 2, 3, 255])
+def test_any_value_may_mean_unlabelled(ignore):
+    task, values = Masks(("a", "b", "c"), ignore=ignore), [v for v in range(5) if v != ignore][:3]
+    masks = torch.tensor([[*values, ignore]], dtype=torch.uint8)
+    task.check(masks)
+    assert task.target(masks).tolist() == [[0, 1, 2, tasks.IGNORE]]
+    assert torch.equal(task.picture(torch.tensor([0, 1, 2])), masks[0, :3])
+    beyond = next(v for v in range(max(values) + 1, 9) if v != ignore)
+    with pytest.raises(DataError, match=f"hold the value {beyond}; expected 3 classes"):
+        task.check(torch.tensor([[0, beyond]], dtype=torch.uint8))
+
+
+def test_masks_of_other_classes_are_refused_before_any_training(settings, stores, monkeypatch):
+    chosen, paths = settings(), stores["rgb_dem"]
+    folder = pretrain.run(chosen, paths["train"])
+    monkeypatch.setattr(fitting, "fit", lambda *a, **k: pytest.fail("trained on masks of other classes"))
+    few = replace(datasets.find("geonrw"), name="few", task=Masks(("a", "b", "c")))
+    monkeypatch.setitem(datasets._TABLE, "few", few)
+    with pytest.raises(DataError, match="masks hold the value 4; expected 3 classes, up to 3, and 0 for unlabelled"):
+        transfer.evaluate(chosen, folder, paths, dataset="few", protocol="linear")
+
+
 def test_rates_follow_the_schedules_of_the_paper_and_of_cmx():
     def rates(**transfer_settings):
-        s = config.load("start", {"transfer": transfer_settings})
-        return [transfer._rate(s, step, 10, 100) for step in (0, 5, 59, 60, 80, 99)]
+        t = config.load("start", {"transfer": transfer_settings}).transfer
+        return [fitting.share(t, step, 10, 100) for step in (0, 5, 59, 60, 80, 99)]
 
     assert rates(schedule="steps", milestones=[6, 8]) == pytest.approx([1, 1, 1, 0.1, 0.01, 0.01])
     assert rates(schedule="constant") == [1] * 6

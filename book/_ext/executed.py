@@ -14,8 +14,6 @@ from pathlib import Path
 import nbformat
 from sphinx.util import logging
 
-from decur_core.running.folders import SENTINEL
-
 logger = logging.getLogger(__name__)
 
 # tex-svg.js of MathJax 3.2.2 (Apache-2.0) as its authors published it; it needs no fonts or further files.
@@ -60,6 +58,8 @@ def lay(source, executed) -> None:
     The parameters cell then shows the values that were used, and a note in the margin under the title says profile,
     date, duration and overrides. Raises ``Unusable`` when ``executed`` is not a finished run of the same code.
     """
+    from decur_core.running.folders import SENTINEL  # here, as the library brings torch
+
     note, pages, ran = executed.metadata.get("decur"), code_cells(source), code_cells(executed)
     if not note or not ran or SENTINEL not in printed(ran[-1]):
         raise Unusable("is not a finished run")

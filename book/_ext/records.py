@@ -2,16 +2,13 @@
 
 A page holds a comment line, ``<!-- decur: NAME -->``, and gets the table that ``TABLES`` makes for NAME. Records travel
 with the executed notebooks, as ``<decur_executed>/<profile>/records.json``; the first profile of ``decur_profiles``
-that has the kind of data asked for supplies a table. Those of benchmarks are in ``benchmarks/records``.
+that has the kind of data asked for supplies a table. Those of benchmarks are in ``benchmarks/records``. The library is
+imported where a table needs it: it brings torch, and most pages have no table.
 """
 
 import json
 import re
 from pathlib import Path
-
-from decur_core import config
-from decur_core.report import figures as plots
-from decur_core.report import tables as results
 
 MARK = re.compile(r"^<!-- decur: (.+?) -->$", re.MULTILINE)
 NOT_RUN = "*Not run yet.*"
@@ -31,11 +28,13 @@ TARGETS = (  # what, at least (at most with a minus sign), record, its row, its 
 
 
 def measured(app, kind: str) -> list[dict]:
-    """Records of the preferred profile whose images are of ``kind``: world, samples or published."""
+    """Records of the preferred profile whose images are of ``kind``: world (drawn), samples or published."""
+    from decur_core.report import records
+
     for profile in app.config.decur_profiles:
         file = Path(app.srcdir) / app.config.decur_executed / profile / "records.json"
         if file.is_file():
-            found = [record for record in json.loads(file.read_text()) if record["world"] == kind]
+            found = [record for record in json.loads(file.read_text()) if records.kind(record) == kind]
             if found:
                 return found
     return []
@@ -43,25 +42,32 @@ def measured(app, kind: str) -> list[dict]:
 
 def summary(app, argument: str) -> str:
     """All scores on one data set of one kind, with what produced them: ``world BigEarthNet-MM``."""
+    from decur_core.report import records, tables
+
     kind, _, dataset = argument.partition(" ")
-    found = [r for r in results.choose(measured(app, kind), dataset=dataset) if not r.get("variant")]
-    return f"{results.markdown(results.summary(found))}\n\n{results.source(found)}" if found else NOT_RUN
+    found = [r for r in records.choose(measured(app, kind), dataset=dataset) if not r.get("variant")]
+    return f"{tables.markdown(records.summary(found))}\n\n{records.source(found)}" if found else NOT_RUN
 
 
 def table(app, argument: str) -> str:
     """A table of the paper beside our records of one kind of data: ``1 sar+optical published``."""
+    from decur_core.report import records, tables
+
     number, part, kind = argument.split()
     found = measured(app, kind)
-    return f"{results.table(int(number), found, part)}\n\n{results.source(found)}"
+    return f"{tables.table(int(number), found, part)}\n\n{records.source(found)}"
 
 
 def settings(app, _: str) -> str:
     """Every setting with its default and meaning."""
+    from decur_core import config
+    from decur_core.report.tables import grid
+
     described = config.describe()
     rows = (
         (f"`{name}`", f"`{default}`" if str(default) else "(empty)", meaning) for name, default, meaning in described
     )
-    return results.grid(("setting", "default", "meaning"), rows)
+    return grid(("setting", "default", "meaning"), rows)
 
 
 def _benchmark(app, name: str) -> dict | None:
@@ -77,11 +83,13 @@ def _number(value) -> str:
 
 def benchmark(app, name: str) -> str:
     """One benchmark's rows, then its settings, and where and when they were measured."""
+    from decur_core.report.tables import grid
+
     record = _benchmark(app, name)
     if record is None:
         return "*Not measured.*"
     rows, about = record["rows"], record["provenance"]
-    lines = results.grid(list(rows[0]), [list(map(_number, row.values())) for row in rows])
+    lines = grid(list(rows[0]), [list(map(_number, row.values())) for row in rows])
     found = {k: v for k, v in record["settings"].items() if isinstance(v, int | float | str)}
     chosen = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items())
     hardware, state = about["hardware"], " with changes" if about["modified"] else ""
@@ -93,13 +101,15 @@ def benchmark(app, name: str) -> str:
 
 def targets(app, _: str) -> str:
     """What is aimed at beside what the records hold; what no record holds is open."""
+    from decur_core.report.tables import grid
+
     lines = []
     for what, aim, name, row, column in TARGETS:
         record, wanted = _benchmark(app, name), f"{'at least' if aim > 0 else 'at most'} {abs(aim)}"
         found = record["rows"][row][column] if record else None
         verdict = "open" if record is None else "reached" if (found >= aim if aim > 0 else found <= -aim) else "missed"
         lines.append((what, wanted, "" if record is None else _number(found), verdict))
-    return results.grid(("what", "aim", "measured", ""), lines)
+    return grid(("what", "aim", "measured", ""), lines)
 
 
 # record: columns that name a group, {column: series}, unit, whether the scale is logarithmic, what is seen
@@ -133,6 +143,8 @@ FIGURES = {
 
 def figure(app, name: str) -> str:
     """One benchmark's record as bars; the picture is drawn into the build folder."""
+    from decur_core.report import figures
+
     record = _benchmark(app, name)
     if record is None:
         return ""
@@ -141,7 +153,7 @@ def figure(app, name: str) -> str:
     series = {label: [row[column] for row in record["rows"]] for column, label in columns.items()}
     target = Path(app.srcdir) / "_build" / "figures" / f"{name}.svg"
     target.parent.mkdir(parents=True, exist_ok=True)
-    drawn = plots.bars(groups, series, unit=unit, log=log)
+    drawn = figures.bars(groups, series, unit=unit, log=log)
     if all(group.isdigit() for group in groups):  # a number says nothing alone
         drawn.axes[0].set_xlabel(keys[0])
     drawn.savefig(target, metadata={"Date": None})

@@ -3,27 +3,32 @@
 Only for the miniature worlds, whose factors are known. A linear probe sees what is decorrelated, a kernel probe what is
 independent: DeCUR's loss asks for the first alone. The ceiling is what a network of the same size reads from the images
 when it is told the factors.
+
+Tables of R2 go by (modality, block), where a block is named by those who share it (``embeddings.blocks``), then by
+factor. ``seen_by`` says of every factor who carries it: ``common`` (all) or names of modalities joined by ``+``.
 """
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from sklearn.kernel_ridge import KernelRidge
+from sklearn.linear_model import RidgeCV
 from torch import Tensor, nn
 
 from decur_core import backbones, config, pretrain
 from decur_core.config import Settings
-from decur_core.data.modality import PAIRS
 from decur_core.data.store import Store
-from decur_core.report import tables as results
+from decur_core.explain.embeddings import blocks
 from decur_core.running import folders as runs
-from decur_core.transfer import encoders as inputs
+from decur_core.transfer.encoders import plain, stored, views
 
-PENALTIES = np.logspace(-4, 3, 15)
+PENALTIES = np.logspace(-4, 3, 15)  # of the weights, in units of the Gram matrix's mean eigenvalue
+WIDTHS = (0.3, 1.0, 3.0)  # of the radial kernel, in units of the median distance between samples
 STEPS = 200  # from which on a small network reads every factor of the miniature worlds
 # What a block may hold: twice what belongs there, then twice what does not.
 HELD = (
@@ -32,24 +37,19 @@ HELD = (
     "common factors, unique block",
     "own factors, common block",
 )
-WIDTHS = (0.3, 1.0, 3.0)  # of the radial kernel, in units of the median distance between samples
+Table = dict[tuple[str, str], dict[str, float]]
 
 
-def _leave_one_out(gram: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ridge weights (n, F) in the dual for the penalty with the least leave-one-out error, and those errors (F,).
+def ridge(gram: np.ndarray, y: np.ndarray) -> tuple[KernelRidge, np.ndarray]:
+    """Kernel ridge regression of every target with its best penalty, and the leave-one-out errors (F,) that chose it.
 
-    With G = gram + penalty * I, the residual of a sample that the fit did not see is (G^-1 y)_i / (G^-1)_ii.
+    ``gram``: (n, n), ``y``: (n, F). The errors come from features whose Gram matrix is the given one.
     """
     values, vectors = np.linalg.eigh(gram)
-    values, rotated = values.clip(0), vectors.T @ y
-    best, weights = np.full(y.shape[1], np.inf), np.zeros_like(y)
-    for penalty in PENALTIES * values.mean():
-        inverse = 1 / (values + penalty)
-        dual = vectors @ (inverse[:, None] * rotated)
-        error = ((dual / (vectors**2 @ inverse)[:, None]) ** 2).mean(0)
-        better = error < best
-        best[better], weights[:, better] = error[better], dual[:, better]
-    return weights, best
+    values = values.clip(0)
+    search = RidgeCV(PENALTIES * values.mean(), fit_intercept=False, alpha_per_target=True)
+    search.fit(vectors * np.sqrt(values), y)
+    return KernelRidge(alpha=search.alpha_, kernel="precomputed").fit(gram, y), -search.best_score_
 
 
 def r2(features: np.ndarray, factors: np.ndarray, *, kernel: str = "linear", samples: int = 1000) -> np.ndarray:
@@ -57,64 +57,67 @@ def r2(features: np.ndarray, factors: np.ndarray, *, kernel: str = "linear", sam
 
     ``features``: (N, D), ``factors``: (N, F), both real; the first half trains (at most ``samples``), the second tests.
     ``kernel``: linear, or rbf (radial). Penalty and width are chosen by leave-one-out error in the training half. With
-    no dimension (D = 0) the result is 0. A ValueError for less than 8 samples.
+    no dimension (D = 0) the result is 0. A ValueError for less than 8 samples and for values that are not finite.
     """
     n = len(features)
     if n < 8 or len(factors) != n or kernel not in ("linear", "rbf"):
         found = f"{n} and {len(factors)} samples, kernel {kernel!r}"
         raise ValueError(f"found {found}; expected equally many, at least 8, and kernel 'linear' or 'rbf'")
+    if not (np.isfinite(features).all() and np.isfinite(factors).all()):
+        raise ValueError("features or factors hold values that are not finite; the run that made them has diverged")
     if features.shape[1] == 0:
         return np.zeros(factors.shape[1])
     train, test = slice(0, min(n // 2, samples)), slice(n // 2, n)
     x, y = features.astype(np.float64), factors.astype(np.float64)
     spread = x[train].std(0)
     x = (x - x[train].mean(0)) / np.where(spread > 1e-12, spread, 1) / np.sqrt(x.shape[1])
-    centre, x_train, x_test = y[train].mean(0), x[train], x[test]
+    centre, both = y[train].mean(0), (x[train], x[test])
     if kernel == "linear":
-        grams = [(x_train @ x_train.T + 1, x_test @ x_train.T + 1)]
+        grams = [tuple(part @ x[train].T + 1 for part in both)]  # the 1: an intercept that is penalised too
     else:
-        lengths = [(part**2).sum(1) for part in (x_train, x_test)]
-        squares = [lengths[k][:, None] + lengths[0] - 2 * part @ x_train.T for k, part in enumerate((x_train, x_test))]
-        median = np.median(squares[0])
-        grams = [tuple(np.exp(-s.clip(0) / (2 * width**2 * median)) for s in squares) for width in WIDTHS]
+        length = (x[train] ** 2).sum(1)
+        squares = [((part**2).sum(1)[:, None] + length - 2 * part @ x[train].T).clip(0) for part in both]
+        median = np.median(squares[0]) or 1.0  # samples that are all alike have none
+        grams = [tuple(np.exp(-s / (2 * width**2 * median)) for s in squares) for width in WIDTHS]
     best, predicted = np.full(y.shape[1], np.inf), np.zeros_like(y[test])
     for inside, across in grams:
-        weights, error = _leave_one_out(inside, y[train] - centre)
+        model, error = ridge(inside, y[train] - centre)
         better = error < best
-        best[better], predicted[:, better] = error[better], (across @ weights + centre)[:, better]
+        best[better], predicted[:, better] = error[better], (model.predict(across) + centre)[:, better]
     return 1 - ((y[test] - predicted) ** 2).mean(0) / ((y[test] - centre) ** 2).mean(0)
 
 
-def blocks(z1: np.ndarray, z2: np.ndarray, dim_common: int) -> dict[str, np.ndarray]:
-    """Common and unique dimensions of both modalities' N x K embeddings: ``common 1``, ``unique 1``, …"""
-    made = {}
-    for m, z in enumerate((z1, z2), start=1):
-        made |= {f"common {m}": z[:, :dim_common], f"unique {m}": z[:, dim_common:]}
+def matrix(
+    z: Mapping[str, np.ndarray],
+    layout: Mapping[str, Mapping[str, slice]],
+    factors: Mapping[str, np.ndarray],
+    *,
+    kernel: str = "linear",
+) -> Table:
+    """R2 of every factor from every block of every modality's N x K_m embedding; ``layout``: of ``blocks``."""
+    y, made = np.stack(list(factors.values()), 1), {}
+    for m, there in layout.items():
+        for block, where in there.items():
+            made[m, block] = dict(zip(factors, r2(z[m][:, where], y, kernel=kernel).tolist(), strict=True))
     return made
 
 
-def matrix(
-    parts: dict[str, np.ndarray], factors: dict[str, np.ndarray], *, kernel: str = "linear"
-) -> dict[str, dict[str, float]]:
-    """R2 of every factor from every block: block -> factor -> R2."""
-    y = np.stack(list(factors.values()), 1)
-    return {name: dict(zip(factors, r2(x, y, kernel=kernel).tolist(), strict=True)) for name, x in parts.items()}
-
-
 def tables(
-    embedded: dict[str, tuple], members: Sequence[Settings], factors: dict[str, np.ndarray]
-) -> dict[str, dict[str, dict]]:
-    """``matrix`` of every run, linear and rbf: run label -> kernel -> block -> factor -> R2.
+    embedded: Mapping[str, Mapping[str, Tensor]], members: Sequence[Settings], factors: Mapping[str, np.ndarray]
+) -> dict[str, dict[str, Table]]:
+    """``matrix`` of every run, linear and rbf: run label -> kernel -> (modality, block) -> factor -> R2.
 
-    ``embedded``: of ``explain.embed_members``, in the order of ``members``; ``factors``: of the same samples, or more.
-    Of methods that do not decouple every dimension is common.
+    ``embedded``: of ``embed_members``, in the order of ``members``; ``factors``: of the same samples, or more.
     """
     made = {}
-    for (label, (z1, z2)), member in zip(embedded.items(), members, strict=True):
-        decoupled = member.method == "decur" and member.decoupling
-        parts = blocks(z1.numpy(), z2.numpy(), member.dim_common if decoupled else z1.shape[1])
-        known = {name: values[: len(z1)] for name, values in factors.items()}
-        made[label] = {kernel: matrix(parts, known, kernel=kernel) for kernel in ("linear", "rbf")}
+    for (label, tensors), member in zip(embedded.items(), members, strict=True):
+        z = {m: each.numpy() for m, each in tensors.items()}
+        if member.dim_common == "auto":
+            split = runs.path(member, "pretrain", runs.title(member), "split.json").read_text()
+            member = pretrain.with_split(member, json.loads(split))
+        layout = blocks(config.identity(member), {m: each.shape[1] for m, each in z.items()})
+        known = {name: values[: len(next(iter(z.values())))] for name, values in factors.items()}
+        made[label] = {kernel: matrix(z, layout, known, kernel=kernel) for kernel in ("linear", "rbf")}
     return made
 
 
@@ -172,23 +175,23 @@ def ceiling(
     target = torch.from_numpy(np.stack(list(factors.values()), 1)[[*rows, *held]])
     steps = max(STEPS, settings.epochs * (len(store) // settings.batch_size))
     seeds = sorted({member.seed for member in config.members(settings)})
-    todo = [(m, seed) for m in PAIRS[settings.pair] for seed in seeds]
+    todo = [(m, seed) for m in config.modalities(settings) for seed in seeds]
     found: dict[str, dict[str, list[float]]] = {}
     for m, seed in runs.progress(todo, desc=f"{settings.pair}, supervised"):
         about = {"backbone": settings.backbone, "steps": steps, "batch": settings.batch_size, "samples": size}
         about |= {"size": settings.crop_size, "store": store.sha256, "factors": list(factors)}
         file = runs.path(settings, "ceiling", f"{settings.pair}-{m.name}-seed{seed}.json")
         if not file.exists() or (kept := json.loads(file.read_text()))["settings"] != about:
-            policy = inputs.plain(settings.crop_size)
+            policy = plain(settings.crop_size)
             flips = replace(policy, p_hflip=m.policy.p_hflip, p_vflip=m.policy.p_vflip)
 
             def view(picked: Tensor, step: int, generator: torch.Generator, m=m, flips=flips) -> Tensor:
                 seasons = torch.randint(store.seasons, (len(picked),), generator=generator).tolist()
-                images = inputs.stored(store, m.name, [rows[k] for k in picked.tolist()], device, seasons=seasons)
+                images = stored(store, m.name, [rows[k] for k in picked.tolist()], device, seasons=seasons)
                 return m.view(images, size=flips.size, policy=flips, generator=generator)
 
             options = {"steps": steps, "backbone": settings.backbone, "batch": settings.batch_size, "seed": seed}
-            (images,) = inputs.views(store, [m], held, policy, device=device)
+            (images,) = views(store, [m], held, policy, device=device)
             kept = {"settings": about, "r2": supervised_r2(view, images, target, len(rows), **options).tolist()}
             runs.write_json(file, kept)
         for name, value in zip(factors, kept["r2"], strict=True):
@@ -196,70 +199,37 @@ def ceiling(
     return found
 
 
+def carries(who: str, modality: str) -> bool:
+    """Whether a modality shows a factor that ``who`` carries."""
+    return who == "common" or modality in who.split("+")
+
+
 def normalised(
-    by_run: dict[str, dict[str, dict]],
-    ceilings: dict[str, dict[str, Sequence[float]]],
-    seen_by: dict[str, str],
-    modalities: Sequence[str],
-) -> dict[str, dict[str, dict]]:
+    by_run: Mapping[str, Mapping[str, Table]],
+    ceilings: Mapping[str, Mapping[str, Sequence[float]]],
+    seen_by: Mapping[str, str],
+) -> dict[str, dict[str, Table]]:
     """``tables`` with each R2 divided by what a supervised network reads of the factor from the block's modality.
 
     ``ceilings``: of ``ceiling``, whose mean over seeds counts. 1 means that nothing readable is missing. What a
     modality does not carry is not there to be read either: such entries, the impossible ones, stay as they are.
     Not a number, with a warning, where the ceiling is too low (below 0.1) to measure against: too few images or steps.
     """
-    top = {name: {f: float(np.mean(values)) for f, values in found.items()} for name, found in ceilings.items()}
-    carried = [(m, f) for f, who in seen_by.items() for m in modalities if who in ("common", m)]
-    if low := [(m, f) for m, f in carried if not top[m][f] >= 0.1]:
-        listed = ", ".join(f"{f} from {m} with R2 = {top[m][f]:.2f}" for m, f in low)
+    places = [(m, f) for f, who in seen_by.items() for m in ceilings if carries(who, m)]
+    top = {(m, f): float(np.mean(ceilings[m][f])) for m, f in places}
+    if low := {place: value for place, value in top.items() if not value >= 0.1}:
+        listed = ", ".join(f"{f} from {m} with R2 = {value:.2f}" for (m, f), value in low.items())
         warnings.warn(f"a supervised network reads {listed}: no ceiling to measure against, left out", stacklevel=2)
+    top |= dict.fromkeys(low, np.nan)
 
-    def share(block: str, factor: str, value: float) -> float:
-        place = (modalities[int(block[-1]) - 1], factor)
-        return np.nan if place in low else value / top[place[0]][factor] if place in carried else value
+    def shares(table: Table) -> Table:
+        return {(m, b): {f: v / top.get((m, f), 1.0) for f, v in row.items()} for (m, b), row in table.items()}
 
-    return {
-        label: {
-            kernel: {block: {f: share(block, f, v) for f, v in row.items()} for block, row in table.items()}
-            for kernel, table in by_kernel.items()
-        }
-        for label, by_kernel in by_run.items()
-    }
-
-
-def _empty(row: dict[str, float]) -> bool:
-    """Whether a block has no dimension: exactly 0 for every factor (see ``r2``), or not a number without a ceiling."""
-    return not np.nan_to_num(list(row.values())).any()
-
-
-def panels(
-    by_run: dict[str, dict[str, dict]],
-    ceilings: dict[str, dict[str, Sequence[float]]],
-    kernel: str = "linear",
-    methods: Sequence[str] = ("DeCUR", "Barlow Twins", "Random initialisation"),
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Means over seeds for ``plots.matrix``: the ceiling, a row per modality, then a table for each of some methods.
-
-    Not a number where a block has no dimension to read from.
-    """
-    names = [results.NAMES[modality] for modality in ceilings]
-
-    def mean(tables: Sequence[dict]) -> dict[str, dict[str, float]]:
-        means = {row: {f: float(np.mean([t[row][f] for t in tables])) for f in tables[0][row]} for row in tables[0]}
-        return {row: dict.fromkeys(v, np.nan) if _empty(v) else v for row, v in means.items()}
-
-    panels = {"Supervised network: the ceiling, $R^2$": dict(zip(names, mean([ceilings]).values(), strict=True))}
-    for method in methods:
-        if found := [t[kernel] for label, t in by_run.items() if _method(label) == method]:
-            panels[method] = {f"{row[:-2]}, {names[int(row[-1]) - 1]}": values for row, values in mean(found).items()}
-    return panels
+    return {label: {kernel: shares(table) for kernel, table in kinds.items()} for label, kinds in by_run.items()}
 
 
 def over_shares(
-    by_run: dict[str, dict[str, dict]],
-    members: Sequence[Settings],
-    seen_by: dict[str, str],
-    modalities: Sequence[str],
+    by_run: Mapping[str, Mapping[str, Table]], members: Sequence[Settings], seen_by: Mapping[str, str]
 ) -> dict[str, dict[str, dict[float, list[float]]]]:
     """What each kind of block holds of each kind of factor, over the share of common dimensions.
 
@@ -269,65 +239,39 @@ def over_shares(
     for by_kernel, member in zip(by_run.values(), members, strict=True):
         share = 100 * member.dim_common / member.projector[-1]
         for kernel, table in by_kernel.items():
-            found = scores(table, seen_by, modalities)
+            found = scores(table, seen_by)
             for name in HELD:
                 panels.setdefault(kernel, {}).setdefault(name, {}).setdefault(share, []).append(found[name])
     return panels
 
 
-def _method(label: str) -> str:
-    """The part of a run's label (``runs.label``) before the seed."""
-    return label.partition(", seed")[0]
-
-
-def report(by_run: dict[str, dict[str, dict]], seen_by: dict[str, str], modalities: Sequence[str]) -> str:
-    """``scores`` of every method, mean ± deviation over seeds, as a Markdown table.
-
-    Below it: which methods have no unique dimensions, and so 0 there without a measurement.
-    """
-    found: dict[tuple, list[dict]] = {}
-    whole = {}  # methods without unique dimensions, in order
-    for label, table in by_run.items():
-        for kernel, values in table.items():
-            if all(_empty(values[f"unique {m}"]) for m in (1, 2)):
-                whole[_method(label)] = None
-            found.setdefault((_method(label), kernel), []).append(scores(values, seen_by, modalities))
-    names = {"right": "right block", "wrong": "wrong block (leakage)", "block score": "block score"}
-    names["impossible"] = "impossible"
-    lines = []
-    for (method, kernel), seeds in found.items():
-        cells = [[each[name] for each in seeds] for name in names]
-        spreads = [(np.mean(c), np.std(c, ddof=1) if len(c) > 1 else None) for c in cells]
-        texts = ["–" if np.isnan(mean) else results.cell(mean, deviation, digits=2) for mean, deviation in spreads]
-        lines.append([method, kernel, *texts])
-    text = results.grid(["Method", "Probe", *names.values()], lines)
-    note = "Without unique dimensions, where an $R^2$ of 0 stands by definition and is not measured: "
-    return f"{text}\n\n{note}{'; '.join(whole)}." if whole else text
-
-
-def scores(table: dict[str, dict[str, float]], seen_by: dict[str, str], modalities: Sequence[str]) -> dict[str, float]:
+def scores(table: Table, seen_by: Mapping[str, str]) -> dict[str, float]:
     """Summary of an R2 matrix, negative values counting as 0, what is not a number left out.
 
-    ``seen_by``: factor -> "common" or the one modality that carries it. Keys: each of HELD, the mean R2 of common
-    factors, or of a modality's own, in its common or unique block; ``right``: the mean of common factors in common
-    blocks and own factors in unique ones; ``wrong``: of the same factors in the other block of the modality;
-    ``block score``: right - wrong, 1 at best; ``impossible``: the largest R2 of a modality's own factor from the other
-    modality's blocks, where nothing can be found; how far it lies above 0 is the error of the measurement.
+    Keys: each of HELD, the mean R2 of factors that several modalities carry, or one alone, in the block of those who
+    carry them or in another; ``right``: the mean of all factors in the block of just those who carry them, 0 where
+    there is none; ``wrong``: of the same factors in the modality's other blocks; ``block score``: right - wrong, 1 at
+    best; ``impossible``: the largest R2 of a factor from blocks of a modality that does not carry it, where nothing can
+    be found; how far it lies above 0 is the error of the measurement.
     """
     held: dict[str, list[float]] = {name: [] for name in HELD}
-    impossible = []
+    right, wrong, impossible = [], [], []
+    everyone = "+".join(dict.fromkeys(m for m, _ in table))
     for factor, who in seen_by.items():
-        for m, modality in enumerate(modalities, start=1):
-            for block in ("common", "unique"):
-                value = table[f"{block} {m}"][factor]
-                if who in ("common", modality):
-                    kind = "common" if who == "common" else "own"
-                    held[f"{kind} factors, {block} block"].append(np.maximum(0, value))
-                else:
-                    impossible.append(value)
+        home = everyone if who == "common" else who
+        for m in everyone.split("+"):
+            there = {block: row[factor] for (other, block), row in table.items() if other == m}
+            if not carries(who, m):
+                impossible += there.values()
+                continue
+            for block, value in ({home: 0.0} | there).items():
+                value = np.maximum(0, value)
+                (right if block == home else wrong).append(value)
+                if block in (home, m) or home == m:  # of several common blocks only the right one counts as common
+                    kinds = ("own" if home == m else "common", "unique" if block == m else "common")
+                    held["{} factors, {} block".format(*kinds)].append(value)
     with warnings.catch_warnings():  # of what has no ceiling there may be nothing else
         warnings.filterwarnings("ignore", "Mean of empty slice")
-        right, wrong = (np.nanmean(held[first] + held[second]) for first, second in (HELD[:2], HELD[2:]))
-        found = {name: np.nanmean(values) for name, values in held.items()}
-    found |= {"right": right, "wrong": wrong, "block score": right - wrong, "impossible": np.max(impossible)}
-    return {name: float(value) for name, value in found.items()}
+        lists = held | {"right": right, "wrong": wrong}
+        found = {name: float(np.nanmean(values)) for name, values in lists.items()}
+    return found | {"block score": found["right"] - found["wrong"], "impossible": max(impossible, default=np.nan)}

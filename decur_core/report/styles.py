@@ -1,64 +1,94 @@
-"""How figures show things: names and colours, the same in all of them and in the tables; images; legends."""
+"""How figures and tables show things: names and colours, the same everywhere; panels, ticks and legends."""
 
+import zlib
 from collections.abc import Iterable
 
+import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from decur_core.config import METHODS
+from decur_core.data import datasets
+from decur_core.data.modality import Modality
+from decur_core.losses import METHODS
 
-# Okabe and Ito's palette, told apart by colour-blind readers.
-STYLES = {
-    "sar": ("SAR", "#0072B2"),
-    "optical": ("optical", "#D55E00"),
-    "rgb": ("RGB", "#D55E00"),
-    "dem": ("elevation", "#0072B2"),
-    "hha": ("depth", "#0072B2"),
-    "both": ("both", "#444444"),
-    "common": ("common", "#009E73"),
-    "unique": ("unique", "#CC79A7"),
-    "total": ("total", "#000000"),
-    "intra1": ("intra-modal, first modality", "#0072B2"),
-    "intra2": ("intra-modal, second modality", "#D55E00"),
-    "random": (METHODS["random"], "#999999"),
-    "supervised": (METHODS["supervised"], "#555555"),
-    "simclr": (METHODS["simclr"], "#CC6677"),
-    "clip": (METHODS["clip"], "#88CCEE"),
-    "barlow_twins": (METHODS["barlow_twins"], "#E69F00"),
-    "vicreg": (METHODS["vicreg"], "#117733"),
-    "barlow_twins_single": (METHODS["barlow_twins_single"], "#DDCC77"),
-    "decur": (METHODS["decur"], "#332288"),
+# Of methods and of kinds of dimensions, told apart by colour-blind readers; modalities declare their own.
+COLOURS = {
+    "both": "#444444",
+    "total": "#000000",
+    "common": "#009E73",
+    "unique": "#CC79A7",
+    "rest": "#CC79A7",
+    "random": "#999999",
+    "supervised": "#555555",
+    "simclr": "#CC6677",
+    "clip": "#88CCEE",
+    "barlow_twins": "#E69F00",
+    "vicreg": "#117733",
+    "barlow_twins_single": "#DDCC77",
+    "decur": "#332288",
 }
 # Of benchmarks; what is not listed has DeCUR's colour.
 WAYS = {"published": "#999999", "tuned": "#DDAA33", "ours, gravity given": "#88CCEE"}
-RGB = (3, 2, 1)  # rows of B4, B3, B2 among the 13 bands
+TERMS = {"intra": "intra-modal", "anchor": "anchors"}  # loss terms of one modality, `intra/sar`
+
+
+def modalities() -> dict[str, Modality]:
+    """Every modality that a data set declares, by name, in the order of the data sets."""
+    declared = (m for name in datasets.names() for m in datasets.find(name).modalities)
+    found: dict[str, Modality] = {}
+    for m in declared:
+        found.setdefault(m.name, m)
+    return found
+
+
+def title(name: str) -> str:
+    """What readers call a method, a modality, several of them (``sar+optical``) or a loss term (``intra/sar``)."""
+    head, _, rest = name.partition("/")
+    if rest:
+        return f"{TERMS.get(head, head)}, {title(rest)}"
+    if "+" in name:
+        return " + ".join(map(title, name.split("+")))
+    found = METHODS.get(name) or modalities().get(name)
+    return found.title or name if found else name
 
 
 def named(words: str) -> str:
-    """``rgb, common`` as readers know it: every part between commas by its name in STYLES, where it has one."""
-    return ", ".join(STYLES.get(word, (word,))[0] for word in words.split(", "))
+    """``rgb, common`` as readers know it: the ``title`` of every part between commas."""
+    return ", ".join(map(title, words.split(", ")))
+
+
+def colour(name: str) -> str:
+    """Of a method, a modality, a loss term or a kind of dimensions; one that nobody chose has always the same."""
+    head, _, rest = name.partition("/")
+    if rest:
+        return COLOURS.get(head) or colour(rest)
+    declared = COLOURS.get(name) or getattr(modalities().get(name), "colour", "")
+    return declared or plt.matplotlib.colors.to_hex(plt.get_cmap("tab10")(zlib.crc32(name.encode()) % 10))
 
 
 def method_of(label: str) -> str | None:
-    """The method that a run's label (``runs.label``) begins with, None for other texts."""
-    found = [method for method, name in METHODS.items() if label == name or label.startswith(f"{name}, ")]
-    return max(found, key=lambda method: len(METHODS[method]), default=None)
+    """The method that a run's label (``folders.label``) begins with, None for other texts."""
+    found = [name for name, m in METHODS.items() if label == m.title or label.startswith(f"{m.title}, ")]
+    return max(found, key=lambda name: len(METHODS[name].title), default=None)
 
 
-def stretch(image: np.ndarray, low: float = 2, high: float = 98) -> np.ndarray:
-    """An image (C, H, W) as H x W x C in [0, 1], cut at two percentiles of all its pixels; for looking at."""
-    bottom, top = np.percentile(image, (low, high))
-    return np.clip((image - bottom) / max(top - bottom, 1e-6), 0, 1).transpose(1, 2, 0)
+def figure(rows: int, columns: int, *, width: float = 9, height: float, **options) -> tuple[Figure, np.ndarray]:
+    made = plt.figure(figsize=(width, height), dpi=90, layout="constrained")
+    axes = made.subplots(rows, columns, squeeze=False, **options)
+    plt.close(made)  # a notebook shows it once: as the value of its cell
+    return made, axes
 
 
-def picture(image: np.ndarray) -> np.ndarray:
-    """An image of any modality (C x H x W, 0 to 1) as H x W x 3 to look at: true colour, or band 1 in grey."""
-    if len(image) == 3:
-        return image.transpose(1, 2, 0)
-    shown = stretch(image[list(RGB)] if len(image) > 3 else image[:1], 1, 99)
-    return shown if shown.shape[2] == 3 else shown.repeat(3, 2)
+def grid(count: int, columns: int, *, width: float, height: float) -> tuple[Figure, list[plt.Axes]]:
+    """``count`` panels of ``width`` x ``height`` inches in rows of at most ``columns``."""
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    made, axes = figure(rows, columns, height=height * rows, width=max(4.5, width * columns + 0.4))
+    for axis in axes.flat[count:]:
+        axis.set_axis_off()
+    return made, list(axes.flat[:count])
 
 
 def plain_ticks(axis: Axes) -> None:
@@ -71,10 +101,10 @@ def plain_ticks(axis: Axes) -> None:
     axis.yaxis.set_major_formatter("{x:g}")
 
 
-def legend(figure: Figure, handles: Iterable | None = None, *, columns: int = 4, side: str = "lower") -> None:
+def legend(made: Figure, handles: Iterable | None = None, *, columns: int = 4, side: str = "lower") -> None:
     """A legend outside the panels, where it covers nothing; of each label that they have, unless handles are given."""
     if handles is None:
-        handles = {h.get_label(): h for axis in figure.axes for h in axis.get_legend_handles_labels()[0]}.values()
+        handles = {h.get_label(): h for axis in made.axes for h in axis.get_legend_handles_labels()[0]}.values()
     handles = list(handles)
     options = {"loc": f"outside {side} center", "ncols": min(columns, len(handles)), "fontsize": 7, "frameon": False}
-    figure.legend(handles=handles, **options)
+    made.legend(handles=handles, **options)

@@ -1,17 +1,41 @@
 """What trained networks are given: the encoders of a finished run, and whole images or views from a store."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from decur_core import model, pretrain
+from decur_core import config, model
 from decur_core.augment import Policy
-from decur_core.data.modality import GEOMETRY, PAIRS, Modality, Preprocessing
+from decur_core.data.batches import seeded
+from decur_core.data.modality import GEOMETRY, Modality
+from decur_core.data.raster import DataError
 from decur_core.data.store import Store
 from decur_core.model import MultimodalModel
 from decur_core.running import checkpoints
+
+
+class OnEncoders(nn.Module):
+    """What networks on pretrained encoders (by name of their modality) share. Frozen encoders get no gradients and stay
+    in eval mode, so that their BatchNorm statistics keep still.
+    """
+
+    def __init__(self, encoders: Mapping[str, nn.Module], *, frozen: bool):
+        super().__init__()
+        self.encoders, self.frozen = nn.ModuleDict(encoders), frozen
+        self.encoders.requires_grad_(not frozen)
+        self.train(self.training)  # which puts frozen encoders into eval mode from the start
+
+    def train(self, mode: bool = True) -> "OnEncoders":
+        super().train(mode)
+        if self.frozen:
+            self.encoders.eval()
+        return self
+
+    def encoding(self) -> torch.set_grad_enabled:
+        """The context in which the encoders run."""
+        return torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen)
 
 
 def plain(size: int) -> Policy:
@@ -19,22 +43,38 @@ def plain(size: int) -> Policy:
     return Policy(size=size, crop_scale=(1, 1), crop_ratio=(1, 1), **GEOMETRY, p_hflip=0.0, p_vflip=0.0)
 
 
-def load_pretrained(folder: Path) -> tuple[MultimodalModel, dict[str, Preprocessing], dict]:
-    """The model, the preprocessing of each modality and the settings of a finished pretraining run."""
+def load_pretrained(folder: Path | str) -> tuple[MultimodalModel, dict[str, Modality], dict]:
+    """The model, the modalities by name (their 8-bit mappings, without a policy) and the settings of a finished run.
+
+    In the place of ``dim_common: auto`` the settings hold the split that the run found.
+    FileNotFoundError: it is not finished; OSError: its weights are damaged; DataError: they are of an earlier version.
+    """
     file = Path(folder) / "final.pt"
     if not file.exists():
         raise FileNotFoundError(f"{file}: no finished pretraining; run the pretraining notebook of this profile first")
     state = checkpoints.load(file, "remove it and run the pretraining notebook of this profile again")
-    preprocessing = {name: Preprocessing.from_dict(d) for name, d in state["preprocessing"].items()}
-    settings = state["settings"]
-    network = model.build(settings, [p.copies * len(p.bands) for p in preprocessing.values()])
+    if old := next((k for k in state["model"] if k.startswith(("backbone_1.", "backbone_2."))), None):
+        way = "evaluate it with the commit that its run.json names, or remove the run's folder and pretrain again"
+        raise DataError(f"{file}: from a version that numbered the modalities ({old}); {way}")
+    modalities = {name: Modality.from_mapping(mapping) for name, mapping in state["preprocessing"].items()}
+    network = model.build(state["settings"], {name: m.channels for name, m in modalities.items()})
     network.load_state_dict(state["model"])
-    return network, preprocessing, settings
+    found = {k: v for k, v in (state.get("split") or {}).items() if k in ("dim_common", "blocks")}  # dim_common: auto
+    return network, modalities, {**state["settings"], **found}
 
 
-def given(pair: str, inputs: str) -> dict[int, Modality]:
-    """The modalities that ``inputs`` names, ``both`` or one of them: branch of the model (1, 2) to modality."""
-    return {k: m for k, m in enumerate(PAIRS[pair], start=1) if inputs in ("both", m.name)}
+def given(modalities: Iterable[Modality], inputs: str) -> list[Modality]:
+    """Those of the modalities that ``inputs`` names, in their order: ``both`` (all) or names joined by ``+``.
+
+    Raises ConfigError for other names.
+    """
+    modalities, wanted = list(modalities), inputs.split("+")
+    names = [m.name for m in modalities]
+    if inputs == "both":
+        return modalities
+    if not set(wanted) <= set(names):
+        raise config.ConfigError(f"inputs = {inputs!r}; allowed: both, {', '.join(names)}, or several joined by '+'")
+    return [m for m in modalities if m.name in wanted]
 
 
 def stored(store: Store, name: str, rows: Sequence[int], device="cpu", *, seasons: Sequence[int] = ()) -> Tensor:
@@ -43,14 +83,18 @@ def stored(store: Store, name: str, rows: Sequence[int], device="cpu", *, season
     return torch.stack([torch.from_numpy(store.read(i, name, season).copy()) for i, season in pairs]).to(device)
 
 
-def views(
-    store: Store, modalities: Iterable[Modality], rows: Sequence[int], policy: Policy, *, seed=(), device="cpu"
-) -> list[Tensor]:
-    """Views of some of a store's images, first season: for each modality float N x C x size x size on ``device``.
-
-    All modalities are drawn alike (``seed``: parts of ``pretrain.seeded``), so a pair is cropped and flipped as one.
+def alike(modalities: Iterable[Modality], images: Iterable[Tensor], policy: Policy, *, seed=()) -> list[Tensor]:
+    """A view of every uint8 image, all modalities drawn alike, so that what belongs together is cropped and flipped as
+    one: for each modality float N x C x size x size. ``seed``: parts of ``seeded``.
     """
     return [
-        m.view(stored(store, m.name, rows, device), size=policy.size, policy=policy, generator=pretrain.seeded(*seed))
-        for m in modalities
+        m.view(x, size=policy.size, policy=policy, generator=seeded(*seed))
+        for m, x in zip(modalities, images, strict=True)
     ]
+
+
+def views(
+    store: Store, modalities: Sequence[Modality], rows: Sequence[int], policy: Policy, *, seed=(), device="cpu"
+) -> list[Tensor]:
+    """``alike`` of some of a store's images, first season, on ``device``."""
+    return alike(modalities, [stored(store, m.name, rows, device) for m in modalities], policy, seed=seed)

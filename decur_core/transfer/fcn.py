@@ -1,11 +1,11 @@
-"""Semantic segmentation: a simple network on pretrained encoders, crops, targets, scores, and multi-scale prediction.
+"""Semantic segmentation: a simple network on pretrained encoders, crops, and multi-scale prediction.
 
-Masks are uint8, 0 = unlabelled, 1 to C the classes; targets and predictions are int64, 0 to C - 1, IGNORE = unlabelled.
+Targets and predictions are int64, the number of a class or IGNORE = unlabelled, see ``data/tasks.py``.
 """
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from decur_core import augment, backbones
 from decur_core.data.modality import GEOMETRY
 from decur_core.data.raster import DataError
-from decur_core.model import MultimodalModel, OnEncoders
+from decur_core.data.tasks import IGNORE
+from decur_core.transfer.encoders import OnEncoders
 
-IGNORE = -1
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of images in the training of the published CMX
 # Nothing but a crop and perhaps a flip.
 _CROP = augment.Policy(**GEOMETRY, p_vflip=0.0)
@@ -29,8 +29,8 @@ class FCN(OnEncoders):
     For each of the three stages, the maps of the encoders side by side, a 1x1 convolution to ``classes`` channels, and
     upsampling to the input size; the sum of the three are the logits. (The paper upsamples first; the two commute.)
 
-    ``model``: a MultimodalModel, or its encoders in order; ``branches``: the modalities given, 1, 2 or both. With
-    ``frozen`` encoders only ``heads`` is trained.
+    ``encoders``: networks of ``backbones.build`` by name of the modality. With ``frozen`` encoders only ``heads`` is
+    trained.
 
     The published script has another linear layer (128, 256, 512 channels) before each classifier and a channel for the
     unlabelled; it classifies the upsampled maps. On two ResNet-50s and 224 x 224 pixels it has 49,779,361 parameters in
@@ -38,53 +38,21 @@ class FCN(OnEncoders):
     the script: the upsampling is bilinear and keeps the corners aligned.
     """
 
-    def __init__(
-        self, model: MultimodalModel | Sequence[nn.Module], *, branches=(1, 2), classes: int, frozen: bool = False
-    ):
-        encoders = [model.backbone_1, model.backbone_2] if isinstance(model, MultimodalModel) else model
-        super().__init__([encoders[branch - 1] for branch in branches], frozen=frozen)
-        widths = zip(*(encoder.widths[-3:] for encoder in self.encoders), strict=True)
+    def __init__(self, encoders: Mapping[str, nn.Module], *, classes: int, frozen: bool = False):
+        super().__init__(encoders, frozen=frozen)
+        widths = zip(*(encoder.widths[-3:] for encoder in self.encoders.values()), strict=True)
         self.heads = nn.ModuleList([nn.Conv2d(sum(each), classes, 1) for each in widths])
 
     def forward(self, *images: Tensor) -> Tensor:
-        """Float images of each given modality (N x C x H x W) to float32 logits, N x classes x H x W."""
+        """Float images of each encoder's modality (N x C x H x W) to float32 logits, N x classes x H x W."""
         with self.encoding():
-            pyramids = [backbones.feature_maps(e, x)[-3:] for e, x in zip(self.encoders, images, strict=True)]
+            given = zip(self.encoders.values(), images, strict=True)
+            pyramids = [backbones.feature_maps(encoder, x)[-3:] for encoder, x in given]
         logits = 0
         for head, maps in zip(self.heads, zip(*pyramids, strict=True), strict=True):
             coarse = head(torch.cat(maps, 1)).float()
             logits = logits + F.interpolate(coarse, size=images[0].shape[2:], mode="bilinear", align_corners=True)
         return logits
-
-
-def targets(masks: Tensor) -> Tensor:
-    """uint8 masks of any shape (0 = unlabelled, 1 to C) to int64 targets (IGNORE, 0 to C - 1)."""
-    if masks.dtype != torch.uint8:
-        raise DataError(f"masks are {masks.dtype}, expected torch.uint8 with 0 = unlabelled; do not shift them before")
-    return masks.long() - 1
-
-
-def loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """Mean cross-entropy of the labelled pixels; 0 where there are none. N x C x H x W logits, N x H x W targets."""
-    total = F.cross_entropy(logits.float(), truth, ignore_index=IGNORE, reduction="sum")
-    return total / (truth != IGNORE).sum().clamp(min=1)
-
-
-def scores(confusion: Tensor) -> dict:
-    """Percentages over a whole set: ``miou``, ``accuracy`` (of labelled pixels) and ``per_class``, the IoU of each.
-
-    ``confusion``: C x C pixel counts, row = truth, column = prediction, as torchmetrics' multiclass_confusion_matrix
-    with ``ignore_index=IGNORE``. The convention of the published CMX: None, and left out of the mean, is a class that
-    is neither in the truth nor predicted; one that is only predicted counts as 0. All are in the published test sets.
-    """
-    counts = confusion.double()
-    hits, union = counts.diag(), counts.sum(0) + counts.sum(1) - counts.diag()
-    if not counts.any():
-        raise DataError("no labelled pixel to score: every mask is 0")
-    iou = 100 * hits / union
-    per_class = [None if u == 0 else round(v, 4) for u, v in zip(union.tolist(), iou.tolist(), strict=True)]
-    accuracy = 100 * hits.sum() / counts.sum()
-    return {"miou": float(iou[union > 0].mean()), "accuracy": float(accuracy), "per_class": per_class}
 
 
 @torch.inference_mode()
@@ -140,29 +108,29 @@ def _starts(side: int, window: int) -> list[int]:
 
 
 def crop(
-    images: Sequence[Tensor], masks: Tensor, *, size: int, scale: tuple[float, float], generator, flip: float = 0.5
+    images: Sequence[Tensor], truth: Tensor, *, size: int, scale: tuple[float, float], generator, flip: float = 0.5
 ) -> tuple[list[Tensor], Tensor]:
-    """The same random crop, resized to ``size`` x ``size``, of all images of a sample and of its mask.
+    """The same random crop, resized to ``size`` x ``size``, of all images of a sample and of its truth.
 
-    ``images``: of each modality uint8 N x C x H x W; ``masks``: uint8 N x H x W; ``scale``: range of the crop's share
-    of the area; ``flip``: probability of exchanging left and right. Returns float32 views in [0, 1] (bilinear) and
-    int64 targets (nearest pixel). Draws as many numbers from ``generator`` as one call of ``augment.augment``.
+    ``images``: of each modality uint8 N x C x H x W; ``truth``: int64 targets N x H x W; ``scale``: range of the crop's
+    share of the area; ``flip``: probability of exchanging left and right. Returns float32 views in [0, 1] (bilinear)
+    and targets (nearest pixel). Draws as many numbers from ``generator`` as one call of ``augment.augment``.
     """
     for x in images:
-        if (x.shape[0], *x.shape[2:]) != tuple(masks.shape):
-            raise DataError(f"images of shape {tuple(x.shape)} do not lie on the grid of masks {tuple(masks.shape)}")
+        if (x.shape[0], *x.shape[2:]) != tuple(truth.shape):
+            raise DataError(f"images of shape {tuple(x.shape)} do not lie on the grid of masks {tuple(truth.shape)}")
     policy = replace(_CROP, size=size, crop_scale=tuple(scale), p_hflip=flip)
     before, views = generator.get_state(), []
     for x in images:
         generator.set_state(before)
         views.append(augment.augment(x, policy, generator=generator))
     generator.set_state(before)
-    drawn = augment.draw(len(masks), *masks.shape[1:], policy, generator=generator)
+    drawn = augment.draw(len(truth), *truth.shape[1:], policy, generator=generator)
     rows = augment._positions(drawn["top"], drawn["height"], drawn["vflip"], size)
     columns = augment._positions(drawn["left"], drawn["width"], drawn["hflip"], size)
-    rows, columns = ((p + 0.5).long().to(masks.device) for p in (rows, columns))
-    samples = torch.arange(len(masks), device=masks.device)[:, None, None]
-    return views, targets(masks[samples, rows[:, :, None], columns[:, None, :]])
+    rows, columns = ((p + 0.5).long().to(truth.device) for p in (rows, columns))
+    samples = torch.arange(len(truth), device=truth.device)[:, None, None]
+    return views, truth[samples, rows[:, :, None], columns[:, None, :]]
 
 
 def rescaled_crop(

@@ -1,0 +1,77 @@
+"""What blocks of embeddings know of known factors (``explain.probes``), as panels of a figure and as a table."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from decur_core.explain.probes import Table, scores
+from decur_core.report.styles import title
+from decur_core.report.tables import cell, grid
+
+SHOWN = ("DeCUR", "Barlow Twins", "Random initialisation")
+COLUMNS = {
+    "right": "right block",
+    "wrong": "wrong block (leakage)",
+    "block score": "block score",
+    "impossible": "impossible",
+}
+
+
+def method(label: str) -> str:
+    """The part of a run's label (``folders.label``) before the seed."""
+    return label.partition(", seed")[0]
+
+
+def _empty(row: Mapping[str, float]) -> bool:
+    """Whether a block has no dimension: exactly 0 for every factor (see ``r2``), or not a number without a ceiling."""
+    return not np.nan_to_num(list(row.values())).any()
+
+
+def block_title(block: str, modality: str, modalities: Sequence[str]) -> str:
+    """What readers call a block of a modality's dimensions: unique, common (to all) or those who share it."""
+    return "unique" if block == modality else "common" if block == "+".join(modalities) else title(block)
+
+
+def panels(
+    by_run: Mapping[str, Mapping[str, Table]],
+    ceilings: Mapping[str, Mapping[str, Sequence[float]]],
+    kernel: str = "linear",
+    methods: Sequence[str] = SHOWN,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Means over seeds for ``figures.matrix``: the ceiling, a row per modality, then a table for each of some methods.
+
+    Not a number where a block has no dimension to read from.
+    """
+    means = {m: {f: float(np.mean(values)) for f, values in found.items()} for m, found in ceilings.items()}
+    made = {"Supervised network: the ceiling, $R^2$": {title(m): row for m, row in means.items()}}
+    for name in methods:
+        if found := [by_kernel[kernel] for label, by_kernel in by_run.items() if method(label) == name]:
+            rows = made[name] = {}
+            for m, block in found[0]:
+                row = {f: float(np.mean([table[m, block][f] for table in found])) for f in found[0][m, block]}
+                label = f"{block_title(block, m, [*ceilings])}, {title(m)}"
+                rows[label] = dict.fromkeys(row, np.nan) if _empty(row) else row
+    return made
+
+
+def table(by_run: Mapping[str, Mapping[str, Table]], seen_by: Mapping[str, str]) -> str:
+    """``probes.scores`` of every method, mean ± deviation over seeds, as a Markdown table.
+
+    Below it: which methods have no unique dimensions, and so 0 there without a measurement.
+    """
+    found: dict[tuple, list[dict]] = {}
+    whole = {}  # methods without unique dimensions, in order
+    for label, by_kernel in by_run.items():
+        for kernel, rows in by_kernel.items():
+            if all(_empty(row) for (m, block), row in rows.items() if block == m):
+                whole[method(label)] = None
+            found.setdefault((method(label), kernel), []).append(scores(rows, seen_by))
+    lines = []
+    for (name, kernel), seeds in found.items():
+        cells = [[each[column] for each in seeds] for column in COLUMNS]
+        spreads = [(np.mean(c), np.std(c, ddof=1) if len(c) > 1 else None) for c in cells]
+        texts = ["–" if np.isnan(mean) else cell(mean, deviation, digits=2) for mean, deviation in spreads]
+        lines.append([name, kernel, *texts])
+    text = grid(["Method", "Probe", *COLUMNS.values()], lines)
+    note = "Without unique dimensions, where an $R^2$ of 0 stands by definition and is not measured: "
+    return f"{text}\n\n{note}{'; '.join(whole)}." if whole else text

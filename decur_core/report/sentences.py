@@ -1,0 +1,93 @@
+"""Results that read themselves: from measurements, the sentence that they allow.
+
+A method is said to be ahead of another only where the mean difference over the seeds of both exceeds the deviation of
+these differences; of a single seed no difference is told.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from decur_core.explain.probes import Table, scores
+from decur_core.report.matrices import method
+from decur_core.report.records import by_seed, data_title, paired, place, spread
+from decur_core.report.styles import named, title
+from decur_core.report.tables import NUMBERS
+from decur_core.transfer.evaluation import ONLY
+
+
+def told(difference: tuple[float | None, float | None]) -> bool:
+    """Whether a paired difference (mean, deviation) exceeds its deviation."""
+    mean, deviation = difference
+    return deviation is not None and abs(mean) > deviation
+
+
+def _text(mean: float, deviation: float | None, digits: int, sign: str = "") -> str:
+    more = "" if deviation is None else f" ± {deviation:.{digits}f}"
+    return f"{round(mean, digits) + 0.0:{sign}.{digits}f}{more}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def compare(values: Mapping[str, Mapping[int, float]], what: str, *, digits: int = 1) -> str:
+    """A sentence on which method has most of ``what``: method -> seed -> value, the higher the better.
+
+    It names the highest mean, the methods that it is ahead of, and those that it cannot be told from, with the paired
+    differences; of one method its number alone.
+    """
+    if not (values := {name: seeds for name, seeds in values.items() if seeds}):
+        raise ValueError(f"no measurement of {what} to make a sentence of")
+    means = {name: spread([*seeds.values()]) for name, seeds in values.items()}
+    first = max(means, key=lambda name: means[name][0])
+    count = len(values[first])
+    about = f"{_text(*means[first], digits)} ({count} seed{'s' if count > 1 else ''})"
+    groups: dict[bool, list[str]] = {True: [], False: []}
+    for name in values:
+        if name != first:
+            difference = paired(values[first], values[name])
+            number = f"by {_text(*difference, digits)}" if difference[0] is not None else "no seed in common"
+            groups[told(difference)].append(f"{name} ({number})")
+    if groups[True]:
+        rest = f"; it is not told from {_listed(groups[False])}" if groups[False] else ""
+        return f"{what}: {first}, with {about}, is ahead of {_listed(groups[True])}{rest}."
+    if groups[False]:
+        return (
+            f"{what}: nobody is ahead; the highest mean, {first}'s {about}, is not told from {_listed(groups[False])}."
+        )
+    return f"{what}: {first} has {about}."
+
+
+def of_records(records: Iterable[dict], *, protocol: str, inputs: str, fraction: float, number: int = 0) -> str:
+    """``compare`` of the methods' scores in one task, such as ``linear``, ``both``, 1.0; first or second number.
+
+    Methods without pretraining are in it with the protocol that they have.
+    """
+    found = [r for r in records if (r["inputs"], r["fraction"]) == (inputs, fraction)]
+    found = [r for r in found if r["protocol"] == ONLY.get(r["method"], protocol)]
+    if not found:
+        raise ValueError(f"no record with {protocol}, inputs {inputs}, {100 * fraction:g} % of the labels")
+    values = {
+        title(m): by_seed([r for r in found if r["method"] == m], number)
+        for m in sorted({r["method"] for r in found}, key=place)
+    }
+    score = found[0]["numbers"][number]
+    what = f"{NUMBERS.get(score, score)}, {protocol}, {100 * fraction:g} % of the labels, {title(inputs)}"
+    return compare(values, f"{what}, {data_title(found[0])}")
+
+
+def of_matrices(
+    by_run: Mapping[str, Mapping[str, Table]],
+    seen_by: Mapping[str, str],
+    *,
+    kernel: str = "linear",
+    score: str = "block score",
+) -> str:
+    """``compare`` of one of ``probes.scores`` of R2 matrices; ``by_run``: of ``probes.tables``, labels with a seed."""
+    values: dict[str, dict[int, float]] = {}
+    for label, by_kernel in by_run.items():
+        seed = re.search(r", seed (\d+)", label)
+        value = scores(by_kernel[kernel], seen_by)[score]
+        if value == value:  # not a number where a factor has no ceiling
+            values.setdefault(method(label), {})[int(seed[1]) if seed else 0] = value
+    return compare(values, f"{named(score)}, {kernel} probe", digits=2)

@@ -1,0 +1,134 @@
+"""The networks that are trained on labels: how each is built on encoders, what it is given, how it predicts."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from decur_core import config, model
+from decur_core.data.batches import seeded
+from decur_core.data.modality import Modality
+from decur_core.data.store import Store
+from decur_core.data.tasks import Task
+from decur_core.model import MultimodalModel
+from decur_core.transfer import cmx, fcn
+from decur_core.transfer.encoders import OnEncoders, alike, plain, stored
+
+
+class Classifier(OnEncoders):
+    """Late fusion: the features of the given encoders side by side, then one linear layer (paper, section 5.1).
+
+    ``encoders``: networks of ``backbones.build`` by name of the modality. With ``frozen`` encoders only ``head`` is
+    trained.
+    """
+
+    def __init__(self, encoders: Mapping[str, nn.Module], *, classes: int, frozen: bool = False):
+        super().__init__(encoders, frozen=frozen)
+        self.head = nn.Linear(sum(encoder.widths[-1] for encoder in self.encoders.values()), classes)
+
+    def forward(self, *images: Tensor) -> Tensor:
+        """Float images of each encoder's modality (N x C x H x W) to N x classes outputs."""
+        with self.encoding():
+            features = [encoder(x) for encoder, x in zip(self.encoders.values(), images, strict=True)]
+        return self.head(torch.cat(features, 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A kind of network. ``modalities``: those given, in order; ``images``: of each, uint8 N x C x H x W as stored,
+    or, for ``predict``, what ``whole`` makes of them; ``t``: the section ``transfer`` of the settings.
+    """
+
+    build: Callable[..., nn.Module]  # (pretrained model, its settings, modalities, outputs, frozen) -> the network
+    whole: Callable  # (modalities, images, t) -> float images as the network takes them, nothing changed or cut off
+    train: Callable  # (modalities, images, target, t, seed) -> the same of random views or crops, and their target
+    predict: Callable  # (network, float images, t) -> what the task's score takes
+    decays: Callable[[Tensor], bool] = lambda parameter: True  # whether transfer.weight_decay is for a parameter
+
+
+def _late(kind: type[OnEncoders], model: MultimodalModel, settings, modalities: Sequence[Modality], outputs, frozen):
+    return kind({m.name: model.backbones[m.name] for m in modalities}, classes=outputs, frozen=frozen)
+
+
+def _cmx(pretrained: MultimodalModel, settings: dict, modalities: Sequence[Modality], outputs: int, frozen: bool):
+    backbone, channels = settings["backbone"], {m.name: m.channels for m in modalities}
+    if frozen or list(channels.values()) != [3, 3] or not backbone.startswith("mit_"):
+        found = ", ".join(f"{name} of {count}" for name, count in channels.items())
+        asked = f"protocol {'linear' if frozen else 'finetune'} with inputs {found} channels and backbone {backbone}"
+        needs = "it needs finetune and both of two modalities, with 3 channels each, and a Mix Transformer (mit_*)"
+        raise config.ConfigError(f"transfer: segmenter = 'cmx', but asked for is {asked}; {needs}")
+    network, state = cmx.CMX(backbone, classes=outputs), pretrained.state_dict()
+    cmx.load_backbones(network, *(model.backbone_state(state, name) for name in channels))
+    return network
+
+
+def _outputs(network: nn.Module, images: list[Tensor], t) -> Tensor:
+    return network(*images).float()
+
+
+def _resized(modalities: Sequence[Modality], images: list[Tensor], t) -> list[Tensor]:
+    return alike(modalities, images, plain(t.crop_size))
+
+
+def _views(modalities: Sequence[Modality], images: list[Tensor], target: Tensor, t, seed: tuple):
+    policy = replace(plain(t.crop_size), crop_scale=(t.crop_scale, 1.0), crop_ratio=(3 / 4, 4 / 3), p_hflip=0.5)
+    return alike(modalities, images, policy, seed=seed), target
+
+
+def _floats(modalities: Sequence[Modality], images: list[Tensor], t) -> list[Tensor]:
+    return [m.copied(m.to_float(x)) for m, x in zip(modalities, images, strict=True)]
+
+
+def _crops(modalities: Sequence[Modality], images: list[Tensor], target: Tensor, t, seed: tuple):
+    options = {"size": t.crop_size, "scale": (t.crop_scale, 1.0), "generator": seeded(*seed)}
+    cut, target = fcn.crop(images, target, **options)
+    return [m.copied(x) for m, x in zip(modalities, cut, strict=True)], target
+
+
+def _classes(network: nn.Module, images: list[Tensor], t) -> Tensor:
+    return fcn.predict(network, images, scales=t.scales, flip=t.flip)
+
+
+def _normalized(modalities: Sequence[Modality], images: list[Tensor], t) -> list[Tensor]:
+    return [cmx.normalize(x) for x in _floats(modalities, images, t)]
+
+
+def _rescaled(modalities: Sequence[Modality], images: list[Tensor], target: Tensor, t, seed: tuple):
+    options = {"size": tuple(target.shape[1:]), "generator": seeded(*seed)}
+    return fcn.rescaled_crop(_normalized(modalities, images, t), target, **options)
+
+
+def _windows(network: nn.Module, images: list[Tensor], t) -> Tensor:
+    """As published, through windows; they have an image's own size."""
+    return fcn.predict(network, images, scales=t.scales, flip=t.flip, window=tuple(images[0].shape[2:]))
+
+
+NETWORKS = {
+    # for one answer per image
+    "linear": Network(build=partial(_late, Classifier), whole=_resized, train=_views, predict=_outputs),
+    # for one per pixel, as transfer.segmenter says; as published, neither biases nor normalisation of CMX decay
+    "fcn": Network(build=partial(_late, fcn.FCN), whole=_floats, train=_crops, predict=_classes),
+    "cmx": Network(
+        build=_cmx, whole=_normalized, train=_rescaled, predict=_windows, decays=lambda parameter: parameter.ndim > 1
+    ),
+}
+
+
+def labels_of(store: Store, task: Task, rows: Sequence[int], device="cpu") -> Tensor:
+    """What a store holds for a task: uint8 N x L, or N x H x W."""
+    if task.field == "mask":
+        return stored(store, "mask", rows, device)[:, 0]
+    return torch.from_numpy(store.labels[rows]).to(device)
+
+
+def samples(
+    kind: Network, task: Task, modalities: Sequence[Modality], t, store: Store, rows: list, *, device, seed=None
+) -> tuple[list[Tensor], Tensor]:
+    """What a network takes of these rows, and the target: random views or crops with a ``seed``, else whole images."""
+    images = [stored(store, m.name, rows, device) for m in modalities]
+    target = task.target(labels_of(store, task, rows, device))
+    if seed is None:
+        return kind.whole(modalities, images, t), target
+    return kind.train(modalities, images, target, t, seed)
