@@ -16,7 +16,7 @@ from torch import Tensor
 
 from decur_core import backbones
 from decur_core.data.modality import Modality
-from decur_core.data.raster import DataError
+from decur_core.data.raster import DataError, visible
 from decur_core.losses import METHODS
 from decur_core.model import backbone_state
 from decur_core.running import checkpoints
@@ -42,7 +42,7 @@ def write(folder: Path | str, target: Path | str, modality: str) -> Path:
     about = json.loads((folder / "run.json").read_text())
     if modality not in (trained := about.get("trained") or names):  # of a run without training, the start is the result
         raise DataError(f"{folder.name}: has not trained {modality}, only {' and '.join(trained)}")
-    records = [json.loads(f.read_text()) for f in sorted(runs.visible(folder.parent.parent / "records", "*.json"))]
+    records = [json.loads(f.read_text()) for f in sorted(visible(folder.parent.parent / "records", "*.json"))]
     metadata = {
         "run": folder.name,
         "modality": modality,
@@ -72,7 +72,7 @@ def write(folder: Path | str, target: Path | str, modality: str) -> Path:
 def found(target: Path | str) -> tuple[list[dict], list[str]]:
     """The metadata of every export in a folder, and the names of safetensors files there that are none."""
     exports, others = [], []
-    for file in sorted(runs.visible(target, "*.safetensors")):
+    for file in sorted(visible(target, "*.safetensors")):
         try:
             exports.append(_header(file))
         except DataError:
@@ -124,27 +124,29 @@ def _header(path: Path | str) -> dict:
     return json.loads(header["decur"])
 
 
+def _channels(metadata: dict) -> int:
+    return Modality.from_mapping(metadata["preprocessing"]).channels
+
+
 def _check(state: dict[str, Tensor], metadata: dict, source: Path | str) -> None:
-    expected = backbones.build(metadata["backbone"], Modality.from_mapping(metadata["preprocessing"]).channels)[
-        0
-    ].state_dict()
+    expected = backbones.build(metadata["backbone"], _channels(metadata))[0].state_dict()
     if fault := backbones.misfit(expected, state):
         raise DataError(f"{source}: these are not the weights of a {metadata['backbone']}: {fault}")
 
 
-def in_words(m: Modality) -> str:
+def in_words(p: Modality) -> str:
     """What happens to the pixels of an image before a network sees them."""
-    tail = f"per image and band, the lowest and the highest {50 * (m.outliers or 0):g} % of pixels are clipped"
+    tail = f"per image and band, the lowest and the highest {50 * (p.outliers or 0):g} % of pixels are clipped"
     steps = {
         "bytes": "the 8-bit values are taken as they are",
-        "reflectance_8bit": f"multiplied by 255 / {m.scale or 1:g}, clipped to 0 to 255, fractions cut off",
-        "range_8bit": f"{m.low} to {m.high} per band become 0 to 255, clipped, fractions cut off",
+        "range_8bit": f"per band, {p.low} to {p.high} becomes 0 to 255, clipped, fractions cut off",
+        "reflectance_8bit": f"multiplied by 255 / {p.scale or 1:g}, clipped to 0 to 255, fractions cut off",
         "outliers_range_8bit": f"{tail}, and what is left is stretched to 0 to 255, fractions cut off",
-        "outliers_mean_std_8bit": f"{tail}; then, with mean {m.mean} and standard deviation {m.std} per band, mean - 2 "
+        "outliers_mean_std_8bit": f"{tail}; then, with mean {p.mean} and standard deviation {p.std} per band, mean - 2 "
         "std to mean + 2 std becomes 0 to 255, clipped, fractions cut off",
     }
-    copies = f", all bands repeated {m.copies} times" if m.copies > 1 else ""
-    return f"{m.unit}, bands in the order {', '.join(m.bands)}: {steps[m.scheme]}; then divided by 255{copies}."
+    copies = f", all bands repeated {p.copies} times" if p.copies > 1 else ""
+    return f"{p.unit}, bands in the order {', '.join(p.bands)}: {steps[p.scheme]}; then divided by 255{copies}."
 
 
 def _number(value) -> str:
@@ -166,8 +168,7 @@ def _data(data: dict) -> str:
 def _section(metadata: dict) -> str:
     """Of the model card, for one file."""
     settings, made, backbone = metadata["settings"], metadata["provenance"], metadata["backbone"]
-    modality = Modality.from_mapping(metadata["preprocessing"])
-    name, channels = f"{metadata['run']}-{metadata['modality']}.safetensors", modality.channels
+    name, channels = f"{metadata['run']}-{metadata['modality']}.safetensors", _channels(metadata)
     code = [f'network, features = decur_core.backbones.build("{backbone}", {channels})']
     if backbone.startswith("resnet"):
         options = f'num_classes=0, in_chans={channels}, checkpoint_path="{name}"'
@@ -184,7 +185,7 @@ def _section(metadata: dict) -> str:
 - Method: {METHODS[settings["method"]].title}, {settings["pair"]}, {metadata["steps"]} steps{labels}.
 - Code: commit {made["commit"]}{", with changes" if made["modified"] else ""}; {made["date"]}.
 - Data: {_data(metadata.get("data") or {})}.
-- Input: {in_words(modality)}
+- Input: {in_words(Modality.from_mapping(metadata["preprocessing"]))}
 - Use: a start for models of such images, or frozen as a feature extractor; untested on other sensors, units or bands.
 - Evaluations: {" | ".join(results) or "none"}.
 

@@ -3,7 +3,7 @@
 ``explain.embeddings``, the function, stays in its module, whose name it has.
 """
 
-from decur_core.explain.embeddings import alignment, blocks, effective_rank, embed_members, tsne
+from decur_core.explain.embeddings import alignment, blocks, effective_rank, embed_members, neighbours, retrieval, tsne
 from decur_core.explain.saliency import (
     PARTS,
     CommonUnique,
@@ -25,7 +25,9 @@ __all__ = [
     "example_maps",
     "gradcam",
     "integrated_gradients",
+    "neighbours",
     "overlap",
+    "retrieval",
     "statistics",
     "targets",
     "tsne",

@@ -118,3 +118,17 @@ def tsne(*z: Tensor, seed: int = 0, perplexity: float = 30.0) -> np.ndarray:
         raise ValueError("every dimension has the same values, so there is no map: this embedding has collapsed")
     options = {"perplexity": min(perplexity, (len(points) - 1) / 3), "random_state": seed}
     return TSNE(init="pca", **options).fit_transform(points)
+
+
+def neighbours(z1: Tensor, z2: Tensor) -> Tensor:
+    """For every sample of one modality all samples of the other, the nearest first: N x N positions.
+
+    ``z1, z2``: N x K dimensions that the two share; nearest by the cosine of standardised embeddings.
+    """
+    a, b = (torch.nn.functional.normalize(losses.standardise(each), dim=1) for each in (z1, z2))
+    return (a @ b.T).argsort(1, descending=True)
+
+
+def retrieval(z1: Tensor, z2: Tensor) -> Tensor:
+    """At which place among its ``neighbours`` every sample finds itself, from 0 on: N whole numbers."""
+    return (neighbours(z1, z2) == torch.arange(len(z1))[:, None]).int().argmax(1)

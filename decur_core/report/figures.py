@@ -233,6 +233,18 @@ def dimensions(points: dict[str, np.ndarray], *, blocks: dict[str, Mapping[str, 
     return made
 
 
+def places(points: dict[str, np.ndarray]) -> Figure:
+    """Maps of samples, a panel per modality: N x 2 points, coloured alike in all panels by their place in the first."""
+    made, axes = grid(len(points), 3, width=3.4, height=3.4)
+    first = next(iter(points.values()))
+    hue = np.arctan2(*(first - first.mean(0)).T[::-1])
+    for axis, (name, place) in zip(axes, points.items(), strict=True):
+        axis.scatter(*place.T, s=8, c=hue, cmap="twilight")
+        axis.set_title(title(name), fontsize=9)
+        axis.set(xticks=[], yticks=[])
+    return made
+
+
 def overlaps(values: dict[str, np.ndarray]) -> Figure:
     """Histograms of saliency overlap over the pairs of a data set, common and unique (Fig. 5a); scores of 0 to 1.
 
