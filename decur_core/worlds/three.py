@@ -10,10 +10,16 @@ from the sensors that carry it, and not at all from the others.
 """
 
 from math import inf
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from decur_core.data.datasets import DataSet
+from decur_core.data.modality import DEM, OPTICAL, SAR
+from decur_core.data.raster import DataError, Reader
+from decur_core.data.tasks import Scene
+from decur_core.worlds import Miniature, apart
 from decur_core.worlds.sar_optical import (
     BARE,
     BUILT,
@@ -32,7 +38,7 @@ from decur_core.worlds.sar_optical import (
     to_10m,
 )
 
-# name: who sees it. What each one does is written where it is used, in `draw_scene` and `ThreeWorld`.
+# name: who sees it. What each one does is written where it is used, in `draw_ground` and `ThreeWorld`.
 FACTORS = {
     "built_up": "common",  # share of the tile under buildings, 5 to 32 %
     "water": "sar+optical",  # share of the tile under water, 2 to 40 %
@@ -46,7 +52,7 @@ FACTORS = {
 }
 
 
-class Scene(NamedTuple):
+class Ground(NamedTuple):
     """Where things lie, each (tile, tile)."""
 
     layout: Layout  # houses, lakes and fields; woods may stand on the latter two
@@ -54,8 +60,8 @@ class Scene(NamedTuple):
     terrain: np.ndarray  # float of unit variance
 
 
-def draw_scene(rng, f: dict[str, float], tile: int) -> Scene:
-    """One scene; factors scaled to 0..1. Shares of houses, water and woods are met to the pixel, whatever the places.
+def draw_ground(rng, f: dict[str, float], tile: int) -> Ground:
+    """One ground; factors scaled to 0..1. Shares of houses, water and woods are met to the pixel, whatever the places.
 
     What one sensor does not see must not shape what it sees: houses first, lakes and woods around them alone.
     """
@@ -66,9 +72,9 @@ def draw_scene(rng, f: dict[str, float], tile: int) -> Scene:
     woods = _lowest(_smooth(rng, shape, 2.0) + 100 * houses, round((0.05 + 0.30 * f["woods"]) * tile**2))
     cover = np.full(shape, BARE)
     cover[houses], cover[lakes] = BUILT, WATER
-    terrain = _smooth(rng, shape, 3.0)
+    terrain = _smooth(rng, shape, 2.2)
     layout = Layout(cover, _fields(rng, cover), houses & (x % 4 == 0))
-    return Scene(layout, woods, (terrain - terrain.mean()) / terrain.std())
+    return Ground(layout, woods, (terrain - terrain.mean()) / terrain.std())
 
 
 class ThreeWorld(Locations):
@@ -88,20 +94,74 @@ class ThreeWorld(Locations):
         self.tile, self.seasons = int(tile), int(seasons)
         self.ids = [f"{i:07d}" for i in range(locations)]
 
-    def scene(self, i: int) -> Scene:
+    def ground(self, i: int) -> Ground:
         """What lies where at location i."""
-        return draw_scene(*self._draw(i, 0), self.tile)
+        return draw_ground(*self._draw(i, 0), self.tile)
 
     def __getitem__(self, i: int) -> dict:
         rng, f = self._draw(i, 0)
-        (layout, woods, terrain), shape = draw_scene(rng, f, self.tile), (self.tile, self.tile)
+        (layout, woods, terrain), shape = draw_ground(rng, f, self.tile), (self.tile, self.tile)
         views = Layout(*(np.repeat(part[None], self.seasons, 0) for part in layout))
-        slope = np.gradient(terrain, axis=1)  # open land is brighter where it faces the radar
-        slope *= ((0.5 + 6 * f["relief"]) / slope.std()) * np.isin(layout.cover, (BARE, VEGETATED))
+        land = np.isin(layout.cover, (BARE, VEGETATED))
+        slope = np.gradient(terrain, axis=1) * land  # open land is brighter where it faces the radar
+        slope *= (0.5 + 3.5 * f["relief"]) / slope[land].std()
         sar = _sar(rng, views, f, self.seasons) + slope.astype(np.float32)
         optical = to_10m(_optical(rng, views, f | {"soil_colour": 0.5}, self.seasons, woods))
-        canopy, roofs = 8 + 1.5 * _smooth(rng, shape, 0.5), 12 * 3 ** f["building_height"]
-        height = 100 + 0.4 * 10 ** f["relief"] * terrain + 0.1 * rng.standard_normal(shape)
+        canopy, roofs = 30 + 3 * _smooth(rng, shape, 0.5), 4 + 22 * f["building_height"]
+        height = 100 + 0.4 * 8 ** f["relief"] * terrain + 0.1 * rng.standard_normal(shape)
         height += np.where(woods, canopy, 0) + np.where(layout.cover == BUILT, roofs, 0)
         dem = np.repeat(height.astype(np.float32)[None, None], self.seasons, 0)
         return {"id": self.ids[i], "sar": sar, "optical": optical, "dem": dem, "dates": self.dates(i)}
+
+
+# Class: the named factors lie in [low, high). Most need sensors together, so that each one that is missing costs.
+CLASSES = {
+    "town": {"built_up": (0.3, inf)},
+    "towers": {"built_up": (-0.2, inf), "building_height": (0.2, inf)},
+    "lakes": {"water": (0.3, inf)},
+    "marsh": {"water": (-0.1, inf), "ratio": (0.2, inf)},
+    "mountains": {"relief": (0.3, inf)},
+    "forest": {"woods": (0.3, inf)},
+    "parkland": {"woods": (-inf, 0.2), "greenness": (0.1, inf)},
+    "misty valley": {"relief": (-0.3, inf), "haze": (0.2, inf)},
+    "rough steppe": {"greenness": (-inf, 0.0), "looks": (-inf, 0.2)},
+}
+
+
+class SceneWorld(ThreeWorld):
+    """One view each of locations with labels: {"id", "sar", "optical", "dem", "labels": bool (9,) of CLASSES}."""
+
+    def __init__(self, locations: int, *, tile: int = 36, seed: int = 0):
+        super().__init__(locations, tile=tile, seasons=1, seed=seed, stream=6)
+        held = [[(low <= self.factors[k]) & (self.factors[k] < high) for k, (low, high) in rule.items()]
+                for rule in CLASSES.values()]  # fmt: skip
+        self.labels = np.stack([np.all(parts, axis=0) for parts in held], axis=1)
+
+    def __getitem__(self, i: int) -> dict:
+        item = super().__getitem__(i)
+        return {"id": item["id"], **{k: item[k][0] for k in ("sar", "optical", "dem")}, "labels": self.labels[i].copy()}
+
+
+def _unpublished(root: Path, split: str | None = None, **options) -> Reader:
+    raise DataError(f"{root}: three_scenes is drawn and has no files to read; choose data.source: world")
+
+
+TITLE = "drawn world of radar and optical images and elevation"
+SCENES = Miniature(
+    TITLE,
+    make=lambda world, split: SceneWorld(world.train + world.test, tile=world.tile, seed=world.seed),
+    parts=apart("train"),
+    write=None,
+    factors=FACTORS,
+)
+DATASETS = (
+    DataSet(
+        name="three_scenes",
+        title="Three-sensor scenes",
+        pair="sar_optical_dem",
+        modalities=(SAR, OPTICAL, DEM),
+        read=_unpublished,
+        task=Scene(tuple(CLASSES)),
+        world="decur_core.worlds.three:SCENES",
+    ),
+)
