@@ -158,6 +158,23 @@ def estimate_many(
     return Splits(ranks, shared, joint, spectra, thresholds)
 
 
+def found(views: Mapping[str, tuple[ArrayLike | Tensor, ArrayLike | Tensor]], width: int) -> dict:
+    """What ``dim_common: auto`` takes from features, as JSON has it: ``estimate_many`` for embeddings of ``width``.
+
+    ``dim_common`` for two modalities, else ``blocks``, where each modality's own block takes what is left of ``width``;
+    beside it ``ranks``, ``shared``, ``joint``, ``spectra`` and ``thresholds``.
+    """
+    splits = estimate_many(views)
+    if len(views) == 2:
+        split = {"dim_common": _share(width, splits.joint, max(splits.ranks.values()))}
+    else:
+        blocks = {block: k for block, k in splits.blocks(width).items() if "+" in block}
+        own = {m: width - sum(k for block, k in blocks.items() if m in block.split("+")) for m in views}
+        split = {"blocks": blocks | {m: k for m, k in own.items() if k}}
+    about = {"ranks": splits.ranks, "shared": splits.shared, "joint": splits.joint, "thresholds": splits.thresholds}
+    return split | about | {"spectra": {name: values.tolist() for name, values in splits.spectra.items()}}
+
+
 def _share(width: int, part: int, whole: int) -> int:
     """width * part / whole, rounded."""
     return (2 * width * part + whole) // (2 * whole)
