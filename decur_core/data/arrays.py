@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from decur_core.data.raster import DataError
-from decur_core.running import folders as runs
+from decur_core.running.files import write_text
 
 FORMAT = 3
 TODO, STORED, QUARANTINED = range(3)
@@ -70,7 +70,7 @@ def load(path: Path) -> dict | None:
 def save(path: Path, index: dict) -> None:
     """Write an index, a line for each of its keys."""
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in index.items())
-    runs.write_text(path / "index.json", f"{{\n{lines}\n}}\n")
+    write_text(path / "index.json", f"{{\n{lines}\n}}\n")
 
 
 def measured(index: dict) -> dict[str, int]:
@@ -166,7 +166,8 @@ def unlike(there: dict, here: dict) -> str:
         kept = {key: index[key] for key in ("shapes", "seasons", "labels", "chunk", "meta")}
         flat.append(_flat({"ids": ids} | kept))
     a, b = flat
-    return "; ".join(f"{k}: {a.get(k)} there, {b.get(k)} here" for k in a | b if a.get(k) != b.get(k))
+    other = [k for k in a | b if a.get(k) != b.get(k) and k != "meta.data.title"]
+    return "; ".join(f"{k}: {a.get(k)} there, {b.get(k)} here" for k in other)
 
 
 def _flat(value: object, name: str = "") -> dict[str, object]:

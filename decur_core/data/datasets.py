@@ -10,8 +10,9 @@ from decur_core.data.modality import Modality
 from decur_core.data.raster import DataError, Reader
 from decur_core.data.tasks import Masks, Scene, Task
 
-# Of this folder, in the order of the book
-_MODULES = ("ssl4eo", "bigearthnet", "geonrw", "sunrgbd", "nyuv2", "ombria", "ssl4eo_v11")
+# In the order of the book; what is drawn and never published stands with its world
+_READERS = ("ssl4eo", "bigearthnet", "geonrw", "sunrgbd", "nyuv2", "ombria", "ssl4eo_v11")
+_MODULES = (*(f"data.{name}" for name in _READERS), "worlds.three")
 _TABLE: dict[str, "DataSet"] = {}
 _OWN: set[str] = set()  # names that profiles have declared; another profile may declare them otherwise
 
@@ -135,5 +136,5 @@ def declared(name: str, spec: Mapping, modalities: Mapping[str, Modality]) -> Da
 def _declare() -> None:
     """Fill the table with this folder's own; late, as readers are slow to import."""
     for module in _MODULES:
-        for dataset in importlib.import_module(f"decur_core.data.{module}").DATASETS:
+        for dataset in importlib.import_module(f"decur_core.{module}").DATASETS:
             _TABLE.setdefault(dataset.name, dataset)

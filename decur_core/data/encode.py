@@ -50,8 +50,9 @@ class Encoder:
                 if isinstance(error, FormError):
                     raise
                 reasons.append(f"{ids[row]}: {type(error).__name__}: {error}")
-        what = "by which the store knows its data set" if id in ids else f"of the first {len(reasons)} of {len(ids)}"
-        raise DataError(f"none {what} samples is usable, first {reasons[:1]}")
+        if id in ids:
+            raise DataError(f"{id}, by which the store knows its data set, cannot be read: {reasons[0]}")
+        raise DataError(f"none of the first {len(reasons)} of {len(ids)} samples is usable, first {reasons[:1]}")
 
     def encode(self, row: int) -> Sample:
         """A sample, or one of _BAD for what is wrong with its files."""
