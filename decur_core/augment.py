@@ -12,19 +12,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 ATTEMPTS = 10  # at a crop that fits, before the central one is taken (as torchvision)
-# Values rendered at once: for a CPU's cache, against the cost of a call where samples go one by one, and to bound a
-# GPU's memory.
-CHUNK = {"matrices": 2**18, "one by one": 2**21, "cuda": 2**26}
-SMALL = 48  # side of views, pixels, up to which a CPU too is faster with matrices for many samples than with a loop
+# Values rendered at once: for a CPU's cache, against the cost of a call, and to bound a GPU's memory.
+CHUNK = {"matrices": 2**19, "cuda": 2**26}
+SMALL = 48  # side of views, pixels, up to which a CPU too multiplies by whole matrices, many samples in one call
+BLOCK = 32  # pixels of a larger view, along a side, that share a window of the image
 
 
-def _radius(sigma: float) -> int:
+def _radius(sigma: Tensor) -> Tensor:
     """Kernels have 2 * radius + 1 weights: odd, about 6 sigma; OpenCV's rule for 8-bit images, as published."""
-    return (round(6 * sigma + 1) | 1) // 2
+    return ((6 * sigma + 1).round().long() | 1) // 2
 
 
 def _within(low: float, high: float, u: Tensor) -> Tensor:
@@ -55,7 +54,8 @@ class Policy:
         for name, top in (("crop_scale", 1), ("crop_ratio", math.inf), ("blur_sigma", math.inf)):
             if not 0 < getattr(self, name)[0] <= getattr(self, name)[1] <= top:
                 raise ValueError(f"Policy.{name} is {getattr(self, name)}; it must be 0 < low <= high <= {top}")
-        if self.size <= (least := _radius(self.blur_sigma[1]) if self.p_blur else 0):
+        least = int(_radius(torch.tensor(self.blur_sigma[1]).double())) if self.p_blur else 0
+        if self.size <= least:
             raise ValueError(f"Policy.size is {self.size}, a blur reaches {least} px: raise size or lower blur_sigma")
 
 
@@ -73,24 +73,16 @@ def augment(images: Tensor, policy: Policy, *, generator: torch.Generator, part:
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape[1:]:
         found = f"{images.dtype} of shape {tuple(images.shape)}"
-        raise ValueError(f"augment takes torch.uint8 (N, C, H, W), got {found}; Preprocessing.encode makes such images")
-    count, channels, height, width = images.shape
-    drawn = draw(count * part[1], height, width, policy, generator=generator)
-    drawn = {name: values[count * part[0] :][:count] for name, values in drawn.items()}
-    drawn["rows"] = _positions(drawn["top"], drawn["height"], drawn["vflip"], policy.size)
-    drawn["columns"] = _positions(drawn["left"], drawn["width"], drawn["hflip"], policy.size)
-    shape, on_cpu, scratch = (count, channels, policy.size, policy.size), images.device.type == "cpu", None
+        raise ValueError(f"augment takes torch.uint8 (N, C, H, W), got {found}; Modality.encode makes such images")
+    kind, (count, channels), size = images.device.type, images.shape[:2], policy.size
+    way = kind if kind != "cpu" else "matrices" if size <= SMALL else "bands"
+    shape = (count, channels, size, size) if way == "bands" else (count, size, size, channels)
     # numpy asks Linux for huge pages: a page fault for each 4 KiB of fresh memory costs as much as a crop
-    views = torch.from_numpy(np.empty(shape, np.float32)) if on_cpu else torch.empty(shape, device=images.device)
-    way = "matrices" if on_cpu else "cuda"
-    if on_cpu and policy.size > SMALL:  # large temporaries would cost more in page faults than in arithmetic
-        way = "one by one"
-        side = max(policy.size + 2 * _radius(policy.blur_sigma[1]), height, width)
-        scratch = torch.empty(3, channels * side**2)
-    step = max(1, CHUNK[way] // (channels * policy.size**2))
-    with torch.autocast(images.device.type, enabled=False):  # pixels keep their precision inside a training step
-        for i in range(0, count, step):
-            _render(images[i : i + step], views[i : i + step], {k: v[i : i + step] for k, v in drawn.items()}, scratch)
+    views = torch.from_numpy(np.empty(shape, np.float32)) if kind == "cpu" else torch.empty(shape, device=images.device)
+    views = views if way == "bands" else views.permute(0, 3, 1, 2)
+    with torch.autocast(kind, enabled=False):  # pixels keep their precision inside a training step
+        for plan in _plans(images.shape, policy, way, generator=generator, part=part) if count else ():
+            _render(images[plan["samples"]], views[plan["samples"]], plan)
     return views
 
 
@@ -125,6 +117,33 @@ def draw(count: int, height: int, width: int, policy: Policy, *, generator: torc
     return drawn | {"sigma": _within(*policy.blur_sigma, next(rest))}
 
 
+def _plans(shape: torch.Size, policy: Policy, way: str, *, generator: torch.Generator, part: tuple) -> list[dict]:
+    """All that the host draws and decides for images of ``shape``, for each part of them that is rendered at once."""
+    (count, channels, height, width), size = shape, policy.size
+    drawn = draw(count * part[1], height, width, policy, generator=generator)
+    p = {name: values[count * part[0] :][:count] for name, values in drawn.items()}
+    late = p["blur"] & p["jitter"]  # without jitter, crop and blur are both linear, and one resampling does them
+    axes = [[p[name] for name in axis] for axis in (("top", "height", "vflip"), ("left", "width", "hflip"))]
+    kernels = {"early": _kernels(p["sigma"], p["blur"] & ~late), "late": _kernels(p["sigma"], late)}
+    if way == "bands":  # a sample's box is cut out and flipped before it is resampled
+        parts = {"box": torch.stack([*axes[0], *axes[1]], 1).tolist()}
+        for name, (start, side, flip) in zip(("rows", "columns"), axes, strict=True):
+            places = _positions(torch.zeros_like(start), side, torch.zeros_like(flip), size)
+            parts[name] = _bands(places, side, kernels["early"])
+        places = torch.arange(size, dtype=torch.float64).expand(count, size)
+        parts["again"] = _bands(places, torch.full_like(late, size, dtype=torch.int64), kernels["late"])
+    else:
+        parts = kernels | {name: _positions(*axis, size) for name, axis in zip(("rows", "columns"), axes, strict=True)}
+    parts |= {name: p[name] for name in ("brightness", "contrast")}
+    chosen = {name: p[name].tolist() for name in ("jitter", "gray", "solarize")} | {"blur": late.tolist()}
+    plans, step = [], 1 if way == "bands" else max(1, CHUNK[way] // (channels * size**2))
+    for first in range(0, count, step):
+        samples = slice(first, first + step)
+        plan = {name: [i for i, on in enumerate(values[samples]) if on] for name, values in chosen.items()}
+        plans.append(plan | {name: values[samples] for name, values in parts.items()} | {"samples": samples})
+    return plans
+
+
 def _positions(start: Tensor, side: Tensor, flip: Tensor, size: int) -> Tensor:
     """Where in the image, pixels, the centres of a view's pixels lie along one axis: (N, S), never outside the crop."""
     centres = (torch.arange(size, dtype=torch.float64) + 0.5) / size
@@ -132,22 +151,38 @@ def _positions(start: Tensor, side: Tensor, flip: Tensor, size: int) -> Tensor:
     return inside.clamp(min=0).minimum(side[:, None] - 1) + start[:, None]
 
 
-def _render(images: Tensor, views: Tensor, drawn: dict[str, Tensor], scratch: Tensor | None) -> None:
+def _kernels(sigma: Tensor, chosen: Tensor) -> Tensor:
+    """Weights of a blur along one axis: (N, 2 * largest radius + 1); who is not chosen keeps its pixels."""
+    radius = _radius(sigma) * chosen
+    most = max(radius.tolist(), default=0)
+    distance = torch.arange(-most, most + 1)
+    weights = torch.exp(-((distance / sigma[:, None]) ** 2) / 2) * (distance.abs() <= radius[:, None])
+    return weights / weights.sum(1, keepdim=True)
+
+
+def _render(images: Tensor, views: Tensor, plan: dict) -> None:
     """Write the views of a part of the batch. What is drawn is known on the host: who is spared pays nothing."""
-    crop, blur = (_crop_all, _blur_all) if scratch is None else (_crop_each, _blur_each)
-    crop(images, views, drawn, scratch)
-    jitter, gray, chosen, solarize = (drawn[k].nonzero()[:, 0] for k in ("jitter", "gray", "blur", "solarize"))
-    if len(jitter):
-        brightness, contrast = (_send(drawn[k], views)[:, None, None, None] for k in ("brightness", "contrast"))
-        centre = views.mul_(brightness).clamp_(0, 1).mean((2, 3), keepdim=True)
-        views.mul_(contrast).add_(centre * (1 - contrast))
-    views.clamp_(0, 1)  # also without jitter: interpolation can overshoot by a rounding error
-    for i in gray.tolist():
-        views[i] = views[i].mean(0)
-    if len(chosen):
-        blur(views, chosen, drawn["sigma"][chosen], scratch)
-    for i in solarize.tolist():
-        views[i].sub_(0.5).abs_().neg_().add_(0.5)  # min(x, 1 - x), in place
+    if bands := "box" in plan:  # one sample, which stays in the cache
+        at, x = dict.fromkeys(("gray", "blur", "solarize"), slice(None)), views
+        _by_bands(_box(images[0], *plan["box"][0]), plan["rows"][0], plan["columns"][0], views[0])
+        views.div_(255)
+    else:
+        at = {name: _send(torch.tensor(plan[name]), views) for name in ("gray", "blur", "solarize") if plan[name]}
+        x = _by_matrices(images, plan["rows"], plan["columns"], plan["early"]).div_(255)
+    if plan["jitter"]:
+        brightness, contrast = (_send(plan[k], views)[:, None, None, None] for k in ("brightness", "contrast"))
+        centre = x.mul_(brightness).clamp_(0, 1).mean(2, keepdim=True).mean(3, keepdim=True)
+        x.mul_(contrast).add_(centre * (1 - contrast)).clamp_(0, 1)
+    if plan["gray"]:
+        x[at["gray"]] = x[at["gray"]].mean(1, keepdim=True)
+    if plan["blur"] and bands:
+        _by_bands(x[0], plan["again"][0], plan["again"][0], x[0])
+    elif plan["blur"]:
+        places = torch.arange(x.shape[-1], dtype=torch.float64).expand(len(plan["blur"]), -1)
+        x[at["blur"]] = _by_matrices(x[at["blur"]], places, places, plan["late"][plan["blur"]])
+    if plan["solarize"]:
+        x[at["solarize"]] = torch.minimum(x[at["solarize"]], 1 - x[at["solarize"]])
+    torch.clamp(x, 0, 1, out=views)  # also where nothing was changed: interpolation can overshoot by rounding errors
 
 
 def _send(values: Tensor, like: Tensor) -> Tensor:
@@ -156,63 +191,75 @@ def _send(values: Tensor, like: Tensor) -> Tensor:
     return values.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else values.to(like.device)
 
 
-def _resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """rows @ image @ columns.T for each channel: (N, C, H, W), (N, S, H), (N, S, W) -> (N, C, S, S)."""
-    count, channels, height, width = images.shape
-    images = torch.bmm(images.reshape(count, channels * height, width), columns.mT)
-    return rows[:, None] @ images.view(count, channels, height, -1)
+def _weights(positions: Tensor, kernels: Tensor, width: int) -> Tensor:
+    """What pixels take from windows of ``width`` pixels, (N, blocks, pixels, width): linear interpolation, then a blur.
+
+    positions: in the window, (N, blocks, pixels and, on either side, as many as the kernels' radius); kernels (N, k).
+    """
+    weights = torch.arange(width, device=positions.device) - positions[..., None]
+    weights = weights.abs_().neg_().add_(1).clamp_(min=0)
+    (count, taps), length = kernels.shape, positions.shape[-1]
+    if taps == 1:
+        return weights
+    rows = length - taps + 1
+    blur = positions.new_zeros(count, 1, rows, length)  # the kernel in each row, one place further each time
+    blur.as_strided((count, rows, taps), (rows * length, length + 1, 1)).copy_(kernels[:, None])
+    return blur @ weights
 
 
-def _crop_all(images: Tensor, views: Tensor, drawn: dict[str, Tensor], _: None) -> None:
-    """Bilinear resampling by matrices with two weights in a row, hat functions of the distance in pixels."""
-    weights = []
-    for name, full in zip(("rows", "columns"), images.shape[2:], strict=True):
-        distance = _send(drawn[name], views)[:, :, None] - torch.arange(full, device=views.device)
-        weights.append((1 - distance.abs_()).clamp_(min=0))
-    views.copy_(_resample(images.float().div_(255), *weights))
+def _reflected(size: int, blocks: int, radius: int) -> Tensor:
+    """Numbers of the pixels of each block of a row, with ``radius`` on either side, mirrored at the row's ends."""
+    block = -(-size // blocks)
+    places = torch.arange(blocks)[:, None] * block + torch.arange(-radius, block + radius)
+    return size - 1 - (size - 1 - places.abs()).abs()
 
 
-def _crop_each(images: Tensor, views: Tensor, drawn: dict[str, Tensor], scratch: Tensor) -> None:
-    """The same from each sample's own box: rows first, which lie together in memory, then columns."""
-    boxes = torch.stack([drawn[name] for name in ("top", "left", "height", "width", "hflip")], 1).tolist()
-    inside = drawn["rows"] - drawn["top"][:, None]
-    upper = inside.long()
-    lower, share = (upper + 1).minimum(drawn["height"][:, None] - 1), (inside - upper).float()[:, :, None]
-    for i, (top, left, height, width, flip) in enumerate(boxes):
-        source, channels, size = images[i, :, top : top + height, left : left + width], *views.shape[1:3]
-        box = scratch[0, : source.numel()].view(source.shape)
-        above, below = scratch[1:, : channels * size * width].view(2, channels, size, width)
-        torch.div(source.flip(2) if flip else source, 255, out=box)
-        torch.index_select(box, 1, upper[i], out=above)
-        torch.index_select(box, 1, lower[i], out=below)
-        torch.ops.aten.upsample_linear1d.out(above.lerp_(below, share[i]), [size], False, None, out=views[i])
+def _by_matrices(images: Tensor, rows: Tensor, columns: Tensor, kernels: Tensor) -> Tensor:
+    """rows @ image @ columns.T with the weights of ``_weights``, all samples in one call; rows and columns: positions.
+
+    images: (N, C, H, W); returns float32 (N, C, S, S), in memory (N, S, C, S).
+    """
+    (count, channels, height, width), size = images.shape, rows.shape[1]
+    reflected, kernels = _reflected(size, 1, kernels.shape[1] // 2), _send(kernels, images)
+    rows, columns = (_send(x[:, reflected], images) for x in (rows, columns))
+    images = images.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+    made = images.view(count, height * channels, width) @ _weights(columns, kernels, width)[:, 0].mT
+    made = _weights(rows, kernels, height)[:, 0] @ made.view(count, height, channels * size)
+    return made.view(count, size, channels, size).transpose(1, 2)
 
 
-def _blur_all(views: Tensor, chosen: Tensor, sigma: Tensor, _: None) -> None:
-    """Matrices with a sample's kernel in each row, at the place of the pixel it gives."""
-    size, radius = views.shape[-1], torch.tensor([_radius(value) for value in sigma.tolist()])
-    pad = int(radius.max())
-    distance = torch.arange(-pad, size + pad, device=views.device) - torch.arange(size, device=views.device)[:, None]
-    sigma, radius, at = _send(sigma, views)[:, None, None], _send(radius, views)[:, None, None], _send(chosen, views)
-    weights = torch.exp(-((distance / sigma) ** 2) / 2) * (distance.abs() <= radius)
-    weights /= weights.sum(2, keepdim=True)
-    views[at] = _resample(F.pad(views[at], (pad,) * 4, mode="reflect"), weights, weights).clamp_(0, 1)
+def _bands(positions: Tensor, sides: Tensor, kernels: Tensor) -> list[tuple[Tensor, int, int]]:
+    """For each sample and one axis: weights of windows, pixels from one to the next, and pixels before the box."""
+    size = positions.shape[1]
+    blocks = -(-size // BLOCK)
+    reached = positions[:, _reflected(size, blocks, kernels.shape[1] // 2)]
+    steps = sides * -(-size // blocks) // size
+    starts = steps[:, None] * torch.arange(blocks)
+    before = (starts - reached.amin(2).long()).amax(1).clamp(min=0)
+    inside = reached - (starts - before[:, None])[:, :, None]
+    weights = _weights(inside.float(), kernels.float(), int(inside.amax()) + 2)
+    return list(zip(weights, steps.tolist(), before.tolist(), strict=True))
 
 
-def _blur_each(views: Tensor, chosen: Tensor, sigmas: Tensor, scratch: Tensor) -> None:
-    """Shifted copies of the padded image, added up as one long row of values: what runs over an edge stays in the
-    padding, and additions of long rows are what a CPU does best."""
-    for i, sigma in zip(chosen.tolist(), sigmas.tolist(), strict=True):
-        view, radius = views[i], _radius(sigma)
-        kernel = [math.exp(-((k / sigma) ** 2) / 2) for k in range(-radius, radius + 1)]
-        kernel = [weight / math.fsum(kernel) for weight in kernel]
-        side = view.shape[-1] + 2 * radius
-        row, other = scratch[:2, : view.shape[0] * side**2]
-        torch.ops.aten.reflection_pad2d.out(view, (radius,) * 4, out=row.view(-1, side, side))
-        for stride in (side, 1):
-            length = len(row) - 2 * radius * stride
-            other = torch.mul(row[:length], kernel[0], out=other[:length])
-            for k in range(1, 2 * radius + 1):
-                other.add_(row[k * stride : k * stride + length], alpha=kernel[k])
-            row, other = other, row
-        torch.clamp(row.as_strided(view.shape, (side**2, side, 1)), 0, 1, out=view)
+def _box(image: Tensor, top: int, height: int, vflip: int, left: int, width: int, hflip: int) -> Tensor:
+    box = image[:, top : top + height, left : left + width]
+    return box.flip([axis for axis, flip in ((1, vflip), (2, hflip)) if flip]) if vflip or hflip else box
+
+
+def _by_bands(box: Tensor, rows: tuple, columns: tuple, out: Tensor) -> None:
+    """The same for one box (C, H, W), written to ``out`` (C, S, S), without most of what has no weight.
+
+    Blocks of pixels have a window of the box each; the box stands in zeros, which the windows may reach into.
+    """
+    (rows, down, above), (columns, right, before), size = rows, columns, out.shape[-1]
+    (channels, height, width), (blocks, block, high), wide = box.shape, rows.shape, columns.shape[2]
+    tall, broad = (max(above + height, down * (blocks - 1) + high), max(before + width, right * (blocks - 1) + wide))
+    inside, line = torch.zeros(tall, channels, broad), channels * broad
+    inside[above : above + height, :, before : before + width] = box.transpose(0, 1)
+    lines = torch.bmm(rows, inside.as_strided((blocks, high, line), (down * line, line, 1))).view(-1, broad)
+    pixels = torch.bmm(lines.as_strided((blocks, len(lines), wide), (right, broad, 1)), columns.mT)
+    pixels = pixels.view(blocks, blocks * block, channels, block).permute(2, 1, 0, 3)
+    if blocks * block == size:
+        out.view(pixels.shape).copy_(pixels)
+    else:
+        out.copy_(pixels.flatten(2)[:, :size, :size])

@@ -5,12 +5,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from decur_core.data import modality
 from decur_core.data.modality import Modality
 from decur_core.data.raster import DataError, Reader
 from decur_core.data.tasks import Masks, Scene, Task
 
-# Of this folder, in the order of the book
-_MODULES = ("ssl4eo", "bigearthnet", "geonrw", "sunrgbd", "nyuv2", "ombria", "ssl4eo_v11")
+# In the order of the book; what is drawn and never published stands with its world
+_READERS = ("ssl4eo", "bigearthnet", "geonrw", "sunrgbd", "nyuv2", "ombria", "ssl4eo_v11")
+_MODULES = (*(f"data.{name}" for name in _READERS), "worlds.three")
 _TABLE: dict[str, "DataSet"] = {}
 _OWN: set[str] = set()  # names that profiles have declared; another profile may declare them otherwise
 
@@ -91,7 +93,7 @@ def pretraining(pair: str) -> DataSet:
 
 def declare(modalities: Mapping[str, Mapping], specs: Mapping[str, Mapping]) -> None:
     """Register the data sets that a profile declares, and its own modalities with them; ValueError: what is wrong."""
-    own = {name: Modality.from_mapping({**spec, "name": name}) for name, spec in modalities.items()}
+    own = {name: modality.declared(name, spec) for name, spec in modalities.items()}
     for name, spec in specs.items():
         if name in names() and name not in _OWN:
             raise ValueError(f"data set {name!r} is there already; give your own another name")
@@ -102,10 +104,11 @@ def declare(modalities: Mapping[str, Mapping], specs: Mapping[str, Mapping]) -> 
 def declared(name: str, spec: Mapping, modalities: Mapping[str, Modality]) -> DataSet:
     """Register the data set of layout ``folders`` that a profile declares.
 
-    ``spec``: modalities (names), and maybe splits, labels or masks (names of classes), title, resample, pair;
+    ``spec``: modalities (names), and maybe splits, labels or masks (names of classes), title, resample, pair,
+    drawn (a miniature world can stand in for it);
     ``modalities``: the declared ones. Raises ValueError for what does not fit.
     """
-    from decur_core.data import folders, modality  # the latter's own modalities may be used by name
+    from decur_core.data import folders  # which needs this module
 
     spec = dict(spec)
     own = {m.name: m for m in vars(modality).values() if isinstance(m, Modality)} | dict(modalities)
@@ -117,19 +120,21 @@ def declared(name: str, spec: Mapping, modalities: Mapping[str, Modality]) -> Da
     labels, masks = spec.pop("labels", ()), spec.pop("masks", ())
     task = Scene(tuple(labels)) if labels else Masks(tuple(masks)) if masks else None
     title, pair = spec.pop("title", name), spec.pop("pair", name)
+    world = "decur_core.worlds.folders:OWN" if spec.pop("drawn", False) else ""
     if spec:
-        known = "modalities, splits, labels, masks, title, pair, resample"
+        known = "modalities, splits, labels, masks, title, pair, resample, drawn"
         raise ValueError(f"data set {name!r}: {', '.join(spec)} unknown; known: {known}")
 
     def read(root: Path, split: str | None = None, *, missing: str = "error") -> Reader:
         return folders.Folders(root, chosen, split, resample=resample, missing=missing, classes=labels, masks=masks)
 
     options = {"splits": splits or ("all",), "pretrain": splits[0] if splits else "all", "task": task}
+    options["world"] = world
     return register(DataSet(name=name, title=title, pair=pair, modalities=chosen, read=read, **options))
 
 
 def _declare() -> None:
     """Fill the table with this folder's own; late, as readers are slow to import."""
     for module in _MODULES:
-        for dataset in importlib.import_module(f"decur_core.data.{module}").DATASETS:
+        for dataset in importlib.import_module(f"decur_core.{module}").DATASETS:
             _TABLE.setdefault(dataset.name, dataset)
