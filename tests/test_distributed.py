@@ -436,7 +436,8 @@ TORCHRUN = """--nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-id=test -
 def nodes(settings, port: int) -> list[subprocess.Popen]:
     """Two launchers, each as it would run on a node of its own."""
     plain = {k: v for k, v in config.to_dict(settings).items() if k != "profile"}
-    chosen = [f"{name}={json.dumps(value)}" for name, value in plain.items()]
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in plain.items()}
+    chosen = [f"{name}={text}" for name, text in texts.items()]
     command = [sys.executable, "-m", "torch.distributed.run", f"--rdzv-endpoint=localhost:{port}", *TORCHRUN.split()]
     Path(settings.runs).mkdir(exist_ok=True)  # where torchrun leaves its log folders too
     environment = {**os.environ, "TMPDIR": settings.runs}
