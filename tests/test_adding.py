@@ -2,15 +2,10 @@
 
 import re
 
-import numpy as np
 import pytest
-import torch
-from torch import nn
 
 from decur_core import backbones, config, losses, pretrain, transfer
 from decur_core.data import convert, datasets
-from decur_core.data.modality import Modality
-from decur_core.data.tasks import Scene
 
 SHOWN = re.findall(r"```python\n(# add .*?)```", (config.ROOT / "book" / "reproduce.md").read_text(), re.S)
 
