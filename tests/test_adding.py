@@ -28,7 +28,7 @@ def test_each_thing_takes_at_most_ten_lines():
     assert [lines.splitlines()[0] for lines in SHOWN] == [
         f"# add {thing}" for thing in ("a modality", "a task", "a data set", "a method", "a backbone")
     ]
-    assert all(len(lines.splitlines()) <= 11 for lines in SHOWN)  # the first is the heading
+    assert all(sum(map(bool, lines.splitlines())) <= 11 for lines in SHOWN)  # with the heading
 
 
 def test_pretraining_and_transfer_take_them_all(added, tmp_path):
