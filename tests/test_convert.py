@@ -22,7 +22,6 @@ import pytest
 import rasterio
 
 from decur_core.data import arrays as layout
-from decur_core.data import convert as convert_module
 from decur_core.data import raster, store
 from decur_core.data import workers as workers_module
 from decur_core.data.bigearthnet import BigEarthNetMM
@@ -583,9 +582,9 @@ def test_a_root_that_goes_away_stops_the_conversion_and_costs_no_sample(tmp_path
     with pytest.raises(DataError, match=r"no finished store \(4 of 8 samples to do\)"):
         Store(tmp_path / "store")
     Path(f"{root}-away").rename(root)
-    report = run(SSL4EOS12(root), tmp_path / "store", allowed=0.05)
+    report = run(Moved(root, at=None, back=0), tmp_path / "store", allowed=0.05)
     assert report.converted == 4 and report.quarantined == {}
-    run(SSL4EOS12(root), tmp_path / "whole")
+    run(Moved(root, at=None, back=0), tmp_path / "whole")
     same(tmp_path / "store", tmp_path / "whole")
 
 
@@ -623,7 +622,8 @@ def test_no_file_handles_left_are_not_the_samples_fault(tmp_path, tree):
     class Greedy(SSL4EOS12):
         def __getitem__(self, i):
             if i == 3:
-                resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")), limits[1]))
+                os.close(lowest := os.open(os.devnull, os.O_RDONLY))
+                resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
             return super().__getitem__(i)
 
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -633,7 +633,7 @@ def test_no_file_handles_left_are_not_the_samples_fault(tmp_path, tree):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     report = run(SSL4EOS12(tree), tmp_path / "store")
-    assert report.converted == 5 and report.quarantined == {}
+    assert report.stored == 8 and report.quarantined == {}
 
 
 def test_more_quarantine_than_is_allowed_stops_until_it_is_asked_for_or_mended(tmp_path):
@@ -689,9 +689,9 @@ class Items(Generated):
         ({"labels": ["forest"]}, r"0000000: labels <U6"),
         ({"id": "0000001"}, "0000000: the item at its place has the id '0000001'"),
         (lambda item, i: {k: v for k, v in item.items() if k != "id"}, "has the id None"),
-        (lambda item, i: {k: v for k, v in item.items() if k != "sar"}, "no array 'sar' in dict .'id', 'optical'."),
-        (lambda item, i: (item["sar"], item["optical"]), "no array 'sar' in tuple"),
-        (lambda item, i: item | {"sar": item["sar"].tolist()}, "no array 'sar' in dict"),
+        (lambda item, i: {k: v for k, v in item.items() if k != "sar"}, "no array 'sar' in .'id', 'optical'."),
+        (lambda item, i: (item["sar"], item["optical"]), "no array 'sar' in a tuple"),
+        (lambda item, i: item | {"sar": item["sar"].tolist()}, "no array 'sar' in .'id'"),
     ],
 )
 def test_items_of_another_form_are_refused_at_the_first_one(tmp_path, change, words):
@@ -703,7 +703,10 @@ def test_items_of_another_form_are_refused_at_the_first_one(tmp_path, change, wo
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda item, i: item | {"labels": np.ones(2 + i // 2, bool)}, "0000002: labels bool .* 2 of them are expected"),
+        (
+            lambda item, i: item | {"labels": np.ones(2 + i // 2, bool)},
+            "0000002: labels bool .* 2 of them are expected",
+        ),
         (lambda item, i: item | {"labels": np.full(2, i // 2 * 4)}, r"0000002: labels int64 \[4, 4\]"),
         (lambda item, i: item | ({"labels": np.ones(2, bool)} if i < 2 else {}), "0000002: labels uint8"),
         (lambda item, i: item | {"id": "000000" + "0113"[i]}, "0000002: the item at its place has the id '0000001'"),

@@ -141,7 +141,11 @@ class StoreWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close(finish=error[0] is None)
+        try:
+            self.close(finish=error[0] is None)
+        except OSError:
+            if error[0] is None:  # else the first error says more
+                raise
 
     def __reduce__(self) -> tuple:
         return _joined, (self.path,)
