@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from decur_core.correlation import cross_correlation as cross_correlation  # for looking at; part of the public names
 from decur_core.correlation import check, directions, gram, precise, squares, standardise
+from decur_core.correlation import cross_correlation as cross_correlation  # for looking at; part of the public names
 
 
 class Terms(NamedTuple):

@@ -568,8 +568,7 @@ def test_a_notebook_starts_processes_shows_their_progress_and_hands_signals_on(p
     cells = [
         'profile = "mini"\noverrides = {}',
         "from decur_core import config, pretrain\nfrom decur_core.running import folders as runs",
-        f"settings = config.load(profile, overrides)\n"
-        f'pretrain.run(settings, "{place / "store"}")',
+        f'settings = config.load(profile, overrides)\npretrain.run(settings, "{place / "store"}")',
         "runs.finished()",
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in cells])

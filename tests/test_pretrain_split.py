@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, make_store
-from test_distributed import assert_same_run, result
+from test_distributed import LOOP, assert_same_run, result
 from test_pretrain import final, same_weights, stop_after
 
 from decur_core import config, export, pretrain
@@ -143,7 +143,7 @@ def test_three_modalities_train_with_their_blocks_and_resume(tiny, three_store, 
 
 
 def test_three_modalities_find_their_blocks(tiny, three_store, halves, monkeypatch):
-    settings = {"pair": "sar_optical_dem", "dim_common": "auto", "transfer.inputs": ["both"]}
+    settings = {"pair": "sar_optical_dem", "blocks": {}, "dim_common": "auto", "transfer.inputs": ["both"]}
     wide = BLOCKS | {"sar": 3, "optical": 3, "dem": 5}  # each modality's widths add up to 8
     monkeypatch.setattr(split, "found", lambda z, width: {"blocks": wide, "spectra": {}})
     folder = pretrain.run(tiny(**settings), three_store)
@@ -161,7 +161,7 @@ def test_every_method_takes_three_modalities(tiny, three_store):
 
 
 def test_two_processes_train_three_modalities_as_one_does(tiny, three_store):
-    options = THREE | {"learning_rate": 1e-4, "learning_rate_biases": 1e-4}
+    options = THREE | LOOP
     one = result(pretrain.run(tiny(**options, name="one"), three_store))
     two = result(pretrain.run(tiny(**options, name="two", processes=2), three_store))
     terms = [name for name in one[1][0] if "/" in name]
@@ -170,13 +170,13 @@ def test_two_processes_train_three_modalities_as_one_does(tiny, three_store):
 
 def test_two_processes_find_the_split_that_one_finds(tmp_path, tiny):
     store = make_store(tmp_path / "store", count=96, seasons=2, labels=False)
-    options = {"dim_common": "auto", "batch_size": 16, "learning_rate": 1e-4, "learning_rate_biases": 1e-4, "epochs": 1}
+    options = LOOP | {"dim_common": "auto", "epochs": 1}
     one, two = (pretrain.run(tiny(**options, name=f"of{n}", processes=n), store) for n in (1, 2))
     a, b = final(one)["split"], final(two)["split"]
     assert a["dim_common"] == b["dim_common"] and a["samples"] == b["samples"] == 96
     for name, values in a["spectra"].items():
         np.testing.assert_allclose(b["spectra"][name], values, atol=1e-3)
-    assert_same_run(result(two), result(one))
+    assert_same_run(result(two), result(one), names=["total"])
 
 
 LIDAR = {"bands": ["height", "strength"], "unit": "metres and counts"}
