@@ -40,7 +40,7 @@ from decur_core.worlds.sar_optical import (
 
 # name: who sees it. What each one does is written where it is used, in `draw_ground` and `ThreeWorld`.
 FACTORS = {
-    "built_up": "common",  # share of the tile under buildings, 5 to 32 %
+    "built_up": "common",  # share of the tile under buildings, 8 to 35 %
     "water": "sar+optical",  # share of the tile under water, 2 to 40 %
     "relief": "sar+dem",  # height of the hills, and how strongly the radar sees their slopes
     "woods": "optical+dem",  # share of the tile under trees, 5 to 35 %
@@ -67,7 +67,7 @@ def draw_ground(rng, f: dict[str, float], tile: int) -> Ground:
     """
     shape = (tile, tile)
     _, x, _, street, rank = _blocks(rng, tile, 0.3)
-    houses = _lowest(rank + 10 * street, round((0.05 + 0.27 * f["built_up"]) * tile**2))
+    houses = _lowest(rank + 10 * street, round((0.08 + 0.27 * f["built_up"]) * tile**2))
     lakes = _lowest(_smooth(rng, shape, 2.2) + 100 * houses, round((0.02 + 0.38 * f["water"]) * tile**2))
     woods = _lowest(_smooth(rng, shape, 2.0) + 100 * houses, round((0.05 + 0.30 * f["woods"]) * tile**2))
     cover = np.full(shape, BARE)
