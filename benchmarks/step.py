@@ -25,7 +25,7 @@ from decur_core.model import MultimodalModel
 
 from . import common, lars, loader, loss
 
-CHANNELS = tuple(m.channels for m in common.PAIR)
+CHANNELS = {m.name: m.channels for m in common.PAIR}
 
 COMPILED = "ours, compiled"
 
@@ -37,7 +37,7 @@ def build(*, way: str, backbone: str, side: int, size: int, batch: int, k: int, 
     ours, compiled, kind = way != "published", way == COMPILED, torch.device(device).type
     way = "ours" if ours else way
     gpu, pieces = kind == "cuda", math.gcd(batch, 16) if workers else 1
-    images = [torch.randint(256, (batch, c, side, side), dtype=torch.uint8) for c in 2 * CHANNELS]
+    images = [torch.randint(256, (batch, c, side, side), dtype=torch.uint8) for c in 2 * [*CHANNELS.values()]]
     opencv, generator = loader.Views(batch, side, size), torch.Generator().manual_seed(0)
     if not ours:
         options = {"sampler": itertools.cycle(range(batch)), "num_workers": workers, "pin_memory": gpu}
@@ -47,7 +47,7 @@ def build(*, way: str, backbone: str, side: int, size: int, batch: int, k: int, 
         images = [x.pin_memory() for x in images]
     model = MultimodalModel(backbone, CHANNELS, (k, k, k))
     model.to(device, memory_format=torch.channels_last if ours else torch.contiguous_format).train()
-    for backbone_m in (model.backbone_1, model.backbone_2) if compiled else ():
+    for backbone_m in model.backbones.values() if compiled else ():
         backbone_m.compile()
     optimizer = lars.WAYS[way](parameter_groups(model, lr=0.2, lr_biases=0.0048), lr=0.2)
     scaler = torch.amp.GradScaler(device, enabled=gpu and not ours)
@@ -69,7 +69,7 @@ def build(*, way: str, backbone: str, side: int, size: int, batch: int, k: int, 
 
     def network(views: list[torch.Tensor]) -> None:
         optimizer.zero_grad()
-        backward(lambda: model(views[0], views[2], views[1], views[3]))
+        backward(lambda: itertools.chain(*model(by_modality(views)).values()))
 
     def update() -> None:
         scaler.step(optimizer)
@@ -80,6 +80,11 @@ def build(*, way: str, backbone: str, side: int, size: int, batch: int, k: int, 
     return model, network, parts | {"optimizer": update, "loss": lambda: backward(lambda: random)}
 
 
+def by_modality(views: Sequence[torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The first views of all modalities, then the second ones, as the model takes them."""
+    return dict(zip(CHANNELS, zip(views[: len(CHANNELS)], views[len(CHANNELS) :], strict=True), strict=True))
+
+
 def prepare(**sizes) -> Callable[[], None]:
     return build(**sizes)[2]["step"]
 
@@ -87,8 +92,9 @@ def prepare(**sizes) -> Callable[[], None]:
 def arithmetic(backbone: str, size: int, batch: int, k: int) -> int:
     """Floating-point operations of the network in one step, forward and backward; a multiply-add counts as two."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        views = [torch.empty(batch, c, size, size) for c in CHANNELS for _ in "ab"]
-        sum(z.sum() for z in MultimodalModel(backbone, CHANNELS, (k, k, k))(*views)).backward()
+        views = [torch.empty(batch, c, size, size) for c in 2 * [*CHANNELS.values()]]
+        z = MultimodalModel(backbone, CHANNELS, (k, k, k))(by_modality(views))
+        sum(each.sum() for each in itertools.chain(*z.values())).backward()
     return counter.get_total_flops()
 
 

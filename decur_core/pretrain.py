@@ -93,9 +93,10 @@ def network(settings: Settings, channels: Mapping[str, int]) -> models.Multimoda
     takes no gradient."""
     torch.manual_seed(settings.seed)
     model = models.build(config.identity(settings), channels)
-    for name in set(channels) - set(runs.trained(settings) or channels):
-        model.backbones[name].requires_grad_(False)
-        model.projectors[name].requires_grad_(False)
+    trained = runs.trained(settings) or list(channels)
+    for name in sorted(channels, key=trained.__contains__):  # the trained last: they may share a projector with others
+        model.backbones[name].requires_grad_(name in trained)
+        model.projectors[name].requires_grad_(name in trained)
     return model
 
 

@@ -12,7 +12,7 @@ from decur_core.lars import parameter_groups
 from decur_core.model import MultimodalModel, backbone_state, build, load_published, mlp
 
 CHANNELS = {"sar": 2, "optical": 13}
-FEATURES = {"small": 128, "resnet18": 512, "resnet50": 2048, "mit_b0": 256, "mit_b2": 512}
+FEATURES = {"small": 128, "medium": 256, "resnet18": 512, "resnet50": 2048, "mit_b0": 256, "mit_b2": 512}
 PROJECTOR = (24, 20, 16)
 
 
@@ -47,7 +47,7 @@ def test_embeddings_and_gradients(model):
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)
-    size = 32 if model.name == "small" else 64
+    size = 32 if model.name in ("small", "medium") else 64
     z = model.train()(views(size=size))
     assert [*z] == ["sar", "optical"]
     z = flat(z)
@@ -317,7 +317,7 @@ def test_published_checkpoints_that_do_not_fit_are_refused_by_key_and_shape(publ
     plain = {k.removeprefix("backbone_1."): v for k, v in state.items() if k.startswith("backbone_1.")}
     refused(plain, r"expected the keys backbone_1.\* of mit_b5, .*; found conv1.weight, bn1.weight")
     refused({"epoch": 3}, "found no tensors")
-    refused([1, 2], "found no tensors")
+    refused([1, 2], "holds a list; expected a dict of tensors")
     refused({"model": state, "arguments": Unknown()}, r"holds more than tensors.*weights_only=False")
     attention = {**state, "da1_l3.proj_q.weight": torch.zeros(2, 2), "da2_l4.proj_q.weight": torch.zeros(2, 2)}
     refused(attention, r"2 weights of deformable attention \(da1_l3.proj_q.weight, ...\) have no place")

@@ -50,8 +50,9 @@ class Encoder:
                 if isinstance(error, FormError):
                     raise
                 reasons.append(f"{ids[row]}: {type(error).__name__}: {error}")
-        what = "by which the store knows its data set" if id in ids else f"of the first {len(reasons)} of {len(ids)}"
-        raise DataError(f"none {what} samples is usable, first {reasons[:1]}")
+        if id in ids:
+            raise DataError(f"{id}, by which the store knows its data set, cannot be read: {reasons[0]}")
+        raise DataError(f"none of the first {len(reasons)} of {len(ids)} samples is usable, first {reasons[:1]}")
 
     def encode(self, row: int) -> Sample:
         """A sample, or one of _BAD for what is wrong with its files."""
@@ -72,7 +73,8 @@ class Encoder:
         wanted += ", maybe 'labels': vector of 0 and 1, one per class, 'mask': uint8 (H, W)}"
         known = [k for k, v in sample.items() if isinstance(v, np.ndarray)] if isinstance(sample, dict) else []
         if missing := [name for name in self.preprocessing if name not in known]:
-            raise FormError(f"{id}: no array {missing[0]!r} in {type(sample).__name__} {list(sample)}; {wanted}")
+            found = list(sample) if isinstance(sample, dict) else f"a {type(sample).__name__}"
+            raise FormError(f"{id}: no array {missing[0]!r} in {found}; {wanted}")
         if sample.get("id") != id:
             raise FormError(f"{id}: the item at its place has the id {sample.get('id')!r}; {wanted}")
         labels = np.asarray(sample.get("labels", np.zeros(0, np.uint8)))
