@@ -44,7 +44,7 @@ WAYS = {"published": Published, "ours": LARS}
 def optimizers(backbone: str, width: int, device: str) -> dict[str, torch.optim.Optimizer]:
     """One for each way, on equal weights of their own and the same gradients."""
     torch.manual_seed(0)
-    model = MultimodalModel(backbone, (2, 13), (width,) * 3).to(device)
+    model = MultimodalModel(backbone, {m.name: m.channels for m in common.PAIR}, (width,) * 3).to(device)
     made = {}
     for name, way in WAYS.items():
         model = copy.deepcopy(model) if made else model

@@ -16,7 +16,7 @@ from torch import Tensor
 
 ATTEMPTS = 10  # at a crop that fits, before the central one is taken (as torchvision)
 # Values rendered at once: for a CPU's cache, against the cost of a call, and to bound a GPU's memory.
-CHUNK = {"matrices": 2**19, "cuda": 2**26}
+CHUNK = {"matrices": 2**19, "device": 2**26}
 SMALL = 48  # side of views, pixels, up to which a CPU too multiplies by whole matrices, many samples in one call
 BLOCK = 32  # pixels of a larger view, along a side, that share a window of the image
 
@@ -75,7 +75,7 @@ def augment(images: Tensor, policy: Policy, *, generator: torch.Generator, part:
         found = f"{images.dtype} of shape {tuple(images.shape)}"
         raise ValueError(f"augment takes torch.uint8 (N, C, H, W), got {found}; Modality.encode makes such images")
     kind, (count, channels), size = images.device.type, images.shape[:2], policy.size
-    way = kind if kind != "cpu" else "matrices" if size <= SMALL else "bands"
+    way = "device" if kind != "cpu" else "matrices" if size <= SMALL else "bands"
     shape = (count, channels, size, size) if way == "bands" else (count, size, size, channels)
     # numpy asks Linux for huge pages: a page fault for each 4 KiB of fresh memory costs as much as a crop
     views = torch.from_numpy(np.empty(shape, np.float32)) if kind == "cpu" else torch.empty(shape, device=images.device)

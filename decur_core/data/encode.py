@@ -63,7 +63,7 @@ class Encoder:
             images[name] = np.stack([modality.encode(image) for image in values])  # each stays in the processor's cache
             moments[name] = _moments(values)
         if "mask" in sample:
-            images["mask"] = mask = sample["mask"][None, None]
+            images["mask"] = mask = np.repeat(sample["mask"][None, None], len(values), axis=0)  # one for all seasons
             if mask.dtype != np.uint8 or mask.shape[2:] != values.shape[2:]:
                 raise DataError(f"mask: expected uint8 {values.shape[2:]}, found {mask.dtype} {mask.shape[2:]}")
         return Sample(images, labels, moments)

@@ -234,8 +234,9 @@ def dimensions(points: dict[str, np.ndarray], *, blocks: dict[str, Mapping[str, 
 
 
 def spectra(found: dict[str, dict], *, shown: int = 40) -> Figure:
-    """Held-out canonical correlations, a panel per run with ``dim_common: auto`` (``history.split``): what the two views
-    of each modality repeat, what pairs of modalities share, and dotted what chance would give.
+    """Held-out canonical correlations, a panel per run with ``dim_common: auto`` (``history.split``).
+
+    What the two views of each modality repeat, what pairs of modalities share and, dotted, what chance would give.
     """
     made, axes = grid(len(found), 3, width=3.2, height=2.6)
     for axis, (name, about) in zip(axes, found.items(), strict=True):

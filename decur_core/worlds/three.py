@@ -40,7 +40,7 @@ from decur_core.worlds.sar_optical import (
 
 # name: who sees it. What each one does is written where it is used, in `draw_ground` and `ThreeWorld`.
 FACTORS = {
-    "built_up": "common",  # share of the tile under buildings, 5 to 32 %
+    "built_up": "common",  # share of the tile under buildings, 8 to 35 %
     "water": "sar+optical",  # share of the tile under water, 2 to 40 %
     "relief": "sar+dem",  # height of the hills, and how strongly the radar sees their slopes
     "woods": "optical+dem",  # share of the tile under trees, 5 to 35 %
@@ -48,7 +48,7 @@ FACTORS = {
     "haze": "optical",  # mean opacity of the haze, 2 to 38 %
     "looks": "sar",  # speckle deviation from 3.4 dB (few looks) down to 1.0 dB (many)
     "ratio": "sar",  # VH - VV from -11 dB (surface scattering) to -5 dB (volume scattering)
-    "building_height": "dem",  # 12 to 36 m, the canopy being at 8 m
+    "building_height": "dem",  # 6 to 30 m, the canopy being at 36 m
 }
 
 
@@ -67,12 +67,12 @@ def draw_ground(rng, f: dict[str, float], tile: int) -> Ground:
     """
     shape = (tile, tile)
     _, x, _, street, rank = _blocks(rng, tile, 0.3)
-    houses = _lowest(rank + 10 * street, round((0.05 + 0.27 * f["built_up"]) * tile**2))
+    houses = _lowest(rank + 10 * street, round((0.08 + 0.27 * f["built_up"]) * tile**2))
     lakes = _lowest(_smooth(rng, shape, 2.2) + 100 * houses, round((0.02 + 0.38 * f["water"]) * tile**2))
     woods = _lowest(_smooth(rng, shape, 2.0) + 100 * houses, round((0.05 + 0.30 * f["woods"]) * tile**2))
     cover = np.full(shape, BARE)
     cover[houses], cover[lakes] = BUILT, WATER
-    terrain = _smooth(rng, shape, 2.2)
+    terrain = _smooth(rng, shape, 1.7)
     layout = Layout(cover, _fields(rng, cover), houses & (x % 4 == 0))
     return Ground(layout, woods, (terrain - terrain.mean()) / terrain.std())
 
@@ -103,12 +103,12 @@ class ThreeWorld(Locations):
         (layout, woods, terrain), shape = draw_ground(rng, f, self.tile), (self.tile, self.tile)
         views = Layout(*(np.repeat(part[None], self.seasons, 0) for part in layout))
         land = np.isin(layout.cover, (BARE, VEGETATED))
-        slope = np.gradient(terrain, axis=1) * land  # open land is brighter where it faces the radar
-        slope *= (0.5 + 3.5 * f["relief"]) / slope[land].std()
+        slope = np.gradient(terrain, axis=1) * land  # open land is much brighter where it faces the radar
+        slope = np.maximum(slope, 0.35 * slope) * (0.4 + 6.5 * f["relief"]) / slope[land].std()
         sar = _sar(rng, views, f, self.seasons) + slope.astype(np.float32)
         optical = to_10m(_optical(rng, views, f | {"soil_colour": 0.5}, self.seasons, woods))
-        canopy, roofs = 30 + 3 * _smooth(rng, shape, 0.5), 4 + 22 * f["building_height"]
-        height = 100 + 0.4 * 8 ** f["relief"] * terrain + 0.1 * rng.standard_normal(shape)
+        canopy, roofs = 36 + 1.5 * _smooth(rng, shape, 0.5), 6 + 24 * f["building_height"]
+        height = 100 + 0.3 * 8 ** f["relief"] * terrain + 0.1 * rng.standard_normal(shape)
         height += np.where(woods, canopy, 0) + np.where(layout.cover == BUILT, roofs, 0)
         dem = np.repeat(height.astype(np.float32)[None, None], self.seasons, 0)
         return {"id": self.ids[i], "sar": sar, "optical": optical, "dem": dem, "dates": self.dates(i)}
