@@ -705,7 +705,7 @@ def test_items_of_another_form_are_refused_at_the_first_one(tmp_path, change, wo
     [
         (
             lambda item, i: item | {"labels": np.ones(2 + i // 2, bool)},
-            "0000002: labels bool .* 2 of them are expected",
+            "0000002: labels bool .* 2 of them are exp",
         ),
         (lambda item, i: item | {"labels": np.full(2, i // 2 * 4)}, r"0000002: labels int64 \[4, 4\]"),
         (lambda item, i: item | ({"labels": np.ones(2, bool)} if i < 2 else {}), "0000002: labels uint8"),

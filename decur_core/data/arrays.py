@@ -184,5 +184,6 @@ def disk(path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        way = f"{'make room' if error.errno in _FULL else 'mend that'} and run the same again: it goes on where it stopped"
+        what = "make room" if error.errno in _FULL else "mend that"
+        way = f"{what} and run the same again: it goes on where it stopped"
         raise OSError(error.errno, f"{path}: cannot be written ({error.strerror or error}); {way}") from error

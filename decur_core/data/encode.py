@@ -60,7 +60,8 @@ class Encoder:
         labels = self._checked(self.dataset.ids[row], sample)
         for name, modality in self.preprocessing.items():
             values = sample[name] if sample[name].ndim == 4 else sample[name][None]
-            images[name], moments[name] = modality.encode(values), _moments(values)
+            images[name] = np.stack([modality.encode(image) for image in values])  # each stays in the processor's cache
+            moments[name] = _moments(values)
         if "mask" in sample:
             images["mask"] = mask = np.repeat(sample["mask"][None, None], len(values), axis=0)  # one for all seasons
             if mask.dtype != np.uint8 or mask.shape[2:] != values.shape[2:]:
