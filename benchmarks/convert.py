@@ -5,8 +5,9 @@
 Locations of the miniature world are written in the published layout and read several times, so files come from the page
 cache: what a slow disk adds is not in the numbers. Published: worker processes read, each band is resized by OpenCV and
 scaled, and one more process pickles all seasons of a location into one value (of a plain file: what an LMDB adds is not
-in its numbers). Ours: worker processes also cut outliers, check each file, take statistics and digests, and write. A rate is that of the later locations, start of the processes left out; "per
-core" divides by the cores that all processes together kept busy, writing included. Needs the extra `bench`.
+in its numbers). Ours: worker processes also cut outliers, check each file, take statistics and digests, and write. A
+rate is that of the later locations, start of the processes left out; "per core" divides by the cores that all processes
+together kept busy, writing included. Needs the extra `bench`.
 """
 
 import itertools

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from decur_core import config, pretrain
-from decur_core.running import folders as runs
+from decur_core.running import history
 
 from . import common
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for processes in options.processes:
             torch.set_num_threads(options.threads * processes)  # the launcher shares them out
             run = pretrain.run(settings(options, processes, folder), store.path)
-            later = runs.read_history(run)[max(1, options.steps // 4) :]
+            later = history.read(run)[max(1, options.steps // 4) :]
             rate = statistics.median(line["pairs_per_second"] for line in later)
             rows.append({"processes": processes, "pairs/s": rate})
     rows = [row | {"speed-up": row["pairs/s"] / rows[0]["pairs/s"]} for row in rows]

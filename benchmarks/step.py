@@ -37,7 +37,7 @@ def build(*, way: str, backbone: str, side: int, size: int, batch: int, k: int, 
     ours, compiled, kind = way != "published", way == COMPILED, torch.device(device).type
     way = "ours" if ours else way
     gpu, pieces = kind == "cuda", math.gcd(batch, 16) if workers else 1
-    images = [torch.randint(256, (batch, c, side, side), dtype=torch.uint8) for c in 2 * (*CHANNELS.values(),)]
+    images = [torch.randint(256, (batch, c, side, side), dtype=torch.uint8) for c in 2 * [*CHANNELS.values()]]
     opencv, generator = loader.Views(batch, side, size), torch.Generator().manual_seed(0)
     if not ours:
         options = {"sampler": itertools.cycle(range(batch)), "num_workers": workers, "pin_memory": gpu}
@@ -47,8 +47,8 @@ def build(*, way: str, backbone: str, side: int, size: int, batch: int, k: int, 
         images = [x.pin_memory() for x in images]
     model = MultimodalModel(backbone, CHANNELS, (k, k, k))
     model.to(device, memory_format=torch.channels_last if ours else torch.contiguous_format).train()
-    for network_m in model.backbones.values() if compiled else ():
-        network_m.compile()
+    for backbone_m in model.backbones.values() if compiled else ():
+        backbone_m.compile()
     optimizer = lars.WAYS[way](parameter_groups(model, lr=0.2, lr_biases=0.0048), lr=0.2)
     scaler = torch.amp.GradScaler(device, enabled=gpu and not ours)
     low = torch.bfloat16 if ours else torch.float16
@@ -69,8 +69,7 @@ def build(*, way: str, backbone: str, side: int, size: int, batch: int, k: int, 
 
     def network(views: list[torch.Tensor]) -> None:
         optimizer.zero_grad()
-        named = dict(zip(CHANNELS, (views[0::2], views[1::2]), strict=True))
-        backward(lambda: itertools.chain.from_iterable(model(named).values()))
+        backward(lambda: itertools.chain(*model(by_modality(views)).values()))
 
     def update() -> None:
         scaler.step(optimizer)
@@ -81,6 +80,11 @@ def build(*, way: str, backbone: str, side: int, size: int, batch: int, k: int, 
     return model, network, parts | {"optimizer": update, "loss": lambda: backward(lambda: random)}
 
 
+def by_modality(views: Sequence[torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The first views of all modalities, then the second ones, as the model takes them."""
+    return dict(zip(CHANNELS, zip(views[: len(CHANNELS)], views[len(CHANNELS) :], strict=True), strict=True))
+
+
 def prepare(**sizes) -> Callable[[], None]:
     return build(**sizes)[2]["step"]
 
@@ -88,9 +92,9 @@ def prepare(**sizes) -> Callable[[], None]:
 def arithmetic(backbone: str, size: int, batch: int, k: int) -> int:
     """Floating-point operations of the network in one step, forward and backward; a multiply-add counts as two."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        views = {name: [torch.empty(batch, c, size, size) for _ in "ab"] for name, c in CHANNELS.items()}
-        embeddings = MultimodalModel(backbone, CHANNELS, (k, k, k))(views).values()
-        sum(z.sum() for both in embeddings for z in both).backward()
+        views = [torch.empty(batch, c, size, size) for c in 2 * [*CHANNELS.values()]]
+        z = MultimodalModel(backbone, CHANNELS, (k, k, k))(by_modality(views))
+        sum(each.sum() for each in itertools.chain(*z.values())).backward()
     return counter.get_total_flops()
 
 

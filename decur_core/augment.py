@@ -74,7 +74,7 @@ def augment(images: Tensor, policy: Policy, *, generator: torch.Generator, part:
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape[1:]:
         found = f"{images.dtype} of shape {tuple(images.shape)}"
-        raise ValueError(f"augment takes torch.uint8 (N, C, H, W), got {found}; Preprocessing.encode makes such images")
+        raise ValueError(f"augment takes torch.uint8 (N, C, H, W), got {found}; Modality.encode makes such images")
     kind, (count, channels), size = images.device.type, images.shape[:2], policy.size
     bands = kind == "cpu" and size > SMALL
     shape = (count, channels, size, size) if bands else (count, size, size, channels)

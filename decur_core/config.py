@@ -217,5 +217,7 @@ def members(settings: Settings) -> list[Settings]:
 def identity(settings: Settings) -> dict:
     """The settings that decide what a pretraining run computes, as a flat dict of dotted names."""
     values, skipped = to_dict(settings), ("transfer", "" if settings.data.source == "world" else "world")
+    used = [m.name for m in modalities(settings)]  # what the profile declares beside them changes nothing
+    values["modalities"] = {name: spec for name, spec in values["modalities"].items() if name in used}
     decide = [name for name, field in Settings.fields() if not field.json_schema_extra]
     return {name: at(values, name) for name in decide if name.partition(".")[0] not in skipped}

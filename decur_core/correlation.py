@@ -4,6 +4,7 @@ Shapes: N samples, K embedding dimensions. C is the cross-correlation matrix of 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -75,3 +76,19 @@ def cross_correlation(z_a: Tensor, z_b: Tensor) -> Tensor:
 def squares(a_NK: Tensor, b_NK: Tensor) -> Tensor:
     """Sum of the squared entries of A^T B, formed K x K: the cheaper way when the batch is large (2N >= K)."""
     return (a_NK.T @ b_NK).square().sum()
+
+
+def check(*embeddings: Tensor) -> None:
+    """Refuse, with a ValueError, embeddings that differ in shape, or of fewer than two samples."""
+    shapes = [tuple(z.shape) for z in embeddings]
+    if len(set(shapes)) != 1 or len(shapes[0]) != 2:
+        raise ValueError(f"embeddings must share one shape (N, K); found {shapes}")
+    if shapes[0][0] < 2:
+        raise ValueError(f"a loss needs a batch of at least 2 samples; found N = {shapes[0][0]}")
+
+
+def directions(z: Tensor) -> Tensor:
+    """Each row scaled to norm 1; a row of zeros stays one and passes no gradient, one that overflows becomes NaN."""
+    z = precise(z)
+    largest = z.detach().abs().amax(1, keepdim=True)
+    return F.normalize(z / torch.where(largest == 0, torch.inf, largest), dim=1)

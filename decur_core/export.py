@@ -15,8 +15,10 @@ import safetensors.torch
 from torch import Tensor
 
 from decur_core import backbones
-from decur_core.data.modality import Preprocessing
+from decur_core.config import ConfigError
+from decur_core.data.modality import Modality
 from decur_core.data.raster import DataError, visible
+from decur_core.losses import METHODS
 from decur_core.model import backbone_state
 from decur_core.running import checkpoints
 from decur_core.running import folders as runs
@@ -53,7 +55,7 @@ def write(folder: Path | str, target: Path | str, modality: str) -> Path:
         "provenance": about["provenance"],
         "evaluations": [{k: r[k] for k in RESULTS if k in r} for r in records if r.get("run") == folder.name],
     }
-    state = backbone_state(saved["model"], names.index(modality) + 1)
+    state = backbone_state(saved["model"], modality)
     _check(state, metadata, folder / "final.pt")
     file, card = target / f"{folder.name}-{modality}.safetensors", target / "README.md"
     _check_free(file, card, metadata)
@@ -124,8 +126,7 @@ def _header(path: Path | str) -> dict:
 
 
 def _channels(metadata: dict) -> int:
-    preprocessing = Preprocessing.from_dict(metadata["preprocessing"])
-    return preprocessing.copies * len(preprocessing.bands)
+    return Modality.from_mapping(metadata["preprocessing"]).channels
 
 
 def _check(state: dict[str, Tensor], metadata: dict, source: Path | str) -> None:
@@ -134,11 +135,12 @@ def _check(state: dict[str, Tensor], metadata: dict, source: Path | str) -> None
         raise DataError(f"{source}: these are not the weights of a {metadata['backbone']}: {fault}")
 
 
-def in_words(p: Preprocessing) -> str:
+def in_words(p: Modality) -> str:
     """What happens to the pixels of an image before a network sees them."""
     tail = f"per image and band, the lowest and the highest {50 * (p.outliers or 0):g} % of pixels are clipped"
     steps = {
         "bytes": "the 8-bit values are taken as they are",
+        "range_8bit": f"per band, {p.low} to {p.high} becomes 0 to 255, clipped, fractions cut off",
         "reflectance_8bit": f"multiplied by 255 / {p.scale or 1:g}, clipped to 0 to 255, fractions cut off",
         "outliers_range_8bit": f"{tail}, and what is left is stretched to 0 to 255, fractions cut off",
         "outliers_mean_std_8bit": f"{tail}; then, with mean {p.mean} and standard deviation {p.std} per band, mean - 2 "
@@ -181,10 +183,10 @@ def _section(metadata: dict) -> str:
 ## {name}
 
 - Network: {backbone} for {channels} channels, without a classifier.
-- Method: {runs.METHODS[settings["method"]]}, {settings["pair"]}, {metadata["steps"]} steps{labels}.
+- Method: {METHODS[settings["method"]].title}, {settings["pair"]}, {metadata["steps"]} steps{labels}.
 - Code: commit {made["commit"]}{", with changes" if made["modified"] else ""}; {made["date"]}.
 - Data: {_data(metadata.get("data") or {})}.
-- Input: {in_words(Preprocessing.from_dict(metadata["preprocessing"]))}
+- Input: {in_words(Modality.from_mapping(metadata["preprocessing"]))}
 - Use: a start for models of such images, or frozen as a feature extractor; untested on other sensors, units or bands.
 - Evaluations: {" | ".join(results) or "none"}.
 
@@ -210,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
             print(write(args.run, args.target, modality))
         if others := found(args.target)[1]:
             print(f"{len(others)} other files in {args.target} are not described: {', '.join(others)}")
-    except (OSError, DataError) as error:
+    except (OSError, ConfigError, DataError) as error:
         sys.exit(f"not exported: {error}")
 
 

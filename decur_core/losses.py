@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from decur_core.correlation import check, directions, gram, precise, squares, standardise
 from decur_core.correlation import cross_correlation as cross_correlation  # for looking at; part of the public names
-from decur_core.correlation import gram, precise, squares, standardise
 
 
 class Terms(NamedTuple):
@@ -55,14 +55,6 @@ class ContrastiveTerms(NamedTuple):
     anchor2: Tensor
 
 
-def _check(*embeddings: Tensor) -> None:
-    shapes = [tuple(z.shape) for z in embeddings]
-    if len(set(shapes)) != 1 or len(shapes[0]) != 2:
-        raise ValueError(f"embeddings must share one shape (N, K); found {shapes}")
-    if shapes[0][0] < 2:
-        raise ValueError(f"a loss needs a batch of at least 2 samples; found N = {shapes[0][0]}")
-
-
 def _invariance(on_diagonal: Tensor, sum_of_squares: Tensor, lambd: float) -> Tensor:
     """Diagonal to 1, the rest to 0 (Eq. 2, 4, 5), from the diagonal of C and the sum of all its squared entries."""
     return (1 - on_diagonal).square().sum() + lambd * (sum_of_squares - on_diagonal.square().sum())
@@ -74,7 +66,7 @@ def barlow_twins(z_a: Tensor, z_b: Tensor, *, lambd: float = 0.0051, squares: Ca
     Cross-modal Barlow Twins passes the two modalities, single-modal the two views. ``lambd`` weighs the off-diagonal.
     ``squares``: as in ``decur``.
     """
-    _check(z_a, z_b)
+    check(z_a, z_b)
     with torch.autocast(z_a.device.type, enabled=False):
         a, b = standardise(z_a), standardise(z_b)
         n, k = a.shape
@@ -104,7 +96,7 @@ def decur(
     The sum over C's entries never needs C when N is small: ||A^T B||^2 = <A A^T, B B^T>. Each embedding's Gram matrix
     is formed once, that of the full embedding being the sum of its common and its unique part.
     """
-    _check(*(z for z in (z1_a, z1_b, z2_a, z2_b) if z is not None))
+    check(*(z for z in (z1_a, z1_b, z2_a, z2_b) if z is not None))
     n, k = z1_a.shape
     if not 0 <= dim_common <= k:
         raise ValueError(f"dim_common = {dim_common}, but the embeddings have {k} dimensions; allowed: 0 to {k}")
@@ -245,7 +237,7 @@ def vicreg(
     vicreg.py means the same (it cannot run: it uses names it never imports), but divides the covariances of all
     processes' samples by the number of samples of one.
     """
-    _check(z1, z2)
+    check(z1, z2)
     with torch.autocast(z1.device.type, enabled=False):
         z1, z2 = precise(z1), precise(z2)
         n, k = z1.shape
@@ -259,13 +251,6 @@ def vicreg(
         return VICRegTerms(sum(terms), *terms)
 
 
-def _directions(z: Tensor) -> Tensor:
-    """Each row scaled to norm 1; a row of zeros stays one and passes no gradient, one that overflows becomes NaN."""
-    z = precise(z)
-    largest = z.detach().abs().amax(1, keepdim=True)
-    return F.normalize(z / torch.where(largest == 0, torch.inf, largest), dim=1)
-
-
 def clip(z1: Tensor, z2: Tensor, *, scale: Tensor | float) -> ContrastiveTerms:
     """The loss of CLIP (Radford et al. 2021, Figure 3) of two modalities, each N x K.
 
@@ -274,9 +259,9 @@ def clip(z1: Tensor, z2: Tensor, *, scale: Tensor | float) -> ContrastiveTerms:
     cannot run) has the first of the two alone, a fixed scale of 1, and a projector of its own, 512-128 with a
     normalised output.
     """
-    _check(z1, z2)
+    check(z1, z2)
     with torch.autocast(z1.device.type, enabled=False):
-        logits, partner = scale * (_directions(z1) @ _directions(z2).T), torch.arange(len(z1), device=z1.device)
+        logits, partner = scale * (directions(z1) @ directions(z2).T), torch.arange(len(z1), device=z1.device)
         anchor1, anchor2 = F.cross_entropy(logits, partner) / 2, F.cross_entropy(logits.T, partner) / 2
         return ContrastiveTerms(anchor1 + anchor2, anchor1, anchor2)
 
@@ -288,9 +273,9 @@ def simclr(z1: Tensor, z2: Tensor, *, temperature: float = 0.1) -> ContrastiveTe
     cross-entropy over cosines divided by ``temperature``. zhu-xlab/DeCUR's simclr.py (it cannot run) means the same
     with a temperature of 1 and the projector of its clip.py.
     """
-    _check(z1, z2)
+    check(z1, z2)
     with torch.autocast(z1.device.type, enabled=False):
-        n, z = len(z1), _directions(torch.cat([z1, z2]))
+        n, z = len(z1), directions(torch.cat([z1, z2]))
         others = ~torch.eye(2 * n, dtype=torch.bool, device=z.device)
         logits = (gram(z) / temperature).where(others, -torch.inf)
         partner = torch.arange(2 * n, device=z.device).roll(n)

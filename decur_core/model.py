@@ -33,8 +33,8 @@ class MultimodalModel(nn.Module):
     2, "optical": 13}``; ``projector``: output widths of the projector's layers, e.g. (8192, 8192, 8192), or none: then
     embeddings are features. ``dimensions``: modality to width of its embedding, where it is not the last of
     ``projector``. ``shared_projector``: all modalities take the same, as in the published code; ``scaled``: with the
-    scale that the CLIP loss learns. Attributes ``backbones`` and ``projectors``, by name of the modality, and
-    ``features``, the width of a backbone's output.
+    scale that the CLIP loss learns. Attributes, by name of the modality: ``backbones``, ``projectors`` and
+    ``dimensions``, the widths of embeddings; ``features`` is the width of a backbone's output.
     """
 
     def __init__(
@@ -55,11 +55,12 @@ class MultimodalModel(nn.Module):
         made = {name: backbones.build(backbone, channels) for name, channels in in_channels.items()}
         self.backbones = nn.ModuleDict({name: network for name, (network, _) in made.items()})
         self.features = next(features for _, features in made.values())
-        self.projectors = nn.ModuleDict()
+        self.projectors, self.dimensions = nn.ModuleDict(), {}
         for name in in_channels:
             widths = [*projector[:-1], (dimensions or {}).get(name, projector[-1])] if projector else []
             shared = next(iter(self.projectors.values())) if shared_projector and self.projectors else None
             self.projectors[name] = shared or mlp(self.features, widths)
+            self.dimensions[name] = [self.features, *widths][-1]
         if scaled:
             self.log_scale = nn.Parameter(torch.tensor(-math.log(0.07)))
 

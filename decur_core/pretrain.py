@@ -93,9 +93,10 @@ def network(settings: Settings, channels: Mapping[str, int]) -> models.Multimoda
     takes no gradient."""
     torch.manual_seed(settings.seed)
     model = models.build(config.identity(settings), channels)
-    for name in set(channels) - set(runs.trained(settings) or channels):
-        model.backbones[name].requires_grad_(False)
-        model.projectors[name].requires_grad_(False)
+    trained = runs.trained(settings) or list(channels)
+    for name in sorted(channels, key=trained.__contains__):  # the trained last: they may share a projector with others
+        model.backbones[name].requires_grad_(name in trained)
+        model.projectors[name].requires_grad_(name in trained)
     return model
 
 
@@ -135,8 +136,7 @@ def _processes(settings: Settings) -> int:
 
 def _check(settings: Settings, store: Store) -> None:
     config.check_dim_common(settings, [*backbones.widths(settings.backbone), *settings.projector][-1])
-    wanted = {m.name: m.mapping() for m in config.modalities(settings) if m.scheme != "measured"}
-    store.check(wanted)
+    store.check({m.name: m.mapping() for m in config.modalities(settings) if m.scheme != "measured"})
     if missing := [m.name for m in config.modalities(settings) if m.name not in store.shapes]:
         found = f"{store.path}: holds no {missing[0]}, only {', '.join(store.shapes)}"
         raise config.ConfigError(f"{found}; convert a data set of pair {settings.pair!r}")
@@ -284,15 +284,16 @@ def _train(settings: Settings, store: Store, folder: Path, identity: dict, total
                 old.unlink()
 
     # With dim_common: auto the run begins with intra-modal terms alone, from which the split is read.
-    boundary = math.ceil(settings.auto_share * total) if settings.dim_common == "auto" else -1
+    auto = settings.method == "decur" and settings.dim_common == "auto"
+    boundary = min(math.ceil(settings.auto_share * total), total - 1) if auto else -1
+    if boundary == 0:
+        raise config.ConfigError(f"dim_common = 'auto' in {total} step; it needs one before and one after the split")
     current = with_split(settings, found)
-    pending: list[tuple[int, float, dict[str, Tensor]]] = []
     with runs.stop_signals() as received, open(os.devnull if rank else folder / "history.jsonl", "a") as lines:
+        todo = batches(settings, store, range(start, total), device, (rank, world))
         options = {"initial": start, "total": total, "disable": rank > 0 or processes.followed}
-        bar = runs.progress(
-            batches(settings, store, range(start, total), device, (rank, world)), desc=folder.name, **options
-        )
-        began = time.perf_counter()
+        bar = runs.progress(todo, desc=folder.name, **options)
+        pending, began = [], time.perf_counter()
         for step, batch in enumerate(bar, start=start + 1):
             torch.manual_seed(seeded(settings.seed, "layers", step, rank).initial_seed())  # for layers that draw
             seen, share = views(settings, sensors, batch, step, (rank, world)), cosine(step - 1, total)
@@ -300,7 +301,7 @@ def _train(settings: Settings, store: Store, folder: Path, identity: dict, total
 
             # The terms stay on the device until the next line of the log, so that no step waits for the one before.
             pending.append((step, share, {name: t.detach() for name, t in terms.items()}))
-            if step == boundary and step < total:
+            if step == boundary:
                 found = processes.shared(found_split(settings, model, store, device))
                 current = with_split(settings, found)
                 if rank == 0:

@@ -11,12 +11,12 @@ from decur_core.data.store import StoreWriter
 torch.set_num_threads(1)
 
 
-def make_store(path, *, count: int, seasons: int, labels: bool, seed: int = 0):
-    """Write a store of random 24 px pairs; with labels, the mean brightness of a patch decides them."""
+def make_store(path, *, count: int, seasons: int, labels: bool, seed: int = 0, modalities=(SAR, OPTICAL)):
+    """Write a store of random 24 px images; with labels, the mean brightness of a patch decides them."""
     random = np.random.default_rng(seed)
-    modalities = (SAR, OPTICAL)
-    shapes = {m.name: (m.channels, 24, 24) for m in modalities}
+    shapes = {m.name: (len(m.bands), 24, 24) for m in modalities}
     meta = {"preprocessing": {m.name: m.mapping() for m in modalities}}
+    meta["data"] = {"name": "noise", "title": "Noise", "drawn": False, "source": "own"}
     if labels:
         meta["data"] = {"name": "levels", "title": "Levels", "classes": ["high", "medium", "low"], "drawn": True}
     ids = [f"{i:07d}" for i in range(count)]

@@ -222,7 +222,7 @@ def test_labels_decide_and_are_checked(tree):
     with pytest.raises(DataError, match=f"{re.escape(str(path))}: unknown label 'Pasture'"):
         data[data.ids.index(PATCHES[2])]
     path.write_text("{")
-    with pytest.raises(DataError, match=f"{re.escape(str(path))}: expected JSON with the key 'labels'"):
+    with pytest.raises(DataError, match=f"{re.escape(str(path))}: cannot be read; expected JSON with the key 'labels'"):
         data = BigEarthNetMM(tree)
         data[data.ids.index(PATCHES[2])]
 
@@ -236,12 +236,12 @@ def shifted(path):
 
 def damaged_json(path):
     path.write_bytes(b"\xff\xfe{")
-    return "expected JSON with the key 'labels'"
+    return "cannot be read; expected JSON with the key 'labels'"
 
 
 def json_without_list(path):
     path.write_text('{"labels": null}')
-    return "expected JSON with the key 'labels'"
+    return "cannot be read; expected JSON with the key 'labels'"
 
 
 def raw_backscatter(path):
@@ -402,7 +402,7 @@ def test_second_release_gives_the_pixels_of_its_files(tree_v2):
         assert all(item[key].dtype == old[key].dtype for key in ("sar", "optical", "labels"))
     assert [len(BigEarthNetV2(tree_v2, split)) for split in ("train", "val", "validation", "test")] == [2, 1, 1, 1]
     assert BigEarthNetV2(tree_v2, "val").ids == data.ids[2:3]
-    assert data.left_out == {"absent": 0, "no 19-class label": 0}
+    assert data.left_out == {"excluded": 0, "absent": 0, "no 19-class label": 0}
     again = pickle.loads(pickle.dumps(data))
     assert (again[3]["sar"] == data[3]["sar"]).all()
 
@@ -425,7 +425,7 @@ def test_patches_with_snow_and_clouds_of_the_second_release_are_left_out(tree_v2
     assert data.left_out == {"excluded": 2, "absent": 0, "no 19-class label": 0}
     assert BigEarthNetV2(tree_v2).ids == ids
     assert BigEarthNetV2(tree_v2, "train", exclude=True).ids == [ids[1]]
-    where = {"data.source": "published", "data.bigearthnet": str(tree_v2)}
+    where = {"data.source": "published", "data.roots": {"bigearthnet": str(tree_v2)}}
     for exclude, expected in ((False, 2), (True, 1)):
         settings = config.load("start", {**where, "transfer.exclude": exclude})
         assert len(prepare.reader(settings, "bigearthnet", "train")) == expected

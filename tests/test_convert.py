@@ -1,14 +1,17 @@
 import dataclasses
+import errno
 import hashlib
-import json
+import logging
 import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from collections import namedtuple
@@ -16,17 +19,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 
 from decur_core.data import arrays as layout
-from decur_core.data import convert as convert_module
-from decur_core.data import store
+from decur_core.data import raster, store
+from decur_core.data import workers as workers_module
 from decur_core.data.bigearthnet import BigEarthNetMM
 from decur_core.data.convert import Report, convert, verify
 from decur_core.data.modality import DEM, OPTICAL, RGB, SAR
-from decur_core.data.raster import DataError
+from decur_core.data.raster import DataError, read
 from decur_core.data.ssl4eo import SSL4EOS12
 from decur_core.data.store import Store
 from decur_core.running import folders as runs
+from decur_core.worlds.files import write_ssl4eo
+from decur_core.worlds.sar_optical import World
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -132,11 +138,12 @@ def test_workers_write_the_same_store_and_bound_what_is_under_way(tmp_path):
 
 def test_workers_are_given_few_samples_at_a_time(tmp_path):
     """Each reads, encodes and writes one after the other, so what is under way does not depend on the data set."""
-    data, log = Generated(200, log=str(tmp_path / "log")), tmp_path / "log"
-    with pytest.raises(DataError, match="1 of 200 samples are quarantined, more than 0%, last 0000000"):
-        run(data.__class__(200, bad={0: DataError("x")}, log=str(log), pause=0.01), tmp_path / "store", workers=1, allowed=0)
+    log = tmp_path / "log"
+    data = Generated(200, bad={1: DataError("file x.tif")}, log=str(log), pause=0.01)
+    with pytest.raises(DataError, match="1 of 200 samples are quarantined, more than 0%, last 0000001: .*file x.tif"):
+        run(data, tmp_path / "store", workers=1, allowed=0.0)
     seen = [int(line.split()[0]) for line in log.read_text().splitlines() if line.split()[1] != str(os.getpid())]
-    assert max(seen) < 2 * convert_module._GROUP
+    assert 1 in seen and max(seen) < 3 * workers_module.GROUP
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -540,6 +547,322 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path, monkeypatch):
     assert peaks[1] - peaks[0] < 600 * 400  # a sample has 7680 bytes, its record about 900 as text
 
 
+class Moved(SSL4EOS12):
+    """Its root is renamed while item `at` is read, and put back when `back` more items have been asked for."""
+
+    def __init__(self, root, at, back):
+        super().__init__(root)
+        self.at, self.back, self.asked, self.away = at, back, 0, Path(f"{root}-away")
+
+    def __getitem__(self, i):
+        if self.away.exists():
+            self.asked += 1
+            if self.asked > self.back:
+                self.away.rename(self.root)
+        elif i == self.at:
+            self.root.rename(self.away)
+            self.at = None
+        return super().__getitem__(i)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """Eight locations in the published layout."""
+    root = tmp_path_factory.mktemp("tree") / "ssl4eo"
+    write_ssl4eo(root, World(8, tile=24), range(8))
+    return root
+
+
+def test_a_root_that_goes_away_stops_the_conversion_and_costs_no_sample(tmp_path, tree):
+    root = shutil.copytree(tree, tmp_path / "root")
+    words = f"0000004: .*0000004: missing.*but 0000003, which was good before, cannot be read.*{root}.*goes on"
+    with pytest.raises(OSError, match=words) as error:
+        run(Moved(root, at=4, back=1000), tmp_path / "store", allowed=0.05)
+    assert not isinstance(error.value, DataError) and not root.exists()
+    with pytest.raises(DataError, match=r"no finished store \(4 of 8 samples to do\)"):
+        Store(tmp_path / "store")
+    Path(f"{root}-away").rename(root)
+    report = run(Moved(root, at=None, back=0), tmp_path / "store", allowed=0.05)
+    assert report.converted == 4 and report.quarantined == {}
+    run(Moved(root, at=None, back=0), tmp_path / "whole")
+    same(tmp_path / "store", tmp_path / "whole")
+
+
+def test_a_root_that_is_away_for_a_moment_costs_nothing(tmp_path, tree):
+    root = shutil.copytree(tree, tmp_path / "root")
+    assert run(Moved(root, at=4, back=0), tmp_path / "store").quarantined == {}
+
+
+def test_a_root_that_holds_something_else_now_is_not_the_samples_fault(tmp_path):
+    class Exchanged(Generated):
+        def __getitem__(self, i):
+            self.seed += i == 3
+            return super().__getitem__(i)
+
+    with pytest.raises(OSError, match="0000003: file x.tif; but 0000002, which was good before, has other pixels now"):
+        run(Exchanged(6, bad={3: DataError("file x.tif")}), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["EMFILE", "ENFILE", "EIO", "ESTALE", "ENOTCONN", "ENOSPC"])
+def test_errors_that_are_no_files_fault_stop_the_conversion(tmp_path, name):
+    number = getattr(errno, name)
+    inner = OSError(number, os.strerror(number))
+    outer = DataError("file x.tif: cannot be read")
+    outer.__cause__ = inner
+    for k, error in enumerate((inner, outer)):
+        with pytest.raises(OSError, match=f"0000002: .*{'cannot be read' if k else inner.strerror}.*goes on") as found:
+            run(Generated(4, bad={2: error}), tmp_path / str(k))
+        assert found.value.errno == number
+        assert run(Generated(4), tmp_path / str(k)).converted == 2
+
+
+def test_no_file_handles_left_are_not_the_samples_fault(tmp_path, tree):
+    """GDAL says it in words alone."""
+
+    class Greedy(SSL4EOS12):
+        def __getitem__(self, i):
+            if i == 3:
+                os.close(lowest := os.open(os.devnull, os.O_RDONLY))
+                resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+            return super().__getitem__(i)
+
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        with pytest.raises(OSError, match="0000003: .*Too many open files"):
+            run(Greedy(tree), tmp_path / "store")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    report = run(SSL4EOS12(tree), tmp_path / "store")
+    assert report.stored == 8 and report.quarantined == {}
+
+
+def test_more_quarantine_than_is_allowed_stops_until_it_is_asked_for_or_mended(tmp_path):
+    bad = {i: DataError(f"file {i}.tif") for i in (0, 5, 9)}
+    words = r"2 of 30 samples are quarantined, more than 5%, last 0000005: DataError: file 5.tif; mend .*retry=True"
+    for converted in (6, 0):
+        with pytest.raises(DataError, match=words):
+            run(Generated(30, bad=bad), tmp_path / "store", allowed=0.05)
+        words = r"3 of 30 samples are quarantined, more than 5%, last 0000009"  # goes on, up to the next one
+        del converted
+    report = run(Generated(30, bad=bad), tmp_path / "store", allowed=0.1)
+    assert report.converted == 20 and list(report.quarantined) == ["0000000", "0000005", "0000009"]
+    assert run(Generated(30), tmp_path / "store", allowed=0.0).converted == 0  # a finished store is not judged again
+    report = run(Generated(30, bad={9: bad[9]}), tmp_path / "store", retry=True)
+    assert report.converted == 3 and list(report.quarantined) == ["0000009"]
+    report = run(Generated(30), tmp_path / "store", retry=True, allowed=0.0)
+    assert report.converted == 1 and report.stored == 30 and report.quarantined == {}
+    report = run(Generated(30), tmp_path / "store", retry=True)
+    assert report.converted == 0
+    assert verify(tmp_path / "store", progress=False) == {}
+    assert report.sha256 == run(Generated(30), tmp_path / "whole").sha256
+
+
+def test_a_part_tries_its_own_quarantine_again(tmp_path):
+    bad = {i: DataError(f"file {i}.tif") for i in (1, 6)}
+    for i in range(2):
+        run(Generated(8, bad=bad), tmp_path, shard=(i, 2))
+    report = run(Generated(8), tmp_path, shard=(1, 2), retry=True)
+    assert report.converted == 1 and report.quarantined == {}
+    assert list(Store(tmp_path).meta["quarantined"]) == ["0000001"]
+
+
+class Items(Generated):
+    """Items with something added."""
+
+    def __init__(self, n, change, **settings):
+        super().__init__(n, **settings)
+        self.change = change
+
+    def __getitem__(self, i):
+        item = super().__getitem__(i)
+        return self.change(item, i) if callable(self.change) else item | self.change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"labels": np.array([0.9, 0.1])}, r"0000000: labels float64 \[0.9, 0.1\]"),
+        ({"labels": np.array([0.0, 1.0])}, r"0000000: labels float64"),
+        ({"labels": np.array([3, 7])}, r"0000000: labels int64 \[3, 7\]"),
+        ({"labels": 3}, r"0000000: labels int64 3"),
+        ({"labels": np.eye(2, dtype=np.uint8)}, r"0000000: labels uint8 \[\[1, 0\]"),
+        ({"labels": ["forest"]}, r"0000000: labels <U6"),
+        ({"id": "0000001"}, "0000000: the item at its place has the id '0000001'"),
+        (lambda item, i: {k: v for k, v in item.items() if k != "id"}, "has the id None"),
+        (lambda item, i: {k: v for k, v in item.items() if k != "sar"}, "no array 'sar' in .'id', 'optical'."),
+        (lambda item, i: (item["sar"], item["optical"]), "no array 'sar' in a tuple"),
+        (lambda item, i: item | {"sar": item["sar"].tolist()}, "no array 'sar' in .'id'"),
+    ],
+)
+def test_items_of_another_form_are_refused_at_the_first_one(tmp_path, change, words):
+    with pytest.raises(DataError, match=f"{words}.*a reader's item is .'id': ids.i., 'sar', 'optical': arrays"):
+        run(Items(3, change), tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda item, i: item | {"labels": np.ones(2 + i // 2, bool)},
+            "0000002: labels bool .* 2 of them are exp",
+        ),
+        (lambda item, i: item | {"labels": np.full(2, i // 2 * 4)}, r"0000002: labels int64 \[4, 4\]"),
+        (lambda item, i: item | ({"labels": np.ones(2, bool)} if i < 2 else {}), "0000002: labels uint8"),
+        (lambda item, i: item | {"id": "000000" + "0113"[i]}, "0000002: the item at its place has the id '0000001'"),
+    ],
+)
+def test_a_later_item_of_another_form_stops_the_conversion(tmp_path, change, words):
+    with pytest.raises(DataError, match=words):
+        run(Items(4, change), tmp_path / "store")
+    with pytest.raises(DataError, match=r"no finished store \(2 of 4 samples to do\)"):
+        Store(tmp_path / "store")
+
+
+def test_one_class_works_and_the_number_of_classes_is_held_to(tmp_path):
+    data = Items(3, lambda item, i: item | {"labels": np.array([i % 2])})
+    about = {"name": "mine", "title": "My places", "classes": ["forest"], "drawn": True}
+    run(data, tmp_path / "store", about=about)
+    found = Store(tmp_path / "store")
+    assert found.labels.tolist() == [[0], [1], [0]] and found.meta["data"] == about
+    with pytest.raises(DataError, match=r"0000000: labels int64 \[0\]; 2 of them are expected"):
+        run(data, tmp_path / "other", about=about | {"classes": ["forest", "water"]})
+    with pytest.raises(DataError, match="meta.data.classes: .'forest'. there, .'water'. here"):
+        run(data, tmp_path / "store", about=about | {"classes": ["water"]})
+    assert run(data, tmp_path / "store", about=about | {"title": "Places of mine"}).converted == 0
+
+
+def test_a_mapping_stands_for_its_modality(tmp_path):
+    run(Generated(2), tmp_path / "objects")
+    run(Generated(2), tmp_path / "mappings", preprocessing={name: m.mapping() for name, m in PREPROCESSING.items()})
+    assert content(tmp_path / "objects") == content(tmp_path / "mappings")
+
+
+@needs_samples
+def test_a_known_first_sample_that_cannot_be_read_any_more_is_named(tmp_path):
+    run(Generated(4, bad={0: DataError("file x.tif")}), tmp_path, shard=(0, 2))
+    run(Generated(4), tmp_path, shard=(0, 2))  # of another sample would be said that it is another data set
+    with pytest.raises(DataError, match="0000001, by which the store knows its data set, cannot be read.*file y.tif"):
+        run(Generated(4, bad={1: DataError("file y.tif")}), tmp_path)
+
+
+def test_what_a_decoder_warns_of_is_damage(tmp_path):
+    """OpenJPEG reads a stream without an end, and GDAL only warns; a tag that GDAL does not know is no damage."""
+    grey = np.add.outer(np.arange(256), np.arange(256)) // 2 + np.random.default_rng(0).integers(0, 9, (256, 256))
+    form = {"width": 256, "height": 256, "count": 1, "dtype": "uint8"}
+    with rasterio.open(tmp_path / "whole.jp2", "w", driver="JP2OpenJPEG", QUALITY="50", **form) as file:
+        file.write(grey.clip(0, 255).astype(np.uint8), 1)
+    data = (tmp_path / "whole.jp2").read_bytes()
+    (tmp_path / "half.jp2").write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+    options = {"count": 1, "kind": "ui", "driver": "JP2OpenJPEG"}
+    assert abs(read(tmp_path / "whole.jp2", **options)[0].astype(int) - grey).mean() < 4
+    with pytest.raises(DataError, match="half.jp2: damaged, says its decoder .JP2OpenJPEG.: .*does not end with EOC"):
+        read(tmp_path / "half.jp2", **options)
+
+    class Tiles:
+        ids = ["half", "whole"]
+
+        def __getitem__(self, i):
+            tile = read(tmp_path / f"{self.ids[i]}.jp2", **options)
+            return {"id": self.ids[i], "rgb": np.repeat(tile, 3, axis=0)}
+
+    report = convert(Tiles(), tmp_path / "store", preprocessing={"rgb": RGB}, allowed=0.5, progress=False)
+    assert list(report.quarantined) == ["half"] and "does not end with EOC" in report.quarantined["half"]
+
+
+def test_warnings_of_other_threads_and_of_headers_are_not_a_files_own(tmp_path):
+    form = {"width": 8, "height": 8, "count": 1, "dtype": "uint8", "driver": "GTiff"}
+    with rasterio.open(tmp_path / "a.tif", "w", **form) as file:
+        file.write(np.zeros((8, 8), np.uint8), 1)
+    with raster._gdal() as warned:
+        thread = threading.Thread(target=logging.getLogger("rasterio._err").warning, args=["of another file"])
+        thread.start()
+        thread.join()
+        assert warned == []
+        logging.getLogger("rasterio._err").warning("of a tag")
+        assert warned == ["of a tag"]
+        assert raster._read(tmp_path / "a.tif", warned, count=1, kind="ui").values.shape == (1, 8, 8)
+    assert not [h for h in logging.getLogger("rasterio").handlers if h.level == logging.WARNING]
+
+
+READER = """
+import numpy as np
+
+class Mine:
+    ids = ["a", "b", "c"]
+    def __getitem__(self, i):
+        return {"id": self.ids[i], "rgb": np.full((3, 4, 4), i, np.uint8)}
+"""
+CALLS = """
+from decur_core.data.convert import convert, verify
+from decur_core.data.modality import RGB
+convert(Mine(), "store", preprocessing={"rgb": RGB}, workers=2, progress=False)
+assert verify("store", workers=2) == {}, verify("store")
+print("done")
+"""
+
+
+def script(folder, text, *command):
+    """Run a script of someone else, in its own folder; what it says and its exit code."""
+    (folder / "script.py").write_text(text)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *(command or ["script.py"])], cwd=folder, env=environment, text=True,
+                          capture_output=True, timeout=300)  # fmt: skip
+    return done.stdout + done.stderr, done.returncode
+
+
+def test_a_plain_script_without_a_guard_converts_and_verifies(tmp_path):
+    (tmp_path / "mine.py").write_text(READER)
+    said, code = script(tmp_path, f"from mine import Mine\n{CALLS}")
+    assert code == 0 and said.count("done") == 1, said  # once: the processes leave the script alone
+
+
+def test_a_script_whose_own_class_needs_a_guard_is_told(tmp_path):
+    said, code = script(tmp_path, READER + CALLS)
+    last = said.strip().splitlines()[-1]
+    assert code and "the worker processes ended before they could begin" in last
+    assert 'keeps its calls below `if __name__ == "__main__":`' in last and "in use" not in said
+    calls = "\n".join(f"    {line}" for line in CALLS.strip().splitlines())
+    said, code = script(tmp_path, f'{READER}\nif __name__ == "__main__":\n{calls}')
+    assert code == 0 and "done" in said, said  # nothing that was there is in the way
+
+
+def test_a_class_of_a_notebook_is_named(tmp_path):
+    """What is typed into a session has no file that a process could import."""
+    said, code = script(tmp_path, "", "-c", READER + CALLS)
+    assert code and "__main__.Mine cannot be sent to a worker process" in said.strip().splitlines()[-1]
+    assert "define it in a module of its own (a file that is imported, not a notebook" in said and "workers=0" in said
+    said, code = script(tmp_path, "", "-c", READER + CALLS.replace("workers=2, progress", "workers=0, progress"))
+    assert code == 0 and "done" in said, said
+
+    class Local(Generated):
+        pass
+
+    with pytest.raises(RuntimeError, match="Local cannot be sent to a worker process .*workers=0"):
+        run(Local(3), tmp_path / "local", workers=1)
+
+
+class Deadly(Generated):
+    """Reading item 21 kills the process, unless it is this one."""
+
+    def __init__(self, n, **settings):
+        super().__init__(n, **settings)
+        self.alive = os.getpid()
+
+    def __getitem__(self, i):
+        if i == 21 and os.getpid() != self.alive:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(i)
+
+
+def test_the_death_of_a_worker_is_not_blamed_on_the_data(tmp_path):
+    words = "a worker process died, at work on 00000.. or after it.*workers=0 shows on which sample.*goes on"
+    with pytest.raises(ChildProcessError, match=words):
+        run(Deadly(40), tmp_path / "store", workers=1, allowed=0.0)
+    report = run(Deadly(40), tmp_path / "store", allowed=0.0)
+    assert 0 < report.converted < 40 and report.quarantined == {}
+
+
 SBATCH = """touch calls
 echo "$*" >> calls
 trap 'echo signalled >> calls; exit 3' USR1 TERM
@@ -572,8 +895,6 @@ def test_the_job_array_converts_its_part_and_goes_back_into_the_queue(tmp_path, 
 def test_the_published_conversion_of_the_benchmark_gives_nearly_the_same_bytes(tmp_path):
     pytest.importorskip("cv2", reason="opencv-python-headless is an extra of the benchmarks")
     from benchmarks import convert as benchmark
-    from decur_core.worlds.files import write_ssl4eo
-    from decur_core.worlds.sar_optical import World
 
     root = tmp_path / "root"
     write_ssl4eo(root, World(2, tile=36), range(2))

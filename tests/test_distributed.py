@@ -27,11 +27,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from decur_core import config, losses, pretrain
 from decur_core.lars import cosine, set_learning_rates
 from decur_core.running import folders as runs
+from decur_core.running import history
 from decur_core.running import processes as distributed
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
-BATCH = 24
+BATCH, CHANNELS = 24, {"sar": 2, "optical": 13}
 RELATIVE = {torch.float64: 1e-9, torch.float32: 1e-5}
 SHAPES = {"N x N": (64, 56), "K x K": (19, 15)}  # last width and dim_common; 2 * 24 lies between the widths
 METHODS = {
@@ -40,7 +41,7 @@ METHODS = {
     "vicreg": {},
     "clip": {},
     "simclr": {},
-    "barlow_twins_single": {"single": 2},
+    "barlow_twins_single": {"single": "optical"},
     "decur, shared projector, across alone": {"method": "decur", "intra": False, "shared_projector": True},
 }
 ALL = list(itertools.product(METHODS, ("lars", "adamw"), SHAPES, RELATIVE))
@@ -69,21 +70,26 @@ def five_steps(method: str, optimizer: str, shape: str, dtype: torch.dtype) -> d
     settings = config.load("start", chosen)
     images = torch.rand(4, BATCH, 13, 8, 8, generator=torch.Generator().manual_seed(1), dtype=dtype)
     torch.manual_seed(0)
-    model = pretrain._model(settings).to(dtype).train()
+    model = pretrain.network(settings, CHANNELS).to(dtype).train()
     if dtype == torch.float32:  # a value that rounding moves over ReLU's kink would change its gradient by all it has
         for module in model.modules():
             for name, part in module.named_children():
                 if isinstance(part, nn.ReLU):
                     setattr(module, name, nn.SiLU())
-    made = pretrain._optimizer(settings, model)
+    made = pretrain.optimizer(settings, model)
     replica, (rank, world) = distributed.replicate(model, CPU), distributed.place()
     rows, seen = slice(BATCH * rank // world, BATCH * (rank + 1) // world), {}
     for step in range(5):
-        seen_by = pretrain._views(settings)
-        views = {(m, v): images[pretrain.VIEWS.index((m, v)), rows, : (2, 13)[m]] for m, v in seen_by}
+        # Which of the four sets of images a view is: first views before second ones.
+        several = losses.METHODS[settings.method].views(settings)
+        views = {
+            m: tuple(images[2 * v + k, rows, :channels] if v < several else None for v in (0, 1))
+            for k, (m, channels) in enumerate(CHANNELS.items())
+            if m in runs.trained(settings)
+        }
         set_learning_rates(made, cosine(step, 5))
         made.zero_grad()
-        terms = pretrain._loss(settings, replica, views)
+        terms = pretrain.loss(settings, replica, views)
         terms["total"].backward()
         seen |= {f"{name} at step {step}": value.detach() for name, value in terms.items()}
         trained = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -303,7 +309,7 @@ def killed(place):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     parent = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     folder = runs.path(settings, "pretrain", runs.title(settings))
-    wait_for(lambda: len(runs.read_history(folder)) >= 4 or parent.poll() is not None)
+    wait_for(lambda: len(history.read(folder)) >= 4 or parent.poll() is not None)
     below = children(parent.pid)
     parent.kill()
     assert parent.wait() == -signal.SIGKILL, parent.stderr.read()
@@ -319,14 +325,17 @@ def uninterrupted(place):
 
 
 def result(folder: Path) -> tuple[dict, list[dict]]:
-    return torch.load(folder / "final.pt", weights_only=True)["model"], runs.read_history(folder)
+    return torch.load(folder / "final.pt", weights_only=True)["model"], history.read(folder)
 
 
-def assert_same_run(found: tuple[dict, list[dict]], wanted: tuple[dict, list[dict]], tolerance: float = 1e-3) -> None:
+TERMS = ("total", "common", "unique", "intra/sar", "intra/optical")
+
+
+def assert_same_run(found: tuple, wanted: tuple, tolerance: float = 1e-3, names=TERMS) -> None:
     """Rounding grows from step to step; other samples, seasons or views would differ at once, and by far more."""
     assert [line["step"] for line in found[1]] == [line["step"] for line in wanted[1]]
     for a, b in zip(found[1], wanted[1], strict=True):
-        for name in ("total", "common", "unique", "intra1", "intra2"):
+        for name in names:
             assert abs(a[name] - b[name]) <= tolerance * b["total"], (a["step"], name)
     assert found[0].keys() == wanted[0].keys()
     for name, value in wanted[0].items():
@@ -398,7 +407,7 @@ def test_a_killed_run_of_two_goes_on_in_one_process_and_in_four(killed, four, pl
 
 
 def interrupt(folder: Path, number: int) -> None:
-    wait_for(lambda: len(runs.read_history(folder)) >= 4)
+    wait_for(lambda: len(history.read(folder)) >= 4)
     os.kill(os.getpid(), number)
 
 
@@ -408,7 +417,7 @@ def test_a_signal_stops_all_after_the_same_step(place, uninterrupted, capsys):
     threading.Thread(target=interrupt, args=(folder, signal.SIGUSR1), daemon=True).start()
     with pytest.raises(pretrain.Interrupted, match=r"SIGUSR1 after step \d+ of 20"):
         pretrain.run(settings, place / "store")
-    last = runs.read_history(folder)[-1]["step"]
+    last = history.read(folder)[-1]["step"]
     assert (folder / f"checkpoint-{last:09d}.pt").exists()
     shown = capsys.readouterr().err
     assert "/20" in shown and "pairs/s" in shown
@@ -430,7 +439,8 @@ TORCHRUN = """--nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-id=test -
 def nodes(settings, port: int) -> list[subprocess.Popen]:
     """Two launchers, each as it would run on a node of its own."""
     plain = {k: v for k, v in config.to_dict(settings).items() if k != "profile"}
-    chosen = [f"{name}={json.dumps(value)}" for name, value in plain.items()]
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in plain.items()}
+    chosen = [f"{name}={text}" for name, text in texts.items()]
     command = [sys.executable, "-m", "torch.distributed.run", f"--rdzv-endpoint=localhost:{port}", *TORCHRUN.split()]
     Path(settings.runs).mkdir(exist_ok=True)  # where torchrun leaves its log folders too
     environment = {**os.environ, "TMPDIR": settings.runs}
@@ -513,13 +523,13 @@ def test_job_scripts_pass_signals_on_and_requeue_before_the_time_limit(tmp_path,
 @pytest.mark.soak
 def test_a_signal_to_one_node_stops_both_after_the_same_step(place):
     settings = world_settings(place)
-    settings = pretrain.dataclasses.replace(settings, epochs=400, name="stopped")
+    settings = settings.model_copy(update={"epochs": 400, "name": "stopped"})
     running, folder = nodes(settings, free_port()), runs.path(settings, "pretrain", runs.title(settings))
-    wait_for(lambda: len(runs.read_history(folder)) >= 4)
+    wait_for(lambda: len(history.read(folder)) >= 4)
     running[1].send_signal(signal.SIGUSR1)
     output = [process.communicate(timeout=120)[0] for process in running]
     assert all(process.returncode for process in running)
-    last = runs.read_history(folder)[-1]["step"]
+    last = history.read(folder)[-1]["step"]
     assert (folder / f"checkpoint-{last:09d}.pt").exists()
     assert all(f"SIGUSR1 after step {last} of 800; the same call resumes" in text for text in output), output
 
@@ -557,8 +567,8 @@ def test_a_notebook_starts_processes_shows_their_progress_and_hands_signals_on(p
     overrides = {k: v for k, v in plain.items() if k not in ("profile", "sweep")}
     cells = [
         'profile = "mini"\noverrides = {}',
-        f"from decur_core import config, pretrain, runs\n\nsettings = config.load(profile, overrides)\n"
-        f'pretrain.run(settings, "{place / "store"}")',
+        "from decur_core import config, pretrain\nfrom decur_core.running import folders as runs",
+        f'settings = config.load(profile, overrides)\npretrain.run(settings, "{place / "store"}")',
         "runs.finished()",
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in cells])

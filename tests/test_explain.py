@@ -16,6 +16,7 @@ from decur_core.data.store import Store
 from decur_core.explain import embeddings, saliency
 from decur_core.model import MultimodalModel
 from decur_core.report import figures as plots
+from decur_core.running import checkpoints
 from decur_core.running import folders as runs
 
 
@@ -335,3 +336,13 @@ def test_maps_and_overlaps_of_three_modalities_go_by_their_blocks(tiny, tmp_path
     torch.testing.assert_close(made["sar"](images["sar"]), expected, rtol=1e-3, atol=1e-4)
     rows = explain.example_maps(tiny(), tmp_path / "run", "a store", count=2)
     assert list(rows[0]) == [f"{m}{part}" for m in bands for part in ("", ", common", ", unique")]
+
+
+def test_the_split_that_a_run_found_says_what_is_common(tiny, pair_store):
+    folder = pretrain.run(tiny(epochs=1), pair_store)
+    state = torch.load(folder / "final.pt", weights_only=True)
+    state["settings"]["dim_common"], state["split"] = "auto", {"dim_common": 3, "rank": 5}
+    checkpoints.save(state, folder / "final.pt")
+    found, _, settings = explain.targets(folder, Store(pair_store), samples=8)
+    assert settings["dim_common"] == 3 and "rank" not in settings
+    assert [int((part != 0).sum()) for part in found["sar"].weights.T] == [3, 5]

@@ -11,8 +11,8 @@ from decur_core import backbones, losses
 from decur_core.lars import parameter_groups
 from decur_core.model import MultimodalModel, backbone_state, build, load_published, mlp
 
-CHANNELS = (2, 13)
-FEATURES = {"small": 128, "resnet18": 512, "resnet50": 2048, "mit_b0": 256, "mit_b2": 512}
+CHANNELS = {"sar": 2, "optical": 13}
+FEATURES = {"small": 128, "medium": 256, "resnet18": 512, "resnet50": 2048, "mit_b0": 256, "mit_b2": 512}
 PROJECTOR = (24, 20, 16)
 
 
@@ -21,7 +21,13 @@ def images(channels, n=4, size=64, seed=0):
 
 
 def views(n=4, size=64):
-    return [images(c, n, size, seed) for seed, c in enumerate((2, 2, 13, 13))]
+    drawn = [images(c, n, size, seed) for seed, c in enumerate((2, 2, 13, 13))]
+    return {"sar": tuple(drawn[:2]), "optical": tuple(drawn[2:])}
+
+
+def flat(z):
+    """The embeddings, or views, of both modalities in one list."""
+    return [each for both in z.values() for each in both]
 
 
 @pytest.fixture(scope="module", params=FEATURES)
@@ -41,8 +47,10 @@ def test_embeddings_and_gradients(model):
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)
-    size = 32 if model.name == "small" else 64
-    z = model.train()(*views(size=size))
+    size = 32 if model.name in ("small", "medium") else 64
+    z = model.train()(views(size=size))
+    assert [*z] == ["sar", "optical"]
+    z = flat(z)
     assert model.features == FEATURES[model.name]
     assert [tuple(x.shape) for x in z] == [(4, PROJECTOR[-1])] * 4
     assert all(torch.isfinite(x).all() and x.dtype == torch.float32 for x in z)
@@ -55,28 +63,30 @@ def test_embeddings_and_gradients(model):
 def test_each_embedding_depends_on_its_own_view_only(model):
     model.eval()
     with torch.no_grad():
-        before = model(*views(n=2, size=32))
-        assert torch.equal(model.embed(1, views(n=2, size=32)[1]), before[1])
-        assert torch.equal(model.embed(2, views(n=2, size=32)[2]), before[2])
+        given = flat(views(n=2, size=32))
+        before = flat(model(views(n=2, size=32)))
+        assert torch.equal(model.embed("sar", given[1]), before[1])
+        assert torch.equal(model.embed("optical", given[2]), before[2])
+        assert model({"optical": (given[2], None)})["optical"][1] is None
         for i in range(4):
-            changed = views(n=2, size=32)
+            changed = flat(views(n=2, size=32))
             changed[i] = 1 - changed[i]
-            after = model(*changed)
+            after = flat(model({"sar": tuple(changed[:2]), "optical": tuple(changed[2:])}))
             assert [torch.equal(a, b) for a, b in zip(after, before, strict=True)] == [j != i for j in range(4)]
 
 
 def test_modalities_share_no_weight(model):
     parts = [
         {p.data_ptr() for module in modules for p in [*module.parameters(), *module.buffers()] if p.numel()}
-        for modules in ((model.backbone_1, model.projector_1), (model.backbone_2, model.projector_2))
+        for modules in ((model.backbones[m], model.projectors[m]) for m in CHANNELS)
     ]
     assert parts[0].isdisjoint(parts[1])
     assert len(list(model.parameters())) == sum(len(list(m.parameters())) for m in model.children())
-    assert not torch.equal(model.projector_1[0].weight, model.projector_2[0].weight)
+    assert not torch.equal(model.projectors["sar"][0].weight, model.projectors["optical"][0].weight)
 
 
 def test_projector_is_that_of_the_paper(model):
-    for projector in (model.projector_1, model.projector_2):
+    for projector in model.projectors.values():
         kinds = [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
         assert [type(layer) for layer in projector] == kinds
         widths = [layer.out_features for layer in projector if isinstance(layer, nn.Linear)]
@@ -88,23 +98,35 @@ def test_projector_is_that_of_the_paper(model):
 def test_without_projector_embeddings_are_features():
     model = MultimodalModel("small", CHANNELS, []).eval()
     x = images(13, size=32)
-    assert torch.equal(model.embed(2, x), model.backbone_2(x)) and model.dimensions == model.features == 128
+    assert torch.equal(model.embed("optical", x), model.backbones["optical"](x))
+    assert model.dimensions == {"sar": 128, "optical": 128} and model.features == 128
     assert not [name for name in model.state_dict() if "projector" in name]
-    assert MultimodalModel("small", CHANNELS, [24, 16]).dimensions == 16
+    assert MultimodalModel("small", CHANNELS, [24, 16]).dimensions == {"sar": 16, "optical": 16}
+
+
+def test_any_number_of_modalities_with_widths_of_their_own():
+    channels, widths = {"sar": 2, "dem": 3, "optical": 13}, {"sar": 6, "dem": 4, "optical": 8}
+    model = MultimodalModel("small", channels, [24, 16], dimensions=widths).eval()
+    z = model({m: (images(c, size=32), None) for m, c in channels.items()})
+    assert {m: first.shape[1] for m, (first, _) in z.items()} == widths == model.dimensions
+    blocks = {"sar+dem+optical": 3, "sar+optical": 2, "sar": 1, "dem": 1, "optical": 3}
+    settings = {"method": "decur", "backbone": "small", "projector": [24, 16], "blocks": blocks}
+    assert build(settings, channels).dimensions == widths
 
 
 def test_a_shared_projector_is_one_module_in_every_respect():
     model = MultimodalModel("small", CHANNELS, PROJECTOR, shared_projector=True)
-    assert model.projector_1 is model.projector_2
+    assert model.projectors["sar"] is model.projectors["optical"]
     state = model.state_dict()  # under both names, as in the published checkpoints
     assert state.keys() == MultimodalModel("small", CHANNELS, PROJECTOR).state_dict().keys()
     groups = parameter_groups(model, lr=1, lr_biases=1)
-    assert sum(p is model.projector_1[0].weight for group in groups for p in group["params"]) == 1
-    before = model.projector_1[0].weight.clone()
+    assert sum(p is model.projectors["sar"][0].weight for group in groups for p in group["params"]) == 1
+    before = model.projectors["sar"][0].weight.clone()
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    assert converted.projector_1 is converted.projector_2 and isinstance(converted.projector_2[1], nn.SyncBatchNorm)
+    assert converted.projectors["sar"] is converted.projectors["optical"]
+    assert isinstance(converted.projectors["optical"][1], nn.SyncBatchNorm)
     model.load_state_dict({k: v + 1 for k, v in state.items()})
-    assert torch.equal(model.projector_2[0].weight, before + 1)
+    assert torch.equal(model.projectors["optical"][0].weight, before + 1)
 
 
 def test_the_scale_starts_at_that_of_clip_is_capped_and_takes_neither_decay_nor_adaptation():
@@ -123,7 +145,7 @@ def test_the_scale_starts_at_that_of_clip_is_capped_and_takes_neither_decay_nor_
     model.scale().backward()  # it can come back
     assert float(model.log_scale.grad) == pytest.approx(100)
     assert not hasattr(build({**settings, "method": "simclr"}, CHANNELS), "log_scale")
-    assert build({**settings, "shared_projector": True}, CHANNELS).projector_1[0].out_features == 8
+    assert build({**settings, "shared_projector": True}, CHANNELS).projectors["sar"][0].out_features == 8
 
 
 def test_last_layer_needs_no_bias():
@@ -135,7 +157,7 @@ def test_last_layer_needs_no_bias():
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-@pytest.mark.parametrize("modality", [1, 2])
+@pytest.mark.parametrize("modality", CHANNELS)
 def test_backbone_loads_into_plain_torchvision(name, modality):
     torch.manual_seed(1)
     model = MultimodalModel(name, CHANNELS, (4,))
@@ -146,12 +168,12 @@ def test_backbone_loads_into_plain_torchvision(name, modality):
             nn.init.normal_(module.running_mean, std=0.1)
             nn.init.uniform_(module.running_var, 0.5, 2)
     plain = getattr(torchvision.models, name)()
-    plain.conv1 = nn.Conv2d(CHANNELS[modality - 1], 64, kernel_size=7, stride=2, padding=3, bias=False)
+    plain.conv1 = nn.Conv2d(CHANNELS[modality], 64, kernel_size=7, stride=2, padding=3, bias=False)
     plain.fc = nn.Identity()
     plain.load_state_dict(backbone_state(model.state_dict(), modality), strict=True)
-    x = images(CHANNELS[modality - 1], n=2)
+    x = images(CHANNELS[modality], n=2)
     with torch.no_grad():
-        own = (model.backbone_1, model.backbone_2)[modality - 1].eval()(x)
+        own = model.backbones[modality].eval()(x)
         assert own.shape == (2, FEATURES[name]) and own.std() > 0 and not torch.equal(own[0], own[1])
         assert torch.equal(plain.eval()(x), own)
 
@@ -169,15 +191,16 @@ def test_same_seed_same_weights():
 
     a, b, c = state(0), state(0), state(1)
     assert all(torch.equal(a[k], b[k]) for k in a)
-    assert not torch.equal(a["projector_1.0.weight"], c["projector_1.0.weight"])
+    assert not torch.equal(a["projectors.sar.0.weight"], c["projectors.sar.0.weight"])
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("resnet34", CHANNELS, PROJECTOR), "backbone = 'resnet34'; allowed: resnet18, resnet50, small"),
-        (("small", (2, 0), PROJECTOR), "in_channels = 0; a backbone needs at least one channel"),
-        (("small", (2,), PROJECTOR), r"in_channels = \(2,\); one number for each of the two"),
+        (("small", {"sar": 2, "optical": 0}, PROJECTOR), "in_channels = 0; a backbone needs at least one channel"),
+        (("small", {"sar": 2}, PROJECTOR), "in_channels = {'sar': 2}; a number for each of two or more modalities"),
+        (("small", (2, 13), PROJECTOR), r"in_channels = \(2, 13\); a number for each of two or more modalities"),
         (("small", CHANNELS, (8, 0)), r"projector = \(8, 0\); each width must be 1 or more"),
     ],
 )
@@ -187,8 +210,8 @@ def test_impossible_networks_are_refused(arguments, message):
 
 
 def test_backbone_state_of_a_modality_that_is_not_there():
-    with pytest.raises(KeyError, match="backbone_3.*modality must be 1 or 2"):
-        backbone_state(MultimodalModel("small", CHANNELS, (4,)).state_dict(), 3)
+    with pytest.raises(KeyError, match=r"no key starts with 'backbones.dem.'; modalities here: sar, optical"):
+        backbone_state(MultimodalModel("small", CHANNELS, (4,)).state_dict(), "dem")
 
 
 class Published(nn.Module):
@@ -238,11 +261,11 @@ def test_published_checkpoints_give_the_embeddings_they_gave_there(tmp_path, nam
         for parameter in theirs.parameters():  # no layer starts at zero and hides what is before it
             parameter.add_(0.02 * torch.randn_like(parameter))
     ours = load_published(save_published(theirs, tmp_path / "checkpoint_0099.pth"))
-    assert not ours.training and (ours.projector_1 is ours.projector_2) == (not heads)
-    for modality, c in enumerate(channels, start=1):
+    assert not ours.training and (ours.projectors["first"] is ours.projectors["second"]) == (not heads)
+    for number, (modality, c) in enumerate(zip(("first", "second"), channels, strict=True), start=1):
         x = images(c, n=3, size=32)
         with torch.no_grad():
-            wanted, found = theirs.embed(modality, x), ours.embed(modality, x)
+            wanted, found = theirs.embed(number, x), ours.embed(modality, x)
         assert wanted.std(0).max() > 0
         if heads:  # two linear layers as one: other roundings
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
@@ -252,21 +275,23 @@ def test_published_checkpoints_give_the_embeddings_they_gave_there(tmp_path, nam
 
 @pytest.fixture(scope="module")
 def published():
-    return Published("resnet18", CHANNELS, (8, 8))
+    return Published("resnet18", (2, 13), (8, 8))
 
 
 @pytest.mark.parametrize(("key", "prefix"), [("state_dict", "module."), (None, "module."), (None, ""), ("model", "")])
 def test_published_checkpoints_with_and_without_wrappings(published, tmp_path, key, prefix):
     ours = load_published(save_published(published, tmp_path / "a.pth", key=key, prefix=prefix))
-    assert torch.equal(ours.backbone_2.layer4[1].conv2.weight, published.backbone_2.layer4[1].conv2.weight)
-    assert ours.backbone_2.conv1.in_channels == 13 and ours.dimensions == 8
+    named = load_published(tmp_path / "a.pth", modalities=("sar", "optical"))
+    assert named.dimensions == {"sar": 8, "optical": 8}
+    assert torch.equal(ours.backbones["second"].layer4[1].conv2.weight, published.backbone_2.layer4[1].conv2.weight)
+    assert ours.backbones["second"].conv1.in_channels == 13 and ours.dimensions == {"first": 8, "second": 8}
 
 
 def test_published_projectors_that_differ_stay_apart(published, tmp_path):
     state = {**published.state_dict(), "projector2.0.weight": published.projector1[0].weight + 1}
     torch.save(state, tmp_path / "a.pth")
     ours = load_published(tmp_path / "a.pth")
-    assert torch.equal(ours.projector_2[0].weight, ours.projector_1[0].weight + 1)
+    assert torch.equal(ours.projectors["second"][0].weight, ours.projectors["first"][0].weight + 1)
 
 
 class Unknown:
@@ -282,14 +307,17 @@ def test_published_checkpoints_that_do_not_fit_are_refused_by_key_and_shape(publ
             load_published(file, **options)
 
     without = {k: v for k, v in state.items() if k != "backbone_2.layer1.0.conv1.weight"}
-    refused(without, r"a.pth: does not fit two networks resnet18 .*misses backbone_2.layer1.0.conv1.weight")
+    refused(without, r"a.pth: does not fit two networks resnet18 .*misses backbones.second.layer1.0.conv1.weight")
     wrong = {**state, "projector2.3.weight": torch.zeros(9, 8)}
-    refused(wrong, r"projector_2.3.weight is \(9, 8\), expected \(8, 8\)")
+    refused(wrong, r"projectors.second.3.weight is \(9, 8\), expected \(8, 8\)")
     refused({**state, "extra.weight": torch.zeros(1)}, "has extra.weight, which is unknown")
-    refused({k: v for k, v in state.items() if not k.startswith("backbone_2")}, "has no 'backbone_2.conv1.weight'")
-    refused(backbone_state(state, 1), r"expected the keys backbone_1.\* of mit_b5, .*; found conv1.weight, bn1.weight")
+    refused(
+        {k: v for k, v in state.items() if not k.startswith("backbone_2")}, "has no 'backbones.second.conv1.weight'"
+    )
+    plain = {k.removeprefix("backbone_1."): v for k, v in state.items() if k.startswith("backbone_1.")}
+    refused(plain, r"expected the keys backbone_1.\* of mit_b5, .*; found conv1.weight, bn1.weight")
     refused({"epoch": 3}, "found no tensors")
-    refused([1, 2], "found no tensors")
+    refused([1, 2], "holds a list; expected a dict of tensors")
     refused({"model": state, "arguments": Unknown()}, r"holds more than tensors.*weights_only=False")
     attention = {**state, "da1_l3.proj_q.weight": torch.zeros(2, 2), "da2_l4.proj_q.weight": torch.zeros(2, 2)}
     refused(attention, r"2 weights of deformable attention \(da1_l3.proj_q.weight, ...\) have no place")

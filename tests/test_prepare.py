@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from decur_core import config
-from decur_core.data import prepare
+from decur_core.data import datasets, prepare
 from decur_core.data.bigearthnet import BigEarthNetMM
-from decur_core.data.modality import PAIRS
+from decur_core.data.modality import OPTICAL, SAR
 from decur_core.data.ssl4eo import SSL4EOS12
 from decur_core.data.store import Store
+from decur_core.data.sunrgbd import AsHHA
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 WORLD = {"locations": 10, "through_files": 3, "train": 6, "test": 5, "tile": 36}
@@ -38,14 +39,14 @@ def test_stores_hold_what_the_readers_give(settings):
     store = Store(prepare.pretraining_store(settings))
     reader = prepare.pairs(settings)
     assert store.ids == reader.ids and store.seasons == 4
-    for modality in PAIRS["sar_optical"]:
-        expected = modality.preprocessing.encode(reader[7][modality.name])
+    for modality in (SAR, OPTICAL):
+        expected = modality.encode(reader[7][modality.name])
         found = np.stack([store.read(7, modality.name, s) for s in range(4)])
         np.testing.assert_array_equal(found, expected)
 
 
 def test_patches_are_split_labelled_and_through_files(settings, tmp_path):
-    stores = {k: Store(p) for k, p in prepare.patch_stores(settings).items()}
+    stores = {k: Store(p) for k, p in prepare.labelled_stores(settings, "bigearthnet").items()}
     assert [len(stores[k]) for k in ("train", "test")] == [6, 5]
     assert not set(stores["train"].ids) & set(stores["test"].ids)
     (tree,) = tmp_path.glob("**/bigearthnet")
@@ -81,11 +82,11 @@ def test_other_pairs_pass_through_published_files_and_agree_with_their_world(pai
             np.testing.assert_array_equal(item[name], drawn[name], err_msg=name)
         np.testing.assert_array_equal(store.read(i, "mask", 0)[0], item["mask"])
         np.testing.assert_array_equal(store.read(i, "rgb", 0), item["rgb"])
-    first, second = PAIRS[pair]
+    first, second = datasets.modalities_of(pair)
     assert set(store.shapes) == {first.name, second.name, "mask"}
     if pair == "rgb_dem":
-        np.testing.assert_array_equal(store.read(0, "dem", 0), second.preprocessing.encode(reader[0]["dem"]))
-    if split in ("train", "all") and dataset == prepare.PRETRAINING[pair][0]:
+        np.testing.assert_array_equal(store.read(0, "dem", 0), second.encode(reader[0]["dem"]))
+    if split in ("train", "all") and dataset == datasets.pretraining(pair).name:
         factors, seen_by = prepare.known_factors(settings)
         assert all(len(values) == count for values in factors.values()) and set(seen_by) <= set(factors)
         assert set(seen_by.values()) == {"common", first.name, second.name}
@@ -105,7 +106,7 @@ def test_rooms_of_other_sizes_are_brought_to_one_after_hha():
             down = np.array([0.0, 1.0, 0.0])
             return {"id": str(i), "rgb": rgb, "depth": depth, "intrinsics": camera, "gravity": down, "mask": mask}
 
-    rooms = prepare.Rooms(Reader(), (30, 40))
+    rooms = AsHHA(Reader(), (30, 40))
     large, small = rooms[0], rooms[1]
     for name in ("rgb", "hha", "mask"):
         assert large[name].shape[-2:] == (30, 40) and large[name].dtype == np.uint8
@@ -124,7 +125,7 @@ def test_command_line_converts_in_parts_and_verifies(tmp_path, capsys):
     (folder,) = tmp_path.glob("start/ssl4eo-*")
     assert len(Store(folder)) == 10 and Store(folder).ids == prepare.pairs(settings).ids
     prepare.main(["start", "--verify", "--set", *options])
-    (data,) = sorted(folder.rglob("data.mdb"))[:1]
+    (data,) = sorted(folder.rglob("optical*.npy"))[:1]
     data.write_bytes(data.read_bytes()[:9000])
     with pytest.raises(SystemExit) as caught:
         prepare.main(["start", "--verify", "--set", *options])
@@ -134,7 +135,7 @@ def test_command_line_converts_in_parts_and_verifies(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--dataset", "cifar"], "dataset = 'cifar'.*data sets of pair sar_optical: bigearthnet, ssl4eo"),
+        (["--dataset", "cifar"], "dataset = 'cifar'.*data sets of pair sar_optical: ssl4eo, bigearthnet"),
         (["--dataset", "geonrw", "--verify"], "data sets of pair sar_optical"),
         (["--split", "train"], "split = 'train'.*splits: all"),
         (["--dataset", "bigearthnet", "--split", "val"], "splits: train, test, all"),
@@ -188,6 +189,6 @@ def test_real_samples_split_by_the_official_list(tmp_path):
 
 
 def test_missing_data_is_named(tmp_path):
-    settings = config.load("a100", {"data.ssl4eo": str(tmp_path / "nowhere"), "data.stores": str(tmp_path)})
+    settings = config.load("a100", {"data.roots": {"ssl4eo": str(tmp_path / "nowhere")}, "data.stores": str(tmp_path)})
     with pytest.raises(ValueError, match="nowhere"):
         prepare.pretraining_store(settings)

@@ -1,6 +1,8 @@
 """The loop: every step on record, exact resume after any death, refusals before any compute is spent."""
 
 import dataclasses
+import io
+import itertools
 import json
 import os
 import resource
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -17,12 +20,15 @@ import torch
 from conftest import make_store
 
 from decur_core import backbones, config, pretrain
+from decur_core.data import datasets
+from decur_core.data.modality import OPTICAL, SAR
 from decur_core.data.store import Store
 from decur_core.model import MultimodalModel
-from decur_core.running import checkpoints
+from decur_core.running import checkpoints, history
 from decur_core.running import folders as runs
 
 ROOT = Path(__file__).resolve().parents[1]
+CHANNELS = {"sar": 2, "optical": 13}
 
 
 def final(folder: Path) -> dict:
@@ -36,10 +42,12 @@ def same_weights(a: dict, b: dict) -> bool:
 
 def test_history_has_every_step_once_with_all_terms(tiny, pair_store):
     settings = tiny(log_steps=5)
-    lines = runs.read_history(pretrain.run(settings, pair_store))
+    lines = history.read(pretrain.run(settings, pair_store))
     assert [line["step"] for line in lines] == list(range(1, 17))
     for k, line in enumerate(lines):
-        assert line["total"] == pytest.approx(sum(line[t] for t in ("common", "unique", "intra1", "intra2")), rel=1e-5)
+        assert line["total"] == pytest.approx(
+            sum(line[t] for t in ("common", "unique", "intra/sar", "intra/optical")), rel=1e-5
+        )
         share = (1 + torch.cos(torch.tensor(torch.pi * k / 16))) / 2
         assert line["learning_rate"] == pytest.approx(settings.learning_rate * float(share), abs=1e-9)
 
@@ -67,7 +75,7 @@ def test_seed_changes_the_result(tiny, pair_store):
 
 def stop_after(step: int, monkeypatch):
     """Send SIGTERM in the step with this number; the list that is returned has an entry for every step."""
-    real, calls = pretrain._loss, []
+    real, calls = pretrain.loss, []
 
     def counted(*arguments):
         calls.append(1)
@@ -75,7 +83,7 @@ def stop_after(step: int, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments)
 
-    monkeypatch.setattr(pretrain, "_loss", counted)
+    monkeypatch.setattr(pretrain, "loss", counted)
     return calls
 
 
@@ -91,7 +99,7 @@ def test_stop_signal_writes_a_checkpoint_and_resume_is_exact(tiny, pair_store, m
     resumed = pretrain.run(settings, pair_store)
     assert len(calls) == 16, "steps before the checkpoint must not be computed again"
     assert same_weights(whole, final(resumed))
-    assert [line["step"] for line in runs.read_history(resumed)] == list(range(1, 17))
+    assert [line["step"] for line in history.read(resumed)] == list(range(1, 17))
 
 
 SCRIPT = """
@@ -112,7 +120,7 @@ def killed_at_random(settings, store, overrides: dict, *, kills: int, seed: int)
         after = int(total * kill / kills) + int(torch.randint(1, max(2, total // kills), (), generator=random))
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 60
-        while process.poll() is None and len(runs.read_history(folder)) < after:
+        while process.poll() is None and len(history.read(folder)) < after:
             assert time.monotonic() < deadline, "no progress"
             time.sleep(0.002)
         process.kill()
@@ -130,7 +138,7 @@ def check_kills(tmp_path, pair_store, tiny, *, kills, epochs, seed):
     plain = {k: v for k, v in config.to_dict(settings).items() if k not in ("profile", "sweep")}
     folder = killed_at_random(settings, pair_store, plain, kills=kills, seed=seed)
     assert same_weights(whole, final(folder))
-    assert [line["step"] for line in runs.read_history(folder)] == list(range(1, 4 * epochs + 1))
+    assert [line["step"] for line in history.read(folder)] == list(range(1, 4 * epochs + 1))
 
 
 def test_killed_run_ends_bit_for_bit_where_an_uninterrupted_one_ends(tmp_path, pair_store, tiny):
@@ -148,7 +156,9 @@ def truncated(content: bytes) -> bytes:
 
 def changed(content: bytes) -> bytes:
     """With other weights, which torch would load."""
-    middle = len(content) // 2
+    largest = max(zipfile.ZipFile(io.BytesIO(content)).infolist(), key=lambda part: part.file_size)
+    middle = largest.header_offset + largest.file_size // 2
+    assert any(content[middle : middle + 32])
     return content[:middle] + bytes(32) + content[middle + 32 :]
 
 
@@ -156,7 +166,7 @@ def changed(content: bytes) -> bytes:
 def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(tiny, pair_store, monkeypatch, capsys, damage):
     settings = tiny(name="damaged")
     whole = final(pretrain.run(tiny(name="whole"), pair_store))
-    real, calls = pretrain._loss, []
+    real, calls = pretrain.loss, []
 
     def die_in_step_8(*arguments):
         calls.append(1)
@@ -164,10 +174,10 @@ def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(tiny, pai
             raise KeyError("stop here")
         return real(*arguments)
 
-    monkeypatch.setattr(pretrain, "_loss", die_in_step_8)
+    monkeypatch.setattr(pretrain, "loss", die_in_step_8)
     with pytest.raises(KeyError):
         pretrain.run(settings, pair_store)
-    monkeypatch.setattr(pretrain, "_loss", real)
+    monkeypatch.setattr(pretrain, "loss", real)
     newest = runs.path(settings, "pretrain", runs.title(settings)) / "checkpoint-000000006.pt"
     newest.write_bytes(damage(newest.read_bytes()))
     folder = pretrain.run(settings, pair_store)
@@ -187,7 +197,7 @@ def test_both_checkpoints_damaged_start_the_run_again(tiny, pair_store, monkeypa
         file.write_bytes(changed(file.read_bytes()))
     assert same_weights(whole, final(pretrain.run(settings, pair_store)))
     assert capsys.readouterr().out.count("cannot be read (BadZipFile: the checksum of") == 2
-    assert [line["step"] for line in runs.read_history(folder)] == list(range(1, 17))
+    assert [line["step"] for line in history.read(folder)] == list(range(1, 17))
 
 
 @pytest.mark.parametrize("damage", [truncated, changed])
@@ -262,7 +272,7 @@ def test_a_file_that_finds_no_room_is_named_with_the_reason(tiny, pair_store, ca
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert "step 3: checkpoint not written" in (said := capsys.readouterr().out) and "File too large" in said
     assert sorted(f.name for f in folder.iterdir()) == [".lock", "history.jsonl", "run.json"]
-    assert len(runs.read_history(pretrain.run(settings, pair_store))) == 16
+    assert len(history.read(pretrain.run(settings, pair_store))) == 16
 
 
 def test_other_settings_refuse_to_resume_and_are_named(tiny, pair_store):
@@ -307,7 +317,7 @@ def test_a_run_from_before_a_setting_existed_did_what_is_its_default_now(tiny, p
 
 
 def test_non_finite_loss_names_step_term_and_checkpoint(tiny, pair_store, monkeypatch):
-    real, calls = pretrain._loss, []
+    real, calls = pretrain.loss, []
 
     def poisoned(*arguments):
         terms = real(*arguments)
@@ -316,7 +326,7 @@ def test_non_finite_loss_names_step_term_and_checkpoint(tiny, pair_store, monkey
             terms = {**terms, "unique": terms["unique"] * float("nan"), "total": terms["total"] * float("nan")}
         return terms
 
-    monkeypatch.setattr(pretrain, "_loss", poisoned)
+    monkeypatch.setattr(pretrain, "loss", poisoned)
     match = r"terms total = nan, unique = nan at step 5; last good checkpoint: checkpoint-000000003.pt"
     with pytest.raises(pretrain.NonFinite, match=match):
         pretrain.run(tiny(), pair_store)
@@ -335,7 +345,7 @@ def test_a_signal_does_not_hide_what_went_wrong(tiny, pair_store, monkeypatch, e
         assert tick() == signal.SIGTERM
         raise error
 
-    monkeypatch.setattr(pretrain.distributed, "launch", launch)
+    monkeypatch.setattr(pretrain.processes, "launch", launch)
     with pytest.raises(kind):
         pretrain.run(tiny(processes=2), pair_store)
 
@@ -356,33 +366,35 @@ def test_random_is_the_untrained_network_of_the_same_seed(tiny, pair_store):
     untrained = final(pretrain.run(tiny(method="random"), pair_store))
     settings = tiny()
     torch.manual_seed(settings.seed)
-    expected = MultimodalModel(settings.backbone, [2, 13], settings.projector).state_dict()
+    expected = MultimodalModel(settings.backbone, CHANNELS, settings.projector).state_dict()
     assert all(torch.equal(untrained["model"][k], v) for k, v in expected.items())
 
 
 TERMS = {
-    "decur": {"common", "unique", "intra1", "intra2"},
+    "decur": {"common", "unique", "intra/sar", "intra/optical"},
     "barlow_twins": set(),
     "barlow_twins_single": set(),
     "vicreg": {"invariance", "variance", "covariance"},
-    "clip": {"anchor1", "anchor2", "scale"},
-    "simclr": {"anchor1", "anchor2"},
+    "clip": {"anchor/sar", "anchor/optical", "scale"},
+    "simclr": {"anchor/sar", "anchor/optical"},
 }
 
 
 @pytest.mark.parametrize("method", TERMS)
 def test_every_method_goes_through_the_same_loop_with_its_terms_on_record(tiny, pair_store, method):
     folder = pretrain.run(tiny(method=method), pair_store)
-    lines = runs.read_history(folder)
+    lines = history.read(folder)
     terms = TERMS[method]
     assert len(lines) == 16 and set(lines[0]) == {"step", "learning_rate", "pairs_per_second", "total", *terms}
     for line in lines:
         assert not terms or line["total"] == pytest.approx(sum(line[t] for t in terms - {"scale"}), rel=1e-5)
     torch.manual_seed(0)
-    start, end = MultimodalModel("small", [2, 13], [16, 16, 8]).state_dict(), final(folder)
-    changed = {k.partition(".")[0] for k, v in start.items() if not torch.equal(end["model"][k], v)}
+    start, end = MultimodalModel("small", CHANNELS, [16, 16, 8]).state_dict(), final(folder)
+    changed = {".".join(k.split(".")[:2]) for k, v in start.items() if not torch.equal(end["model"][k], v)}
     single = method == "barlow_twins_single"
-    assert changed == {f"{part}_{m}" for part in ("backbone", "projector") for m in ((1,) if single else (1, 2))}
+    assert changed == {
+        f"{part}.{m}" for part in ("backbones", "projectors") for m in (("sar",) if single else CHANNELS)
+    }
     assert end["trained"] == (["sar"] if single else ["sar", "optical"])
     assert json.loads((folder / "run.json").read_text())["trained"] == end["trained"]
     assert ("log_scale" in end["model"]) == (method == "clip")
@@ -391,49 +403,49 @@ def test_every_method_goes_through_the_same_loop_with_its_terms_on_record(tiny, 
 @pytest.mark.parametrize("method", ["random", "supervised"])
 def test_rows_without_pretraining_take_no_step(tiny, pair_store, method):
     folder = pretrain.run(tiny(method=method, processes=2), pair_store)
-    assert runs.read_history(folder) == [] and final(folder)["trained"] == []
+    assert history.read(folder) == [] and final(folder)["trained"] == []
     torch.manual_seed(0)
-    start = MultimodalModel("small", [2, 13], [16, 16, 8]).state_dict()
+    start = MultimodalModel("small", CHANNELS, [16, 16, 8]).state_dict()
     assert all(torch.equal(final(folder)["model"][k], v) for k, v in start.items())
 
 
 def seen(monkeypatch, settings, store) -> set:
     """Which views the network is given in a run."""
-    real, keys = pretrain._loss, set()
+    real, keys = pretrain.loss, set()
 
     def watched(settings, model, views):
-        keys.update(views)
+        keys.update((m, v) for m, both in views.items() for v, x in zip("ab", both, strict=True) if x is not None)
         return real(settings, model, views)
 
-    monkeypatch.setattr(pretrain, "_loss", watched)
+    monkeypatch.setattr(pretrain, "loss", watched)
     pretrain.run(settings, store)
-    monkeypatch.setattr(pretrain, "_loss", real)
+    monkeypatch.setattr(pretrain, "loss", real)
     return keys
 
 
 def test_only_what_a_loss_looks_at_is_computed(tiny, pair_store, monkeypatch):
-    one_each, second = {(0, "a"), (1, "a")}, {(1, "a"), (1, "b")}
+    one_each, second = {("sar", "a"), ("optical", "a")}, {("optical", "a"), ("optical", "b")}
     for overrides, wanted in (
-        ({"method": "decur"}, one_each | {(0, "b"), (1, "b")}),
+        ({"method": "decur"}, one_each | {("sar", "b"), ("optical", "b")}),
         ({"intra": False, "name": "cross"}, one_each),
         ({"method": "vicreg"}, one_each),
         ({"method": "clip"}, one_each),
         ({"method": "simclr"}, one_each),
         ({"method": "barlow_twins"}, one_each),
-        ({"method": "barlow_twins_single", "single": 2}, second),
+        ({"method": "barlow_twins_single", "single": "optical"}, second),
     ):
         assert seen(monkeypatch, tiny(epochs=1, **overrides), pair_store) == wanted, overrides
 
 
 def test_every_view_has_a_season_of_its_own(tiny, pair_store):
     store = Store(pair_store)
-    batches = pretrain._batches(tiny(), store, range(4), torch.device("cpu"))
+    batches = pretrain.batches(tiny(), store, range(4), torch.device("cpu"))
     drawn = [[], [], [], []]
     for batch in batches:
-        for k, (m, v) in enumerate(pretrain.VIEWS):
-            name = ("sar", "optical")[m]
+        assert [*batch] == ["sar", "optical"]
+        for k, (v, name) in enumerate(itertools.product((0, 1), batch)):
             stored = {store.read(i, name, s).tobytes(): (i, s) for i in range(32) for s in range(2)}
-            drawn[k] += [stored[image.numpy().tobytes()] for image in batch[m, v]]
+            drawn[k] += [stored[image.numpy().tobytes()] for image in batch[name][v]]
     for column in drawn:
         assert [i for i, _ in column] == [i for i, _ in drawn[0]] and sorted(i for i, _ in column) == [*range(32)]
     seasons = [tuple(s for _, s in column) for column in drawn]
@@ -441,7 +453,7 @@ def test_every_view_has_a_season_of_its_own(tiny, pair_store):
 
 
 def test_each_modality_alone_has_a_run_of_its_own(tiny, pair_store):
-    first, second = (tiny(method="barlow_twins_single", single=m, epochs=1) for m in (1, 2))
+    first, second = (tiny(method="barlow_twins_single", single=m, epochs=1) for m in CHANNELS)
     assert [runs.title(s) for s in (first, second)] == [
         f"sar_optical-barlow_twins_single_{m}-seed0" for m in ("sar", "optical")
     ]
@@ -455,48 +467,51 @@ def test_each_modality_alone_has_a_run_of_its_own(tiny, pair_store):
 
 def test_a_single_modality_sees_the_views_that_decur_gives_it(tiny, pair_store):
     """The intra-modal term of DeCUR at the first step is the loss of Barlow Twins on one modality."""
-    decur = runs.read_history(pretrain.run(tiny(epochs=1), pair_store))[0]
-    for m in (1, 2):
+    decur = history.read(pretrain.run(tiny(epochs=1), pair_store))[0]
+    for m in CHANNELS:
         settings = tiny(method="barlow_twins_single", single=m, epochs=1)
-        alone = runs.read_history(pretrain.run(settings, pair_store))[0]
-        assert alone["total"] == pytest.approx(decur[f"intra{m}"], rel=1e-5)
+        alone = history.read(pretrain.run(settings, pair_store))[0]
+        assert alone["total"] == pytest.approx(decur[f"intra/{m}"], rel=1e-5)
 
 
 def test_without_both_of_its_parts_decur_is_cross_modal_barlow_twins(tiny, pair_store):
     without = pretrain.run(tiny(intra=False, decoupling=False, name="neither"), pair_store)
     barlow_twins = pretrain.run(tiny(method="barlow_twins"), pair_store)
-    for a, b in zip(*map(runs.read_history, (without, barlow_twins)), strict=True):
-        assert a["total"] == pytest.approx(b["total"], rel=1e-5) and a["unique"] == a["intra1"] == a["intra2"] == 0
+    for a, b in zip(*map(history.read, (without, barlow_twins)), strict=True):
+        assert a["total"] == pytest.approx(b["total"], rel=1e-5)
+        assert a["unique"] == a["intra/sar"] == a["intra/optical"] == 0
     one, two = final(without)["model"], final(barlow_twins)["model"]
     for k, v in one.items():
         torch.testing.assert_close(two[k], v, rtol=1e-3, atol=1e-5)
-    coupled = runs.read_history(pretrain.run(tiny(decoupling=False, name="coupled", epochs=1), pair_store))
-    assert coupled[0]["unique"] == 0 < coupled[0]["intra1"]
+    coupled = history.read(pretrain.run(tiny(decoupling=False, name="coupled", epochs=1), pair_store))
+    assert coupled[0]["unique"] == 0 < coupled[0]["intra/sar"]
 
 
 def test_without_projector_the_features_are_trained(tiny, pair_store):
     end = final(pretrain.run(tiny(projector=[], dim_common=112, epochs=1), pair_store))
     assert not [k for k in end["model"] if k.startswith("projector")]
-    with pytest.raises(config.ConfigError, match=r"dim_common = 129 .* the width of small is 128; allowed: 0 to 128"):
+    with pytest.raises(config.ConfigError, match="dim_common = 129 is more than the width of small; allowed: 0 to 128"):
         pretrain.run(tiny(projector=[], dim_common=129, name="wide"), pair_store)
     pretrain.run(tiny(projector=[], dim_common=129, method="barlow_twins", epochs=1), pair_store)  # has no such part
 
 
 def test_a_shared_projector_is_trained_by_both(tiny, pair_store):
     end = final(pretrain.run(tiny(shared_projector=True, epochs=1), pair_store))["model"]
-    assert all(torch.equal(v, end[k.replace("_1", "_2")]) for k, v in end.items() if k.startswith("projector_1"))
-    alone = tiny(shared_projector=True, method="barlow_twins_single", single=2, epochs=1)
+    assert all(
+        torch.equal(v, end[k.replace("sar", "optical")]) for k, v in end.items() if k.startswith("projectors.sar")
+    )
+    alone = tiny(shared_projector=True, method="barlow_twins_single", single="optical", epochs=1)
     torch.manual_seed(0)
-    start = pretrain._model(alone).state_dict()
+    start = pretrain.network(alone, CHANNELS).state_dict()
     end = final(pretrain.run(alone, pair_store))["model"]
-    assert not torch.equal(end["projector_1.0.weight"], start["projector_1.0.weight"])
-    assert all(torch.equal(v, end[k]) for k, v in start.items() if k.startswith("backbone_1"))
+    assert not torch.equal(end["projectors.sar.0.weight"], start["projectors.sar.0.weight"])
+    assert all(torch.equal(v, end[k]) for k, v in start.items() if k.startswith("backbones.sar"))
 
 
 def test_the_temperature_is_learnt_saved_and_resumed(tiny, pair_store, monkeypatch):
     rates = {"method": "clip", "learning_rate_biases": 0.05}
     folder = pretrain.run(tiny(name="whole", **rates), pair_store)
-    scales = [line["scale"] for line in runs.read_history(folder)]
+    scales = [line["scale"] for line in history.read(folder)]
     assert scales[0] == pytest.approx(1 / 0.07) and len({round(s, 6) for s in scales}) == 16
     calls = stop_after(7, monkeypatch)
     with pytest.raises(pretrain.Interrupted):
@@ -523,9 +538,8 @@ def test_layers_that_draw_resume_exactly(tiny, pair_store, monkeypatch):
 
 
 def test_a_store_of_another_preprocessing_is_refused(tiny, pair_store, monkeypatch):
-    sar, optical = pretrain.PAIRS["sar_optical"]
-    other = dataclasses.replace(sar, preprocessing=dataclasses.replace(sar.preprocessing, mean=(-10.0, -17.0)))
-    monkeypatch.setitem(pretrain.PAIRS, "sar_optical", (other, optical))
+    other = dataclasses.replace(SAR, mean=(-10.0, -17.0))
+    monkeypatch.setattr(datasets, "modalities_of", lambda pair: (other, OPTICAL))
     with pytest.raises(ValueError, match="sar was converted with another preprocessing"):
         pretrain.run(tiny(), pair_store)
 
@@ -534,12 +548,12 @@ def test_a_store_of_another_preprocessing_is_refused(tiny, pair_store, monkeypat
 def test_compiled_backbones_train_the_same_run_within_rounding(tiny, pair_store):
     if shutil.which("c++") is None:
         pytest.skip("torch.compile needs a C++ compiler on CPUs")
-    plain = runs.read_history(pretrain.run(tiny(name="plain"), pair_store))
+    plain = history.read(pretrain.run(tiny(name="plain"), pair_store))
     folder = pretrain.run(tiny(name="compiled", compile="default"), pair_store)
-    compiled = runs.read_history(folder)
+    compiled = history.read(folder)
     assert [line["step"] for line in compiled] == [line["step"] for line in plain]
     assert compiled[0]["total"] == pytest.approx(plain[0]["total"], rel=1e-4)
-    assert set(final(folder)["model"]) == set(MultimodalModel("small", [2, 13], [16, 16, 8]).state_dict())
+    assert set(final(folder)["model"]) == set(MultimodalModel("small", CHANNELS, [16, 16, 8]).state_dict())
 
 
 def test_members_of_a_sweep_are_shared_out_between_jobs(monkeypatch, pair_store):
@@ -570,13 +584,13 @@ def test_a_signal_in_the_last_step_of_a_member_stops_the_sweep_before_the_next(t
 
 
 def test_a_signal_while_a_member_is_set_up_stops_it_after_its_first_step(tiny, pair_store, monkeypatch):
-    settings, real = tiny(sweep={"seed": [0, 1]}), pretrain._model
+    settings, real = tiny(sweep={"seed": [0, 1]}), pretrain.network
 
     def signalled(*arguments):
         os.kill(os.getpid(), signal.SIGUSR1)
         return real(*arguments)
 
-    monkeypatch.setattr(pretrain, "_model", signalled)
+    monkeypatch.setattr(pretrain, "network", signalled)
     with pytest.raises(pretrain.Interrupted, match="SIGUSR1 after step 1 of 16"):
         pretrain.run_members(settings, pair_store)
 

@@ -203,10 +203,10 @@ def test_quarantined_rows_are_tried_again_when_asked_for(tmp_path):
 
 
 def test_a_store_of_too_much_quarantine_is_not_finished_unless_asked_for(tmp_path):
-    with pytest.raises(DataError, match="2 of 5 samples are quarantined, more than 20%, last 0000000: broken file"):
-        with writer(tmp_path, allowed=0.2) as target:
-            for id in IDS:
-                target.quarantine(id, "broken file") if id in (IDS[1], IDS[4]) else target.put(id, arrays(id))
+    words = "2 of 5 samples are quarantined, more than 20%, last 0000000: broken file"
+    with pytest.raises(DataError, match=words), writer(tmp_path, allowed=0.2) as target:
+        for id in IDS:
+            target.quarantine(id, "broken file") if id in (IDS[1], IDS[4]) else target.put(id, arrays(id))
     with pytest.raises(DataError, match=r"no finished store \(0 of 5 samples to do\)"):
         Store(tmp_path)
     with writer(tmp_path, allowed=0.4):

@@ -26,11 +26,12 @@ from pathlib import Path
 import numpy as np
 
 from decur_core.data.raster import DataError
-from decur_core.running import folders as runs
+from decur_core.running.files import write_text
 
 FORMAT = 3
 TODO, STORED, QUARANTINED = range(3)
 REASON = 1024  # bytes that are kept of a reason
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BLOCK = 1024  # rows that are looked at together
 
 
@@ -70,7 +71,7 @@ def load(path: Path) -> dict | None:
 def save(path: Path, index: dict) -> None:
     """Write an index, a line for each of its keys."""
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in index.items())
-    runs.write_text(path / "index.json", f"{{\n{lines}\n}}\n")
+    write_text(path / "index.json", f"{{\n{lines}\n}}\n")
 
 
 def measured(index: dict) -> dict[str, int]:
@@ -100,8 +101,8 @@ def maps(path: Path, index: dict) -> dict[str, list[np.memmap]]:
         for file, dtype, shape in each:
             try:  # numpy refuses a file that is shorter than its header says; to read behind its end kills the process
                 array = np.lib.format.open_memmap(path / file, mode="r")
-            except (OSError, ValueError) as error:
-                state = f"truncated or damaged ({error})" if (path / file).exists() else "missing"
+            except (FileNotFoundError, ValueError) as error:  # no other OSError is the file's fault
+                state = "missing" if isinstance(error, OSError) else f"truncated or damaged ({error})"
                 raise DataError(f"{path / file}: {state}; remove the store and convert again") from error
             if array.dtype != dtype or array.shape != shape:
                 what = f"{array.dtype} {array.shape}, expected {dtype} {shape}"
@@ -127,7 +128,7 @@ def make(path: Path, index: dict) -> None:
                 size = ctypes.c_int64(made.stat().st_size if name != "reasons" else 1)  # most of those stay holes
                 if fallocate(opened.fileno(), 0, ctypes.c_int64(0), size):
                     number = ctypes.get_errno()
-                    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    if number in _FULL:
                         raise OSError(number, os.strerror(number))
                 os.fsync(opened.fileno())
             os.replace(made, path / file)
@@ -166,7 +167,8 @@ def unlike(there: dict, here: dict) -> str:
         kept = {key: index[key] for key in ("shapes", "seasons", "labels", "chunk", "meta")}
         flat.append(_flat({"ids": ids} | kept))
     a, b = flat
-    return "; ".join(f"{k}: {a.get(k)} there, {b.get(k)} here" for k in a | b if a.get(k) != b.get(k))
+    other = [k for k in a | b if a.get(k) != b.get(k) and k not in ("meta.data.name", "meta.data.title")]
+    return "; ".join(f"{k}: {a.get(k)} there, {b.get(k)} here" for k in other)
 
 
 def _flat(value: object, name: str = "") -> dict[str, object]:
@@ -182,5 +184,6 @@ def disk(path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        way = "is its disk full? Mend that and run the same again: it goes on where it stopped"
+        what = "make room" if error.errno in _FULL else "mend that"
+        way = f"{what} and run the same again: it goes on where it stopped"
         raise OSError(error.errno, f"{path}: cannot be written ({error.strerror or error}); {way}") from error

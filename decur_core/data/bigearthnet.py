@@ -14,6 +14,7 @@ Names hold times such as 20170924T93020, so they are never cut at fixed position
 import bz2
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -60,11 +61,13 @@ _ROOTS = {"S2": ("BigEarthNet-v1.0", "BigEarthNet-S2-Example"), "S1": ("BigEarth
 # Bands as files call them, in the order of OPTICAL, with nothing for B10, which level 2A does not have.
 BAND_FILES = [None if b == "B10" else b if b == "B8A" else f"B{int(b[1:]):02d}" for b in OPTICAL.bands]
 # Mean and standard deviation over v1, as published with bigearthnet_common; 0 for B10, which is a row of zeros.
-_SAR_STATISTICS = (-12.619993741972035, -19.29044597721542), (5.115911777546365, 5.464428464912864)
-_OPTICAL_MEAN = (340.76769064, 429.9430203, 614.21682446, 590.23569706, 950.68368468, 1792.46290469, 2075.46795189,
-                 2218.94553375, 2266.46036911, 2246.0605464, 0.0, 1594.42694882, 1009.32729131)  # fmt: skip
-_OPTICAL_STD = (554.81258967, 572.41639287, 582.87945694, 675.88746967, 729.89827633, 1096.01480586, 1273.45393088,
-                1365.45589904, 1356.13789355, 1302.3292881, 0.0, 1079.19066363, 818.86747235)  # fmt: skip
+_SAR = (-12.619993741972035, -19.29044597721542), (5.115911777546365, 5.464428464912864)
+_OPTICAL = (
+    (340.76769064, 429.9430203, 614.21682446, 590.23569706, 950.68368468, 1792.46290469, 2075.46795189, 2218.94553375,
+     2266.46036911, 2246.0605464, 0.0, 1594.42694882, 1009.32729131),
+    (554.81258967, 572.41639287, 582.87945694, 675.88746967, 729.89827633, 1096.01480586, 1273.45393088, 1365.45589904,
+     1356.13789355, 1302.3292881, 0.0, 1079.19066363, 818.86747235),
+)  # fmt: skip
 
 
 def labels_19(names: Sequence[str], *, source: Path | str) -> np.ndarray:
@@ -92,18 +95,6 @@ def read_list(path: Path | str) -> dict[str, str | None]:
     return partners
 
 
-def _present(partners: dict, here: dict, root: Path, missing: str) -> dict[str, str]:
-    """S2 patch -> S1 patch of the pairs that are on disk; with missing="error" all must be."""
-    present = {s2: s1 for s2, s1 in partners.items() if s2 in here["S2"] and s1 in here["S1"]}
-    if missing not in ("error", "skip"):
-        raise ValueError(f"missing is {missing!r}; allowed are 'error' and 'skip'")
-    if missing == "error" and (absent := [s2 for s2 in partners if s2 not in present]):
-        state = f"not there, first {absent[0]} (no {'S1' if absent[0] in here['S2'] else 'S2'} patch)"
-        way = "complete the folders, or use what is there with missing='skip'"
-        raise DataError(f"{root}: {len(absent)} of {len(partners)} patches are {state}; {way}")
-    return present
-
-
 def _only(folder: Path | str, pattern: str) -> Path:
     """The one file of a folder that fits a pattern (some patches have files with irregular names)."""
     hits = visible(folder, pattern)
@@ -119,7 +110,33 @@ def _item(s2: str, optical: Path | str, sar: Path | str, labels: np.ndarray) -> 
     return {"id": s2, "sar": images[1], "optical": images[0], "labels": labels.copy()}
 
 
-class BigEarthNetMM(Reader):
+class _Patches(Reader):
+    """What both releases have in common."""
+
+    statistics = {"sar": _SAR, "optical": _OPTICAL}
+
+    def _choose(self, partners: dict, unwanted: set, here: dict[str, set], labels, missing: str, split) -> None:
+        """Set `ids` and what belongs to each of them; `partners`: S2 patch -> S1 patch as listed; `here`: names on
+        disk of each sensor; `labels`: S2 patch -> bool (19,)."""
+        if missing not in ("error", "skip"):
+            raise ValueError(f"missing is {missing!r}; allowed are 'error' and 'skip'")
+        wanted = {s2: s1 for s2, s1 in partners.items() if s2 not in unwanted}
+        present = {s2: s1 for s2, s1 in wanted.items() if s2 in here["S2"] and s1 in here["S1"]}
+        if missing == "error" and (absent := [s2 for s2 in wanted if s2 not in present]):
+            state = f"not there, first {absent[0]} (no {'S1' if absent[0] in here['S2'] else 'S2'} patch)"
+            way = "complete the folders, or use what is there with missing='skip'"
+            raise DataError(f"{self.root}: {len(absent)} of {len(wanted)} patches are {state}; {way}")
+        held = {s2: labels(s2) for s2 in present}
+        self.ids = [s2 for s2, own in held.items() if own is None or own.any()]
+        self.left_out = {"excluded": len(partners) - len(wanted), "absent": len(wanted) - len(present)}
+        self.left_out["no 19-class label"] = len(present) - len(self.ids)
+        if not self.ids:
+            raise DataError(f"{self.root}: no patch is left of {len(partners)} in split {split}: {self.left_out}")
+        self._partners = {s2: present[s2] for s2 in self.ids}
+        self.labels = np.array([np.zeros(19, bool) if held[s2] is None else held[s2] for s2 in self.ids])
+
+
+class BigEarthNetMM(_Patches):
     """SAR-optical patches with 19 labels.
 
     `root` holds the two patch folders (also under the names of the published example) and the split lists; `split`:
@@ -135,13 +152,8 @@ class BigEarthNetMM(Reader):
     A DataError names the file or folder that is missing, damaged, of another form or at another place.
     """
 
-    statistics = {"sar": _SAR_STATISTICS, "optical": (_OPTICAL_MEAN, _OPTICAL_STD)}
-
-    def __init__(
-        self, root: Path | str, split: str | Path | None = None, *, exclude: Sequence[Path | str] = (), missing="error"
-    ):
-        self.root = Path(root)
-        self.folders, here = {}, {}
+    def __init__(self, root: Path | str, split: str | Path | None = None, *, exclude=(), missing: str = "error"):
+        self.root, self.folders, here = Path(root), {}, {}
         for sensor, names in _ROOTS.items():
             folder = next((self.root / name for name in names if (self.root / name).is_dir()), None)
             if folder is None:
@@ -151,52 +163,40 @@ class BigEarthNetMM(Reader):
             partners = dict.fromkeys(sorted(here["S2"]))
         else:
             partners = read_list(self.root / f"bigearthnet-{split}.csv" if split in ("train", "val", "test") else split)
-        listed = len(partners)
-        unwanted = set().union(*(read_list(path) for path in exclude))
-        partners = {s2: s1 for s2, s1 in partners.items() if s2 not in unwanted}
         if None in partners.values():  # ask the JSON of every S1 patch
             asked = {self._metadata("S1", s1)[0].get("corresponding_s2_patch"): s1 for s1 in sorted(here["S1"])}
             partners = {s2: s1 or asked.get(s2) for s2, s1 in partners.items()}
-        present = _present(partners, here, self.root, missing)
-        labels, self._broken = {}, {}  # one bad file of half a million is reported when its patch is asked for
-        for s2 in present:
-            try:
-                labels[s2] = self._metadata("S2", s2)[1]
-            except DataError as error:
-                labels[s2], self._broken[s2] = np.zeros(len(CLASSES_19), dtype=bool), str(error)
-        self.ids = [s2 for s2 in present if labels[s2].any() or s2 in self._broken]
-        self.left_out = {"excluded": listed - len(partners), "absent": len(partners) - len(present)}
-        self.left_out["no 19-class label"] = len(present) - len(self.ids)
-        if not self.ids:
-            raise DataError(f"{self.root}: no patch is left of {listed} in split {split}: {self.left_out}")
-        self._partners = {s2: present[s2] for s2 in self.ids}
-        self.labels = np.stack([labels[s2] for s2 in self.ids])
+        unwanted = set().union(*(read_list(path) for path in exclude))
+        self._choose(partners, unwanted, here, self._labels, missing, split)
 
     def __getitem__(self, i: int) -> dict:
-        s2 = self.ids[i]
-        if s2 in self._broken:
-            raise DataError(self._broken[s2])
-        optical, sar = self.folders["S2"] / s2, self.folders["S1"] / self._partners[s2]
-        metadata, labels = self._metadata("S1", self._partners[s2])
+        s2, s1 = self.ids[i], self._partners[self.ids[i]]
+        optical, sar = self.folders["S2"] / s2, self.folders["S1"] / s1
+        if not self.labels[i].any():  # its JSON could not be read
+            self._metadata("S2", s2)
+        metadata, labels = self._metadata("S1", s1)
         if (partner := metadata.get("corresponding_s2_patch")) != s2 or (labels != self.labels[i]).any():
             found = f"its JSON says S2 patch {partner} and labels {metadata['labels']}"
             raise DataError(f"{sar}: {found}; expected S2 patch {s2} and the labels of that patch's JSON")
-        return _item(s2, optical, sar, labels)
+        return _item(s2, optical, sar, self.labels[i])
+
+    def _labels(self, s2: str) -> np.ndarray | None:
+        """None for a bad file: one of half a million is reported when its patch is asked for."""
+        with suppress(DataError):
+            return self._metadata("S2", s2)[1]
 
     def _metadata(self, sensor: str, patch: str) -> tuple[dict, np.ndarray]:
         """JSON of a patch and its labels, bool (19,)."""
         path = _only(self.folders[sensor] / patch, "*_labels_metadata.json")
-        try:
+        with reading(path, "JSON with the key 'labels'"):
             metadata = json.loads(path.read_text())
             names, partner = metadata["labels"], metadata.get("corresponding_s2_patch")
             if not all(isinstance(value, str) for value in [*names, partner or ""]):
                 raise ValueError(f"{names}, {partner}")
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise DataError(f"{path}: expected JSON with the key 'labels': {error!r}") from error
         return metadata, labels_19(names, source=path)
 
 
-class BigEarthNetV2(Reader):
+class BigEarthNetV2(_Patches):
     """SAR-optical patches of the second release, with 19 labels.
 
     `root` holds `BigEarthNet-S2`, `BigEarthNet-S1` and `metadata.parquet`, whose column `s1_name` alone pairs the
@@ -213,21 +213,15 @@ class BigEarthNetV2(Reader):
                 raise DataError(f"{folder}: missing; version 2 has it beside metadata.parquet")
             here[sensor] = {patch.name for patch in visible(folder, "*/*/")}
         wanted, path = {"val": "validation"}.get(split, split), self.root / "metadata.parquet"
-        rows = [row for row in _read_parquet(path) if wanted in (None, row[2])]
-        partners = {s2: s1 for s2, s1, _, _ in rows}
-        if len(partners) < len(rows):
-            raise DataError(f"{path}: {len(rows) - len(partners)} of {len(rows)} rows name a patch for a second time")
+        rows = [row for row in _columns(path, _SPLITS) if wanted in (None, row[2])]
+        for s2, *_, names in rows:
+            if not isinstance(names, list) or not all(name in CLASSES_19 for name in names):
+                raise DataError(f"{path}: {s2} has the labels {names}, expected some of the 19 names of BigEarthNet")
+        labels = {s2: np.array([name in names for name in CLASSES_19]) for s2, _, _, names in rows}
+        if len(labels) < len(rows):
+            raise DataError(f"{path}: {len(rows) - len(labels)} of {len(rows)} rows name a patch for a second time")
         unwanted = _unclear(self.root) if exclude else set()
-        partners = {s2: s1 for s2, s1 in partners.items() if s2 not in unwanted}
-        self._partners = _present(partners, here, self.root, missing)
-        labels = {row[0]: [name in row[3] for name in CLASSES_19] for row in rows}
-        self.ids = [s2 for s2 in self._partners if any(labels[s2])]
-        self.labels = np.array([labels[s2] for s2 in self.ids])
-        self.left_out = {"excluded": len(rows) - len(partners)} if exclude else {}
-        self.left_out["absent"] = len(partners) - len(self._partners)
-        self.left_out["no 19-class label"] = len(self._partners) - len(self.ids)
-        if not self.ids:
-            raise DataError(f"{path}: no patch is left of {len(rows)} in split {split}: {self.left_out}")
+        self._choose({s2: s1 for s2, s1, *_ in rows}, unwanted, here, labels.get, missing, split)
 
     def __getitem__(self, i: int) -> dict:
         s2, s1 = self.ids[i], self._partners[self.ids[i]]
@@ -248,29 +242,18 @@ def _columns(path: Path, columns: Sequence[str]) -> list[tuple]:
         return list(zip(*(table[column].to_pylist() for column in columns), strict=True))
 
 
-def _read_parquet(path: Path) -> list[tuple[str, str, str, list[str]]]:
-    """Rows (S2 patch, S1 patch, split, names of labels) of a metadata.parquet."""
-    for s2, *_, names in (rows := _columns(path, _SPLITS)):
-        if not isinstance(names, list) or not all(name in CLASSES_19 for name in names):
-            raise DataError(f"{path}: {s2} has the labels {names}, expected some of the 19 names of BigEarthNet")
-    return rows
-
-
 def _unclear(root: Path) -> set[str]:
     """S2 patches with seasonal snow, clouds or shadow by the two tables of a root, of which one has to tell."""
-    second = root / "metadata_for_patches_with_snow_cloud_or_shadow.parquet"
-    found, told = set(), []
-    for path in filter(Path.exists, (root / "metadata.parquet", second)):
-        try:
-            found |= {s2 for s2, *flags in _columns(path, ("patch_id", *_UNCLEAR)) if any(flags)}
-            told.append(path)
-        except DataError:
-            if path == second:
-                raise
-    if not told:
-        wanted = f"nor has metadata.parquet the columns {' and '.join(_UNCLEAR)}"
-        raise DataError(f"{second}: missing, {wanted}; put it there or set transfer: exclude to false")
-    return found
+    first, second = root / "metadata.parquet", root / "metadata_for_patches_with_snow_cloud_or_shadow.parquet"
+    rows = _columns(second, ("patch_id", *_UNCLEAR)) if second.exists() else []
+    try:
+        rows += _columns(first, ("patch_id", *_UNCLEAR))
+    except DataError as error:
+        if not second.exists():
+            wanted = f"nor has metadata.parquet the columns {' and '.join(_UNCLEAR)}"
+            way = "put it there or set transfer: exclude to false"
+            raise DataError(f"{second}: missing, {wanted}; {way}") from error
+    return {s2 for s2, *flags in rows if any(flags)}
 
 
 def _read(root: Path, split: str | None = None, *, missing: str = "error", exclude: bool = False) -> Reader:

@@ -2,35 +2,22 @@
 
 import itertools
 import multiprocessing
-import pickle
-import sys
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
-from unittest.mock import patch
 
 import numpy as np
-import torch
 
 from decur_core.data import arrays
 from decur_core.data.arrays import TODO, digest, load, positions
-from decur_core.data.encode import STOPPED, Encoder, Sample
+from decur_core.data.encode import Encoder
 from decur_core.data.modality import Modality
 from decur_core.data.raster import DataError
 from decur_core.data.store import Store, StoreWriter, too_many
+from decur_core.data.workers import GUARD, Job, results
 from decur_core.running import folders as runs
-from decur_core.running import processes as distributed
-
-_GROUP = 16  # samples, at most (or a chunk of the reader), that a worker is given at a time
-_GUARD = (
-    'A script that starts processes keeps its calls below `if __name__ == "__main__":`, as each of them runs it again'
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +98,7 @@ def convert(
     that, and the same call goes on.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # a worker that is being started runs this
-        raise RuntimeError(f"convert was called while a worker process was being started. {_GUARD}.")
+        raise RuntimeError(f"convert was called while a worker process was being started. {GUARD}.")
     start, path = time.perf_counter(), Path(path)
     chosen = {n: x if hasattr(x, "encode") else Modality.from_mapping(x) for n, x in preprocessing.items()}
     positions(0, shard)  # refuses a shard that cannot be
@@ -145,101 +132,14 @@ def convert(
             bad = np.count_nonzero(writer.state == arrays.QUARANTINED)
             name = path.name if place[1] == 1 else f"{path.name} {place[0]}/{place[1]}"
             bar = {"total": len(writer.span), "initial": len(writer.span) - len(todo), "desc": name}
-            with closing(_results(_Job(encoder, writer), todo, min(workers, len(todo)), form["chunk"])) as results:
-                for row, reason in runs.progress(results, disable=not progress, **bar):
+            with closing(results(Job(encoder, writer), todo, workers, form["chunk"])) as found:
+                for row, reason in runs.progress(found, disable=not progress, **bar):
                     bad, converted = bad + bool(reason), converted + 1
                     if reason and bad > allowed * len(dataset.ids):
                         raise DataError(too_many(path, bad, len(dataset.ids), allowed, f"{dataset.ids[row]}: {reason}"))
             span = writer.span if shard[1] > 1 else range(len(dataset.ids))
     report = Report._of(meta, arrays.summary(path, writer.index, span))
     return replace(report, converted=converted, seconds=time.perf_counter() - start)
-
-
-@dataclass
-class _Job:
-    """What every process of a conversion does."""
-
-    encoder: Encoder
-    writer: StoreWriter
-
-    def one(self, row: int) -> str:
-        """Store a sample or note why it is left out; returns the reason."""
-        sample = self.encoder.tried(row)
-        if isinstance(sample, Sample):
-            try:
-                self.encoder.good = row, self.writer.put(row, sample.images, sample.labels, moments=sample.moments)
-                return ""
-            except DataError as error:  # another size than the first sample, a mask that others lack
-                sample = f"DataError: {error}"
-        self.writer.quarantine(row, sample)
-        return sample
-
-
-def _results(job: _Job, todo: Sequence[int], workers: int, chunk: int) -> Iterator[tuple[int, str]]:
-    """(row, reason or "") of all that is to be done; workers are given few samples at a time, but whole chunks."""
-    if not workers:
-        yield from ((row, job.one(row)) for row in todo)
-        return
-    chunks = [list(rows) for _, rows in itertools.groupby(todo, lambda row: row // chunk)]
-    size = max(1, min(_GROUP // chunk, len(chunks) // (4 * workers)))
-    groups = [sum(chunks[k : k + size], []) for k in range(0, len(chunks), size)]
-    reader, ready, ahead = type(job.encoder.dataset), False, deque()
-    refused = f"{reader.__module__}.{reader.__qualname__} cannot be sent to a worker process"
-    way = "define it in a module of its own (a file that is imported, not a notebook or a function), or use workers=0"
-    try:
-        sent = pickle.dumps(job)
-    except Exception as error:
-        raise RuntimeError(f"{refused} ({error!r}): {way}") from error
-    # New processes run the calling script once more, unless it goes by this name; only its own classes need that.
-    alone = patch.object(sys.modules["__main__"], "__spec__", SimpleNamespace(name="__main__"), create=True)
-    # Fresh processes: forked ones would inherit this one's threads and what its libraries hold.
-    options = {"mp_context": multiprocessing.get_context("spawn"), "initializer": _join, "initargs": (sent,)}
-    with nullcontext() if b"__main__" in sent else alone, ProcessPoolExecutor(workers, **options) as pool:
-        try:
-            if reason := pool.submit(_ready).result():
-                raise RuntimeError(f"{refused} ({reason}): {way}")
-            ready = True
-            for group in groups:
-                ahead.append((group, pool.submit(_work, group)))
-                if len(ahead) >= 2 * workers:
-                    yield from ahead[0][1].result()
-                    ahead.popleft()
-            while ahead:
-                yield from ahead[0][1].result()
-                ahead.popleft()
-        except BrokenProcessPool as error:
-            if not ready:
-                why = f"ended before they could begin; their own message stands above. {_GUARD}. Or use workers=0"
-                raise ChildProcessError(f"{job.writer.path}: the worker processes {why}") from error
-            rows = f"{job.encoder.dataset.ids[ahead[0][0][0]]} or of those after it"
-            why = "It was killed, for want of memory perhaps, or a library crashed; workers=0 shows on what"
-            raise ChildProcessError(f"a worker process died, at work on {rows}. {why}. {STOPPED}") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-_job: _Job | str = ""  # of this worker process, or why there is none
-
-
-def _join(sent: bytes) -> None:
-    global _job
-    distributed.tie()
-    torch.set_num_threads(1)
-    try:
-        _job = pickle.loads(sent)
-    except Exception as error:
-        _job = repr(error)
-
-
-def _ready() -> str:
-    return _job if isinstance(_job, str) else ""
-
-
-def _work(rows: Sequence[int]) -> list[tuple[int, str]]:
-    try:
-        return [(row, _job.one(row)) for row in rows]
-    finally:
-        _job.writer.flush()
 
 
 def verify(path: Path | str, *, workers: int = 1, progress: bool = True) -> dict[str, str]:

@@ -3,15 +3,16 @@
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from types import SimpleNamespace
 
 from decur_core.data import modality
 from decur_core.data.modality import Modality
 from decur_core.data.raster import DataError, Reader
 from decur_core.data.tasks import Masks, Scene, Task
 
-# Of this folder, in the order of the book
-_MODULES = ("ssl4eo", "bigearthnet", "geonrw", "sunrgbd", "nyuv2", "ombria", "ssl4eo_v11")
+# In the order of the book; what is drawn and never published stands with its world
+_READERS = ("ssl4eo", "bigearthnet", "geonrw", "sunrgbd", "nyuv2", "ombria", "ssl4eo_v11")
+_MODULES = (*(f"data.{name}" for name in _READERS), "worlds.three")
 _TABLE: dict[str, "DataSet"] = {}
 _OWN: set[str] = set()  # names that profiles have declared; another profile may declare them otherwise
 
@@ -53,15 +54,16 @@ def register(dataset: DataSet) -> DataSet:
 
 def find(name: str) -> DataSet:
     """The data set of this name; a DataError names those that are known."""
-    _declare()
-    if name not in _TABLE:
+    if name not in names():
         raise DataError(f"data set {name!r} is not known; known: {', '.join(_TABLE)}")
     return _TABLE[name]
 
 
 def names() -> list[str]:
-    """Of every data set."""
-    _declare()
+    """Of every data set; fills the table with the library's own, late, as readers are slow to import."""
+    for module in _MODULES:
+        for dataset in importlib.import_module(f"decur_core.{module}").DATASETS:
+            _TABLE.setdefault(dataset.name, dataset)
     return list(_TABLE)
 
 
@@ -72,16 +74,14 @@ def of_pair(pair: str) -> list[DataSet]:
 
 def pairs() -> list[str]:
     """Names of the pairs (or larger groups) of modalities."""
-    _declare()
-    return list(dict.fromkeys(d.pair for d in _TABLE.values()))
+    return list(dict.fromkeys(_TABLE[name].pair for name in names()))
 
 
 def modalities_of(pair: str) -> tuple[Modality, ...]:
     """The modalities of a pair, in their order."""
-    _declare()
-    if not (found := of_pair(pair)):
+    if pair not in pairs():
         raise DataError(f"pair {pair!r} is not known; known: {', '.join(pairs())}")
-    return found[0].modalities
+    return of_pair(pair)[0].modalities
 
 
 def pretraining(pair: str) -> DataSet:
@@ -103,37 +103,32 @@ def declare(modalities: Mapping[str, Mapping], specs: Mapping[str, Mapping]) -> 
 def declared(name: str, spec: Mapping, modalities: Mapping[str, Modality]) -> DataSet:
     """Register the data set of layout ``folders`` that a profile declares.
 
-    ``spec``: modalities (names), and maybe splits, labels or masks (names of classes), title, resample, pair,
-    drawn (a miniature world can stand in for it);
-    ``modalities``: the declared ones. Raises ValueError for what does not fit.
+    ``spec``: modalities (names), and maybe splits, labels or masks (names of classes), title, resample, pair, drawn (a
+    miniature world can stand in for it); ``modalities``: the declared ones. Raises ValueError for what does not fit.
     """
     from decur_core.data import folders  # which needs this module
 
-    spec = dict(spec)
+    known = {"modalities": (), "splits": (), "labels": (), "masks": (), "title": name, "pair": name}
+    known |= {"resample": False, "drawn": False}
+    if unknown := [key for key in spec if key not in known]:
+        raise ValueError(f"data set {name!r}: {', '.join(unknown)} unknown; known: {', '.join(known)}")
+    given = SimpleNamespace(**known | dict(spec))
     own = {m.name: m for m in vars(modality).values() if isinstance(m, Modality)} | dict(modalities)
-    wanted = spec.pop("modalities", [])
-    if unknown := [m for m in wanted if m not in own]:
+    if unknown := [m for m in given.modalities if m not in own]:
         raise ValueError(f"data set {name!r}: modality {unknown[0]!r} is not declared; known: {', '.join(own)}")
-    chosen, resample = tuple(own[m] for m in wanted), spec.pop("resample", False)
-    splits = tuple(spec.pop("splits", ()))
-    labels, masks = spec.pop("labels", ()), spec.pop("masks", ())
-    task = Scene(tuple(labels)) if labels else Masks(tuple(masks)) if masks else None
-    title, pair = spec.pop("title", name), spec.pop("pair", name)
-    world = "decur_core.worlds.folders:OWN" if spec.pop("drawn", False) else ""
-    if spec:
-        known = "modalities, splits, labels, masks, title, pair, resample, drawn"
-        raise ValueError(f"data set {name!r}: {', '.join(spec)} unknown; known: {known}")
-
-    def read(root: Path, split: str | None = None, *, missing: str = "error") -> Reader:
-        return folders.Folders(root, chosen, split, resample=resample, missing=missing, classes=labels, masks=masks)
-
-    options = {"splits": splits or ("all",), "pretrain": splits[0] if splits else "all", "task": task}
-    options["world"] = world
-    return register(DataSet(name=name, title=title, pair=pair, modalities=chosen, read=read, **options))
-
-
-def _declare() -> None:
-    """Fill the table with this folder's own; late, as readers are slow to import."""
-    for module in _MODULES:
-        for dataset in importlib.import_module(f"decur_core.data.{module}").DATASETS:
-            _TABLE.setdefault(dataset.name, dataset)
+    chosen, splits = tuple(own[m] for m in given.modalities), tuple(given.splits) or ("all",)
+    options = {"resample": given.resample, "classes": given.labels, "masks": given.masks}
+    labels, masks = Scene(tuple(given.labels)), Masks(tuple(given.masks))
+    return register(
+        DataSet(
+            name=name,
+            title=given.title,
+            pair=given.pair,
+            modalities=chosen,
+            read=lambda root, split=None, **more: folders.Folders(root, chosen, split, **options, **more),
+            splits=splits,
+            pretrain=splits[0],
+            task=labels if given.labels else masks if given.masks else None,
+            world="decur_core.worlds.folders:OWN" if given.drawn else "",
+        )
+    )

@@ -50,8 +50,9 @@ class Encoder:
                 if isinstance(error, FormError):
                     raise
                 reasons.append(f"{ids[row]}: {type(error).__name__}: {error}")
-        what = "by which the store knows its data set" if id in ids else f"of the first {len(reasons)} of {len(ids)}"
-        raise DataError(f"none {what} samples is usable, first {reasons[:1]}")
+        if id in ids:
+            raise DataError(f"{id}, by which the store knows its data set, cannot be read: {reasons[0]}")
+        raise DataError(f"none of the first {len(reasons)} of {len(ids)} samples is usable, first {reasons[:1]}")
 
     def encode(self, row: int) -> Sample:
         """A sample, or one of _BAD for what is wrong with its files."""
@@ -59,9 +60,10 @@ class Encoder:
         labels = self._checked(self.dataset.ids[row], sample)
         for name, modality in self.preprocessing.items():
             values = sample[name] if sample[name].ndim == 4 else sample[name][None]
-            images[name], moments[name] = modality.encode(values), _moments(values)
+            images[name] = np.stack([modality.encode(image) for image in values])  # each stays in the processor's cache
+            moments[name] = _moments(values)
         if "mask" in sample:
-            images["mask"] = mask = sample["mask"][None, None]
+            images["mask"] = mask = np.repeat(sample["mask"][None, None], len(values), axis=0)  # one for all seasons
             if mask.dtype != np.uint8 or mask.shape[2:] != values.shape[2:]:
                 raise DataError(f"mask: expected uint8 {values.shape[2:]}, found {mask.dtype} {mask.shape[2:]}")
         return Sample(images, labels, moments)
@@ -72,7 +74,8 @@ class Encoder:
         wanted += ", maybe 'labels': vector of 0 and 1, one per class, 'mask': uint8 (H, W)}"
         known = [k for k, v in sample.items() if isinstance(v, np.ndarray)] if isinstance(sample, dict) else []
         if missing := [name for name in self.preprocessing if name not in known]:
-            raise FormError(f"{id}: no array {missing[0]!r} in {type(sample).__name__} {list(sample)}; {wanted}")
+            found = list(sample) if isinstance(sample, dict) else f"a {type(sample).__name__}"
+            raise FormError(f"{id}: no array {missing[0]!r} in {found}; {wanted}")
         if sample.get("id") != id:
             raise FormError(f"{id}: the item at its place has the id {sample.get('id')!r}; {wanted}")
         labels = np.asarray(sample.get("labels", np.zeros(0, np.uint8)))
@@ -113,11 +116,12 @@ class Encoder:
 
 
 def _moments(images: np.ndarray) -> list[list[float]]:
-    """Mean and variance of each band of (S, C, H, W): exact sums of float32 rows would cost three times as much."""
-    ones, found = np.ones(images.shape[3], np.float32), []
-    for k in range(images.shape[1]):
-        band = images[:, k].astype(np.float32, copy=False)
-        mean = np.vecdot(band, ones).mean(dtype=np.float64) / len(ones)
+    """Mean and variance of each band of (S, C, H, W): float32 along rows, which is fast, float64 across them."""
+    ones, found = np.ones(images.shape[3], np.float32), np.empty((2, *images.shape[:2]))
+    for k in np.ndindex(images.shape[:2]):  # one by one, which stays in the processor's cache
+        band = images[k].astype(np.float32, copy=False)
+        found[0, *k] = mean = np.vecdot(band, ones).mean(dtype=np.float64) / len(ones)
         band = band - np.float32(mean)
-        found.append((mean, np.vecdot(band, band).mean(dtype=np.float64) / len(ones)))
-    return np.transpose(found).tolist()
+        found[1, *k] = np.vecdot(band, band).mean(dtype=np.float64) / len(ones)
+    mean = found[0].mean(axis=0)
+    return [mean.tolist(), (found[1] + (found[0] - mean) ** 2).mean(axis=0).tolist()]

@@ -23,10 +23,10 @@ from rasterio.transform import array_bounds
 from rasterio.warp import Resampling, reproject
 
 from decur_core.data.modality import Modality
-from decur_core.data.raster import DataError, Reader, reading, repeated
+from decur_core.data.raster import DataError, Reader, reading, repeated, visible
 
 DRIVERS = {".tif": "GTiff", ".tiff": "GTiff", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".npy": ""}
-_PIXELS = 10_000  # per band of a sample that `measure` looks at
+MASK = Modality(name="mask", bands=("class",), unit="number of a class", valid_range=(0.0, 255.0), scheme="bytes")
 
 
 class Image(NamedTuple):
@@ -48,24 +48,20 @@ class Image(NamedTuple):
 
 def read(path: Path) -> Image:
     """A whole image. Pixels that a file of more than 8 bits marks as having no data become NaN."""
-    with reading(path, "a GeoTIFF, PNG, JPEG or array of real numbers"):
+    with reading(path, "a GeoTIFF, PNG, JPEG or array of real numbers"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
         if not (driver := DRIVERS[path.suffix.lower()]):
-            with open(path, "rb") as file:
-                values = np.lib.format.read_array(file, allow_pickle=False)
-            image = Image(path, values[None] if values.ndim == 2 else values)
+            values, place = np.load(path, allow_pickle=False), ()
+            values = values[None] if values.ndim == 2 else values
         else:
             if driver == "PNG" and b"IEND" not in path.read_bytes()[-64:]:  # GDAL fills what is missing with zeros
                 raise ValueError("truncated")
-            with warnings.catch_warnings(), rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):
-                warnings.simplefilter("ignore", NotGeoreferencedWarning)
-                with rasterio.open(path, driver=driver) as file:
-                    values = file.read(masked=file.dtypes[0] != "uint8")
-                    if np.ma.is_masked(values):
-                        values = values.astype(np.float32).filled(np.nan)
-                    image = Image(path, np.asarray(values), file.crs, file.transform)
-        if image.values.ndim != 3 or image.values.dtype.kind not in "fui" or not image.values.size:
-            raise ValueError(f"{image.values.dtype} values of shape {image.values.shape}")
-    return image
+            with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"), rasterio.open(path, driver=driver) as file:
+                values, place = file.read(masked=file.dtypes[0] != "uint8"), (file.crs, file.transform)
+            values = values.astype(np.float32).filled(np.nan) if np.ma.is_masked(values) else np.asarray(values)
+        if values.ndim != 3 or values.dtype.kind not in "fui" or not values.size:
+            raise ValueError(f"{values.dtype} values of shape {values.shape}")
+    return Image(path, values, *place)
 
 
 def on_grid(image: Image, grid: Image, resample: bool, method: Resampling = Resampling.bilinear) -> np.ndarray:
@@ -74,28 +70,22 @@ def on_grid(image: Image, grid: Image, resample: bool, method: Resampling = Resa
     By place where both say where they lie (one grid: the same to half a pixel), else corner to corner.
     """
     (h, w), (height, width) = image.values.shape[1:], grid.values.shape[1:]
-    placed = bool(image.crs and grid.crs)
-    if (h, w) == (height, width):
-        half = (grid.bounds[2] - grid.bounds[0]) / w / 2
-        if not placed or image.crs == grid.crs and np.abs(np.subtract(image.bounds, grid.bounds)).max() <= half:
-            return image.values
+    placed, half = image.crs and grid.crs, (grid.bounds[2] - grid.bounds[0]) / width / 2
+    near = image.crs == grid.crs and np.abs(np.subtract(image.bounds, grid.bounds)).max() <= half
+    if (h, w) == (height, width) and (near or not placed):
+        return image.values
+    state, values = f"{image.path}: {image}", np.full((len(image.values), height, width), np.nan, np.float32)
     if not resample:
-        message = f"{image.path}: {image}, but {grid.path} of the same id has {grid}"
-        raise DataError(f"{message}; bring them to one grid, or have it done with resample: true")
-    values = np.full((len(image.values), height, width), np.nan, np.float32)
-    reproject(
-        image.values.astype(np.float32),
-        values,
-        src_transform=image.transform if placed else Affine.scale(width / w, height / h),
-        dst_transform=grid.transform if placed else Affine.identity(),
-        src_crs=image.crs if placed else "EPSG:3857",
-        dst_crs=grid.crs if placed else "EPSG:3857",
-        src_nodata=np.nan,
-        dst_nodata=np.nan,
-        resampling=method,
-    )
+        ways = "bring them to one grid, or have it done with resample: true"
+        raise DataError(f"{state}, but {grid.path} of the same id has {grid}; {ways}")
+    if not placed:
+        image = image._replace(crs="EPSG:3857", transform=Affine.scale(width / w, height / h))
+        grid = grid._replace(crs="EPSG:3857", transform=Affine.identity())
+    places = {"src_crs": image.crs, "src_transform": image.transform, "dst_crs": grid.crs}
+    options = {"dst_transform": grid.transform, "src_nodata": np.nan, "dst_nodata": np.nan, "resampling": method}
+    reproject(image.values.astype(np.float32), values, **places, **options)
     if bad := int(np.isnan(values).any(axis=0).sum()):
-        raise DataError(f"{image.path}: {image}: no data for {bad} of the {height * width} pixels of {grid.path}")
+        raise DataError(f"{state}: no data for {bad} of the {height * width} pixels of {grid.path}")
     return np.rint(values).clip(0, 255).astype(np.uint8) if image.values.dtype == np.uint8 else values
 
 
@@ -111,103 +101,85 @@ class Folders(Reader):
     Items: {"id", <modality>: ((S,) C, H, W), uint8 if its files have 8 bits, else float32 in the unit of the files,
     "labels": bool (classes,), "mask": uint8 (H, W)}. Seasons are in the order of their names; the k-th of one modality
     goes with the k-th of another, and an image without seasons (elevation) with all of them.
-    `.left_out`: how many hidden files, dangling links, files of other types and ids were left out; a warning says so.
+    `.left_out`: how many files of other types and ids were left out; a warning says so, and another of hidden files.
 
     A DataError names the id or file: an id missing in a modality or in labels, or unknown to them; another size or
     grid; another number of bands or seasons; a band of one value; more than 8 bits where `modality.scheme` is bytes.
     """
 
-    def __init__(
-        self,
-        root: Path | str,
-        modalities: Sequence[Modality],
-        split: str | None = None,
-        *,
-        resample: bool = False,
-        missing: str = "error",
-        classes: Sequence[str] = (),
-        masks: Sequence[str] = (),
-    ):
+    def __init__(self, root, modalities, split=None, *, resample=False, missing="error", classes=(), masks=()):
         if missing not in ("error", "skip"):
             raise ValueError(f"missing is {missing!r}; allowed are 'error' and 'skip'")
         self.root, self.modalities, self.resample, self.masks = Path(root), tuple(modalities), resample, tuple(masks)
-        self.left_out = Counter()
+        self.left_out, self.classes, self._labels = Counter(), tuple(classes), {}
         self._files = {modality.name: self._scan(modality.name) for modality in modalities}
-        self._masks = self._scan("mask") if (self.root / "mask").is_dir() else None
         known = set().union(*self._files.values())
+        if (self.root / MASK.name).is_dir():
+            self._files[MASK.name] = self._scan(MASK.name)
         wanted = sorted(known) if split in (None, "all") else self._list(split, known)
-        lacking = {i: name for name, files in self._files.items() for i in wanted if i not in files}
-        if missing == "error":
-            for i, name in lacking.items():
-                state = f"{len(lacking)} of {len(wanted)} ids are not in every folder, {i} for one is not in {name}"
-                raise DataError(f"{self.root}: {state}; complete it, or use the others with missing='skip'")
+        lacking = {i: m.name for m in modalities for i in wanted if i not in self._files[m.name]}
         self.ids = [i for i in wanted if i not in lacking]
+        for i, name in lacking.items() if missing == "error" else ():
+            state = f"{len(lacking)} of {len(wanted)} ids are not in every folder, {i} for one is not in {name}"
+            raise DataError(f"{self.root}: {state}; complete it, or use the others with missing='skip'")
         if not self.ids:
-            raise DataError(f"{self.root}: no id is in all of {', '.join(self._files)}")
+            raise DataError(f"{self.root}: no id is in all of {', '.join(m.name for m in modalities)}")
         self.left_out = +(self.left_out + Counter(ids=len(lacking)))
         if self.left_out:
             warnings.warn(f"{self.root}: left out: {dict(self.left_out)}", stacklevel=2)
-        self.classes, self._labels = tuple(classes), None
         if (path := self.root / "labels.csv").is_file():
             self.classes, self._labels = read_labels(path, self.classes)
             self._match(path, self._labels, known)
-        if self._masks is not None:
-            self._match(self.root / "mask", self._masks, known)
+        if MASK.name in self._files:
+            self._match(self.root / MASK.name, self._files[MASK.name], known)
 
     def __getitem__(self, i: int) -> dict:
-        id = self.ids[i]
-        paths = {modality.name: self._seasons(modality.name, id) for modality in self.modalities}
-        seasons = {name: len(own) for name, own in paths.items() if own[0].parent != self.root / name}
-        if len(set(seasons.values())) > 1:
-            raise DataError(f"{self.root}: {id} has {seasons} seasons; give each modality the same number")
-        item, grid = {"id": id}, None
-        for modality in self.modalities:
-            images = [read(path) for path in paths[modality.name]]
+        id, found, seasons, grid = self.ids[i], {}, {}, None
+        for modality in (*self.modalities, MASK) if MASK.name in self._files else self.modalities:
+            path = self.root / modality.name / self._files[modality.name][id]
+            paths = sorted(visible(path, "*")) if path.is_dir() else [path]
+            if not (images := [read(file) for file in paths if file.suffix.lower() in DRIVERS]):
+                raise DataError(f"{path}: no image of {id} in it")
             grid = grid or images[0]
-            pixels = np.stack([self._pixels(image, modality, grid) for image in images])
+            found[modality.name] = pixels = np.stack([self._pixels(image, modality, grid) for image in images])
+            seasons |= {modality.name: len(images)} if path.is_dir() else {}
             for band, values in zip(modality.bands, pixels.swapaxes(0, 1), strict=True):
-                if values.min() == values.max():
-                    found = f"band {band} of {id} is {values.flat[0]:g} all over"
-                    raise DataError(f"{images[0].path}: {found}; leave the id or the band out")
-            count = max(seasons.values(), default=0)
-            item[modality.name] = np.repeat(pixels, count // len(pixels), axis=0) if count else pixels[0]
-        if self._labels is not None:
+                if modality is not MASK and values.min() == values.max():
+                    state = f"band {band} of {id} is {values.flat[0]:g} all over"
+                    raise DataError(f"{images[0].path}: {state}; leave the id or the band out")
+        if len({*seasons.values()}) > 1:
+            raise DataError(f"{self.root}: {id} has {seasons} seasons; give each modality the same number")
+        count, mask = max(seasons.values(), default=0), found.pop(MASK.name, None)
+        item = {name: np.repeat(own, count // len(own), axis=0) if count else own[0] for name, own in found.items()}
+        if self._labels:
             item["labels"] = np.array([name in self._labels[id] for name in self.classes])
-        if self._masks is not None:
-            item["mask"] = self._mask(read(self.root / "mask" / self._masks[id]), grid)
-        return item
+        return {"id": id, **item} | ({} if mask is None else {"mask": mask[0, 0]})
 
     def _pixels(self, image: Image, modality: Modality, grid: Image) -> np.ndarray:
         """(C, H, W) of an image of this modality, on the grid of its sample."""
-        if len(image.values) != len(modality.bands):
-            wanted = f"{len(modality.bands)} ({', '.join(modality.bands)}) of {modality.name}"
-            raise DataError(f"{image.path}: {len(image.values)} band(s), expected {wanted}")
-        if modality.scheme == "bytes" and image.values.dtype != np.uint8:
-            found = f"{image.values.dtype} values, but {modality.name} is declared as 8-bit images (bytes)"
-            raise DataError(f"{image.path}: {found}; declare another mapping, or none to have it measured")
-        pixels = on_grid(image, grid, self.resample)
+        values, name = image.values, modality.name
+        if len(values) != len(modality.bands):
+            wanted = f"{len(modality.bands)} ({', '.join(modality.bands)}) of {name}"
+            raise DataError(f"{image.path}: {len(values)} band(s), expected {wanted}")
+        if modality.scheme == "bytes" and values.dtype != np.uint8:
+            state = f"{values.dtype} values, but {name} is declared as 8-bit images (bytes)"
+            raise DataError(
+                f"{image.path}: {state}; save 8 bits, or declare another mapping, or none to have it measured"
+            )
+        if modality is MASK and self.masks and values.max() > len(self.masks):
+            raise DataError(f"{image.path}: class {values.max()}, expected 0 to {len(self.masks)}")
+        pixels = on_grid(image, grid, self.resample, Resampling.nearest if modality is MASK else Resampling.bilinear)
         return pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32)
-
-    def _mask(self, image: Image, grid: Image) -> np.ndarray:
-        if len(image.values) != 1 or image.values.dtype != np.uint8:
-            raise DataError(f"{image.path}: {len(image.values)} bands of {image.values.dtype}, expected one of 8 bits")
-        if self.masks and image.values.max() > len(self.masks):
-            raise DataError(f"{image.path}: class {image.values.max()}, expected 0 to {len(self.masks)}")
-        return on_grid(image, grid, self.resample, Resampling.nearest)[0]
 
     def _scan(self, name: str) -> dict[str, str]:
         """id -> name of its file, or of its folder of seasons."""
         if not (folder := self.root / name).is_dir():
             raise DataError(f"{folder}: missing; the root holds a folder per modality")
         found = {}
-        for path in sorted(folder.iterdir()):
-            if path.name.startswith("."):
-                self.left_out["hidden files"] += 1
-            elif not path.exists():
-                self.left_out["dangling links"] += 1
-            elif not path.is_dir() and path.suffix.lower() not in DRIVERS:
+        for path in sorted(visible(folder, "*")):
+            if not (is_folder := path.is_dir()) and path.suffix.lower() not in DRIVERS:
                 self.left_out["files of other types"] += 1
-            elif (id := path.name if path.is_dir() else path.stem) in found:
+            elif (id := path.name if is_folder else path.stem) in found:
                 raise DataError(f"{folder}: {id} is there twice, as {found[id]} and {path.name}; keep one")
             else:
                 found[id] = path.name
@@ -229,15 +201,6 @@ class Folders(Reader):
         if lacking := [i for i in self.ids if i not in found]:
             raise DataError(f"{path}: nothing for {len(lacking)} of {len(self.ids)} ids, first {lacking[0]}")
 
-    def _seasons(self, name: str, id: str) -> list[Path]:
-        path = self.root / name / self._files[name][id]
-        if not path.is_dir():
-            return [path]
-        found = [file for file in sorted(path.iterdir()) if file.suffix.lower() in DRIVERS and file.name[0] != "."]
-        if not found:
-            raise DataError(f"{path}: no image of {id} in it")
-        return found
-
 
 def read_labels(path: Path, classes: Sequence[str] = ()) -> tuple[tuple[str, ...], dict[str, list[str]]]:
     """Names of the classes, those given or else all that occur, and those of each id.
@@ -255,17 +218,16 @@ def read_labels(path: Path, classes: Sequence[str] = ()) -> tuple[tuple[str, ...
             found = header
             names = [[n for n, cell in zip(header, row[1:], strict=True) if cell == "1"] for row in rows]
         else:
-            columns = max(map(len, rows)) > 2
-            between = ";" if any(";" in cell for cell in cells) else "$" if columns else r"\s"
-            keep = {cell: [cell] for cell in classes}
-            names = [sum((keep.get(c) or re.split(between, c) for c in row[1:]), []) for row in rows]
-            names = [[name.strip() for name in own if name.strip()] for own in names]
+            between = ";" if any(";" in cell for cell in cells) else "$" if max(map(len, rows)) > 2 else r"\s"
+            parts = {cell: [cell] if cell in classes else map(str.strip, re.split(between, cell)) for cell in cells}
+            parts = {cell: [*filter(None, own)] for cell, own in parts.items()}
+            names = [[name for cell in row[1:] for name in parts[cell]] for row in rows]
             found = sorted({name for own in names for name in own})
     if twice := repeated(row[0] for row in rows):
         raise DataError(f"{path}: {twice[0]} is there more than once")
     labels = {row[0]: own for row, own in zip(rows, names, strict=True)}
-    for id, own in labels.items():
-        if classes and (wrong := sorted({*own} - {*classes})):
+    for id, own in labels.items() if classes else ():
+        if wrong := sorted({*own} - {*classes}):
             raise DataError(f"{path}: {id} has the class {wrong[0]!r}, expected {', '.join(classes)}")
     return tuple(classes or found), labels
 
@@ -279,22 +241,21 @@ def measure(reader, modality: Modality, *, samples: int = 256) -> dict:
     data are counted and left out, as a conversion will; a DataError if none is left.
     """
     pixels, reasons = [], []
-    for i in np.unique(np.linspace(0, len(reader.ids) - 1, min(samples, len(reader.ids))).astype(int)):
+    for i in np.unique(np.linspace(0, len(reader.ids) - 1, samples).astype(int)):
         try:
             images = reader[int(i)][modality.name]
             if not np.isfinite(images).all():
                 raise DataError(f"{reader.ids[i]}: pixels without data in {modality.name}")
             bands = np.moveaxis(images, -3, 0).reshape(images.shape[-3], -1)
-            pixels.append(bands[:, :: -(-bands.shape[1] // _PIXELS)])
+            pixels.append(bands[:, :: -(-bands.shape[1] // 10_000)])  # about 10,000 of a band are enough
         except DataError as error:
             reasons.append(error)
     if not pixels:
         raise DataError(f"{modality.name}: none of {len(reasons)} samples can be measured, first: {reasons[0]}")
     values = np.concatenate(pixels, axis=1)
-    low, high = np.percentile(values, (1, 99), axis=1)
-    spread = low < high  # else nearly all is one value, and the extremes are what there is
-    low, high = np.where(spread, low, values.min(axis=1)), np.where(spread, high, values.max(axis=1))
-    low, high = (tuple(float(f"{v:.6g}") for v in limits) for limits in (low, high))
+    limits = np.percentile(values, (1, 99), axis=1)
+    limits = np.where(limits[0] < limits[1], limits, [values.min(axis=1), values.max(axis=1)])  # else nearly all is one
+    low, high = (tuple(float(f"{v:.6g}") for v in own) for own in limits)
     measured = {"scheme": "bytes"} if values.dtype == np.uint8 else {"scheme": "range_8bit", "low": low, "high": high}
     ranges = ", ".join(f"{band} {a:g} to {z:g}" for band, a, z in zip(modality.bands, low, high, strict=True))
     left_out = f"; {len(reasons)} left out, first: {reasons[0]}" if reasons else ""
@@ -311,13 +272,11 @@ def looks_like(values: np.ndarray) -> str:
     if low >= 0 and high > 1 and (values == np.rint(values)).all():
         bits = next((bits for bits in (8, 10, 12, 14, 16) if values.max() < 2**bits), 32)
         return f"whole numbers of {bits} bits (digital numbers, or reflectance x 10000)"
-    for kind, least, most in (
-        ("shares of 1 (reflectance)", 0, 1.5),
-        ("an index from -1 to 1", -1, 1),
-        ("decibels", -100, 50),
-        ("degrees (angles or temperatures), or metres of low land", -180, 360),
-        ("metres of elevation", -1000, 9000),
-    ):
-        if least <= low and high <= most and (kind != "decibels" or middle < 0):
-            return kind
-    return "another unit"
+    kinds = {
+        "shares of 1 (reflectance)": (0, 1.5),
+        "an index from -1 to 1": (-1, 1),
+        "decibels": (-100, 50 if middle < 0 else -100),
+        "degrees (angles or temperatures), or metres of low land": (-180, 360),
+        "metres of elevation": (-1000, 9000),
+    }
+    return next((kind for kind, (least, most) in kinds.items() if least <= low and high <= most), "another unit")

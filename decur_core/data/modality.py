@@ -93,7 +93,8 @@ class Modality:
             raise DataError(f"{expected}; found {images.dtype} values")
         if self.scheme == "bytes":
             return
-        low, high = images.min(axis=(-3, -2, -1)), images.max(axis=(-3, -2, -1))  # not-a-number spreads to both
+        lows, highs = images.min(axis=(-2, -1)), images.max(axis=(-2, -1))  # per band; not-a-number spreads to both
+        low, high = lows.min(axis=-1), highs.max(axis=-1)
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             raise DataError(f"{expected}; found non-finite pixels (fill them or leave the image out)")
         found, textured = f"found {low.min():g} to {high.max():g}", high > low
@@ -103,7 +104,7 @@ class Modality:
             raise DataError(f"{expected}; {found}: without a negative value this is amplitude or power, not decibels")
         if self.scheme == "range_8bit":
             return
-        present = images.any(axis=(-2, -1))  # 0 means "no data"; only B10 is absent on purpose (level 2A)
+        present = (lows != 0) | (highs != 0)  # 0 means "no data"; only B10 is absent on purpose (level 2A)
         absent = (~present & present.any(axis=-1, keepdims=True)).reshape(-1, len(self.bands)).any(axis=0)
         if names := [band for band, gone in zip(self.bands, absent, strict=True) if gone and band != "B10"]:
             raise DataError(f"{expected}; {', '.join(names)} all zero beside other bands that are not: no data in it")

@@ -10,14 +10,14 @@ same for both sensors. The patches of test are of the same events as those of tr
 How to get it: github.com/geodrak/OMBRIA. Contains modified Copernicus Sentinel data; masks of the Copernicus EMS.
 """
 
-import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from decur_core import augment
+from decur_core.data import modality
 from decur_core.data.datasets import DataSet
-from decur_core.data.modality import Modality
+from decur_core.data.modality import RGB
 from decur_core.data.raster import DataError, Reader, visible
 from decur_core.data.sunrgbd import read_image
 from decur_core.data.tasks import Masks
@@ -26,26 +26,9 @@ CLASSES = ("dry", "flooded")  # values 1 and 2 of masks; 0 would be unlabelled
 EVENTS = ("albania", "france", "guyana", "timor")  # of 2021
 SPLITS = {"train": ("train",), "test": ("test",), "2021": EVENTS, **{event: (event,) for event in EVENTS}}
 _KEYS = [(sensor, part) for sensor in (1, 2) for part in ("BEFORE", "AFTER", "MASK")]
-
-SAR = Modality(
-    name="sar",
-    bands=("VV",),
-    unit="8-bit backscatter, stretched per patch",
-    valid_range=(0.0, 255.0),
-    scheme="bytes",
-    policy=augment.SAR,
-    title="SAR",
-    colour="#0072B2",
-)
-OPTICAL = Modality(
-    name="optical",
-    bands=("B11", "B8", "B3"),
-    unit="8-bit reflectance",
-    valid_range=(0.0, 255.0),
-    scheme="bytes",
-    title="optical",
-    colour="#D55E00",
-)
+_LOOK = {"policy": modality.SAR.policy, "title": modality.SAR.title, "colour": modality.SAR.colour}
+SAR = replace(RGB, name="sar", bands=("VV",), unit="8-bit backscatter, stretched per patch", **_LOOK)
+OPTICAL = replace(RGB, name="optical", bands=("B11", "B8", "B3"), unit="8-bit reflectance", title="optical")
 
 
 class Ombria(Reader):
@@ -67,14 +50,15 @@ class Ombria(Reader):
             raise ValueError(f"split {split!r}, missing {missing!r}; allowed are {known}")
         self.root, self._files, absent = Path(root), {}, []
         for event in SPLITS[split] if split else ("train", "test", *EVENTS):
-            found = {key: _files(self.root / _folder(event, *key)) for key in _KEYS}
-            numbers = sorted(set().union(*found.values()), key=int)
-            absent += [] if numbers else [f"no patch in {self.root / _folder(event, 1, 'BEFORE')}"]
+            place = f"2021/{event.upper()}/Sentinel{{}}/{{}}" if event in EVENTS else f"OmbriaS{{}}/{event}/{{}}"
+            folders = {key: self.root / place.format(*key) for key in _KEYS}
+            files = {key: {p.stem.split("_")[-1]: p for p in visible(f, "*_*.png")} for key, f in folders.items()}
+            numbers = sorted(filter(str.isdecimal, set().union(*files.values())), key=int)
+            absent += [] if numbers else [f"no patch in {folders[_KEYS[0]]}"]
             for number in numbers:
-                if gone := [key for key in _KEYS if number not in found[key]]:
-                    absent.append(f"no {number} in {self.root / _folder(event, *gone[0])}")
-                else:
-                    self._files[f"{event}/{number}"] = {key: found[key][number] for key in _KEYS}
+                gone = [f"no {number} in {folders[key]}" for key in _KEYS if number not in files[key]]
+                absent += gone[:1]
+                self._files |= {} if gone else {f"{event}/{number}": {key: files[key][number] for key in _KEYS}}
         self.ids, self.left_out = list(self._files), {"absent": len(absent)}
         if absent and missing == "error" or not self.ids:
             state = f"{len(absent)} events or patches are not whole: {absent[0]}"
@@ -83,8 +67,7 @@ class Ombria(Reader):
     def __getitem__(self, i: int) -> dict:
         files, images = self._files[self.ids[i]], {}
         for (sensor, part), path in files.items():
-            bands = 3 if sensor == 2 and part != "MASK" else 1
-            images[sensor, part] = image = _read(path, bands)
+            images[sensor, part] = image = _read(path, 3 if sensor == 2 and part != "MASK" else 1)
             if image.shape[1:] != (size := images[_KEYS[0]].shape[1:]):
                 raise DataError(f"{path}: {image.shape[1:]} pixels, but {files[_KEYS[0]]} has {size}")
         mask, path = images[1, "MASK"][0], files[1, "MASK"]
@@ -96,22 +79,10 @@ class Ombria(Reader):
         return {"id": self.ids[i], "sar": sar, "optical": optical, "mask": np.where(mask, 2, 1).astype(np.uint8)}
 
 
-def _folder(event: str, sensor: int, part: str) -> str:
-    return f"2021/{event.upper()}/Sentinel{sensor}/{part}" if event in EVENTS else f"OmbriaS{sensor}/{event}/{part}"
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Number -> file."""
-    paths = {re.sub(r".*_(?=\d+$)", "", path.stem): path for path in visible(folder, "*.png")}
-    return {number: path for number, path in paths.items() if number.isdecimal()}
-
-
 def _read(path: Path, bands: int) -> np.ndarray:
     """uint8 (bands, H, W); a grey image may come in three equal channels."""
     image = read_image(path, "L", "RGB")
-    image = image if image.ndim == 3 else image[None]
-    if bands == 1 and len(image) == 3 and (image == image[:1]).all():
-        image = image[:1]
+    image = image[None] if image.ndim == 2 else image[:1] if bands == 1 and (image == image[:1]).all() else image
     if len(image) != bands:
         raise DataError(f"{path}: {len(image)} different channels, expected {bands}")
     return image

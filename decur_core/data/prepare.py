@@ -67,7 +67,7 @@ def reader(settings: config.Settings, dataset: str, split: str) -> Reader:
     parts = twin.parts(settings.world)
     if split == "all" and split not in parts:
         return Joined(*(reader(settings, dataset, each) for each in parts))
-    through, whole = settings.world.through_files, twin.whole
+    through, whole = settings.world.through_files if twin.write else 0, twin.whole
     written = {k: places[: min(through, len(places)) // whole * whole] for k, places in parts.items()}
     made = twin.make(settings.world, split)
     if not written[split]:

@@ -121,7 +121,9 @@ def _gdal() -> Iterator[list[str]]:
 
 def _read(path: Path | str, warned: list[str], *, count: int, kind: str, driver: str = "GTiff") -> _Raster:
     try:
-        with DatasetReader(path, driver=driver) as source:  # rasterio.open would enter an environment for each file
+        with DatasetReader(
+            Path(path), driver=driver
+        ) as source:  # rasterio.open would enter an environment for each file
             if source.count != count:
                 raise DataError(f"{path}: expected {count} band(s), found {source.count}")
             if np.dtype(source.dtypes[0]).kind not in kind:
@@ -145,8 +147,9 @@ def read_bands(
     kinds: Sequence[str],
     size: tuple[int, int] | None = None,
     pixel: float | None = None,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Read one-band files of one place and bring them to the finest grid: float32 (len(paths), H, W).
+    """Read one-band files of one place and bring them to the finest grid: float32 (len(paths), H, W), `out` if given.
 
     `paths`: one per band, None for a row of zeros; `steps`: pixel size of each band in units of the finest one (1, 2
     and 6 for Sentinel-2), at least one is 1; `kinds`: one per band as in `read`; `size`: (H, W) of the finest grid,
@@ -159,8 +162,8 @@ def read_bands(
     with _gdal() as warned:
         files = [path and _read(path, warned, count=1, kind=kind) for path, kind in zip(paths, kinds, strict=True)]
     first = next(row for row, file in enumerate(files) if file and steps[row] == 1)
-    size = tuple(size or files[first].values.shape[1:])
-    out = np.empty((len(paths), *size), dtype=np.float32)
+    size = tuple(size or files[first].values.shape[1:]) if out is None else out.shape[1:]
+    out = np.empty((len(paths), *size), dtype=np.float32) if out is None else out
     coarse = {}  # bands of one step are resized in one call
     for row, (path, file, step) in enumerate(zip(paths, files, steps, strict=True)):
         if file is None:

@@ -68,14 +68,15 @@ class SSL4EOS12(Reader):
     def __getitem__(self, i: int) -> dict:
         sar_dates, sar_scenes = self._scenes("s1", self.ids[i])
         optical_dates, optical_scenes = self._scenes("s2c", self.ids[i])
-        optical = sar = np.empty(0)
+        whole = None  # float32 (seasons, 15, H, W); all seasons are of the first one's size
         for k, (optical_scene, sar_scene) in enumerate(zip(optical_scenes, sar_scenes, strict=True)):
             paths = [f"{optical_scene}/{band}.tif" for band in OPTICAL.bands]
-            size = optical.shape[2:] or None
-            images = read_pair(paths, [f"{sar_scene}/{band}.tif" for band in SAR.bands], size=size)
-            if not k:  # of this size are all of them
-                optical, sar = (np.empty((self.seasons, *image.shape), np.float32) for image in images)
-            optical[k], sar[k] = images
+            out = None if whole is None else whole[k]
+            bands = read_pair(paths, [f"{sar_scene}/{band}.tif" for band in SAR.bands], out=out)
+            if whole is None:
+                whole = np.empty((self.seasons, sum(map(len, bands)), *bands[0].shape[1:]), np.float32)
+                np.concatenate(bands, out=whole[0])
+        optical, sar = whole[:, : len(OPTICAL.bands)], whole[:, len(OPTICAL.bands) :]
         dates = {"sar": sar_dates, "optical": optical_dates}
         return {"id": self.ids[i], "sar": sar, "optical": optical, "dates": dates}
 

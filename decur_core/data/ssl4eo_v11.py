@@ -15,17 +15,17 @@ import io
 import re
 import tarfile
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 
 from decur_core.data.datasets import DataSet
 from decur_core.data.modality import DEM, OPTICAL, SAR
-from decur_core.data.raster import DataError, Reader, reading, repeated, visible
+from decur_core.data.raster import DataError, Reader, reading, visible
 
 B10 = OPTICAL.bands.index("B10")
 OFFSET = 1000  # of processing baseline 04.00
@@ -55,7 +55,6 @@ FORMS = {
     ".zarr.zip": ("ssl4eos12_{split}_seasonal_data_{number:06d}.zarr.zip", {"train": 3812, "val": 34}),
     ".tar": ("ssl4eos12_shard_{number:06d}.tar", {"train": 477, "val": 5}),
 }
-_PROBES = 16  # places at which the offset is looked for
 
 
 def darkest(images: np.ndarray) -> float:
@@ -93,8 +92,7 @@ class SSL4EOS12v11(Reader):
 
     Items: {"id": str, "sar": float32 (4, 2, H, W) in dB, "optical": float32 (4, 13, H, W) in reflectance x 10000
     without the offset, with 0 in place of less (noise over dark ground) and, for S2L2A, in B10, "dem": float32 (4, 1,
-    H, W) in metres, four times the same, "dates": {"sar": [...], "optical": [...]} as YYYYMMDDThhmmss}. Times are in
-    the order of the files, which is by date.
+    H, W) in metres, four times the same, "dates": {"sar": [...], "optical": [...]} as YYYYMMDDThhmmss}, by date.
 
     `.chunk`: so many consecutive places share a file; the last block of it is kept, as Zarr archives are compressed
     over all of their places. `.statistics`: as published, modality -> (mean, std). `.left_out`: what was skipped.
@@ -103,54 +101,29 @@ class SSL4EOS12v11(Reader):
     shows another offset than the rest.
     """
 
-    def __init__(
-        self,
-        root: Path | str,
-        split: str | None = None,
-        folders: Sequence[str] = ("S1GRD", "S2L1C"),
-        *,
-        missing: str = "error",
-        offset: int | None = None,
-    ):
+    def __init__(self, root: Path | str, split=None, folders=("S1GRD", "S2L1C"), *, missing="error", offset=None):
         names = [FOLDERS[folder][0].name for folder in folders if folder in FOLDERS]
         if split not in (None, "train", "val") or missing not in ("error", "skip"):
             raise ValueError(f"split {split!r}, missing {missing!r}; allowed: 'train', 'val', None; 'error', 'skip'")
         if not len(folders) == len(set(names)) > 0:
             raise ValueError(f"folders {folders}: some of {', '.join(FOLDERS)} are needed, one of S2L1C and S2L2A")
-        self.root, self.folders, self.left_out, self._blocks = Path(root), tuple(folders), {}, {}
+        self.root, self.folders, self.left_out = Path(root), tuple(folders), {}
         self.statistics = {name: FOLDERS[folder][2:] for name, folder in zip(names, folders, strict=True)}
-        self._files = []  # per file number its path in every folder
-        absent = []
-        for part in [split] if split else ["train", "val"]:
-            for name in self._wanted(part):
-                paths = [self.root / part / folder / name for folder in folders]
-                gone = [path for path in paths if not path.is_file()]
-                absent += [f"no {path}" for path in gone[:1]]
-                self._files += [] if gone else [paths]
+        parts = [split] if split else ["train", "val"]
+        wanted = [[self.root / part / folder / n for folder in folders] for part in parts for n in self._wanted(part)]
+        absent = {k: f"no {path}" for k, paths in enumerate(wanted) for path in paths[::-1] if not path.is_file()}
+        self._files = [paths for k, paths in enumerate(wanted) if k not in absent]  # by number those of every folder
         self._skip("files", absent, missing, self._files)
-        with ThreadPoolExecutor(16) as pool:
-            indices = pool.map(_index, [path for paths in self._files for path in paths])
-            places, lacking = {}, []  # id -> per folder: file number, row or offset, 0 or size
-            for k, paths in enumerate(self._files):
-                found = [next(indices) for _ in paths]
-                for key in dict.fromkeys(key for index in found for key in index):
-                    gone = [path for path, index in zip(paths, found, strict=True) if key not in index]
-                    lacking += [f"{key} is not in {gone[0]}, but in its partners"] if gone else []
-                    if key in places:
-                        raise DataError(f"{paths[0]}: {key} is there a second time; download the files again")
-                    if not gone:
-                        places[key] = [(k, *index[key]) for index in found]
-        self._skip("places", lacking, missing, places)
-        self.ids, self._places = list(places), np.array(list(places.values()), np.int64)
-        shared = int((self._places[:, 0, 0] == self._places[0, 0, 0]).sum())
-        self.chunk = 1 if self._places[0, 0, 2] else shared
-        if offset is None and "optical" in names:
-            probes = []
-            for i in np.unique(np.linspace(0, len(self.ids) - 1, _PROBES).astype(int)):
-                with suppress(DataError):  # a damaged place is refused when it is asked for
-                    probes.append(self._read(i, names.index("optical"), slice(1))[0])
-            offset = find_offset(probes)
-        self.offset = offset
+        found = [_index([paths[k] for paths in self._files]) for k in range(len(folders))]
+        lacking = {
+            key: f"{key} is not in {self._files[number][k]}, but in its partners"
+            for own in found for key, (number, *_) in own.items() for k in range(len(found)) if key not in found[k]
+        }  # fmt: skip
+        self.ids = [key for key in found[0] if key not in lacking]
+        self._skip("places", lacking, missing, self.ids)
+        self._places = np.array([[own[key] for own in found] for key in self.ids], np.int64)
+        self.chunk = 1 if self._places[0, 0, 2] else int((self._places[:, 0, 0] == self._places[0, 0, 0]).sum())
+        self.offset = self._offset() if offset is None and "optical" in names else offset
 
     def __getitem__(self, i: int) -> dict:
         item, dates = {}, {}
@@ -158,16 +131,12 @@ class SSL4EOS12v11(Reader):
             images, times = self._read(i, k)
             item[name] = self._reflectance(i, images) if name == "optical" else images.astype(np.float32)
             dates |= {name: times} if times else {}
-        most = max(map(len, item.values()))
-        if "dem" in item and len(item["dem"]) == 1:
-            item["dem"] = np.repeat(item["dem"], most, axis=0)
+        if len(item.get("dem", ())) == 1:
+            item["dem"] = np.repeat(item["dem"], max(map(len, item.values())), axis=0)
         if len({(len(images), images.shape[2:]) for images in item.values()}) > 1:
             shapes = ", ".join(f"{name} {images.shape}" for name, images in item.items())
             raise DataError(f"{self._files[self._places[i, 0, 0]][0]}: {self.ids[i]} has {shapes}; not of one place")
         return {"id": self.ids[i], **item, "dates": dates}
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_blocks": {}}
 
     def _wanted(self, part: str) -> list[str]:
         """Names of the files of a split."""
@@ -180,82 +149,95 @@ class SSL4EOS12v11(Reader):
         name, counts = FORMS[forms[0] if forms else ".tar"]
         return [name.format(split=part, number=number) for number in range(1, counts[part] + 1)]
 
-    def _skip(self, kind: str, lacking: list[str], missing: str, left) -> None:
+    def _skip(self, kind: str, lacking: dict, missing: str, left: list) -> None:
         self.left_out[kind] = len(lacking)
         if lacking and missing == "error" or not left:
-            state = f"{len(lacking)} {kind} are not there in all of {', '.join(self.folders)}: {lacking[0]}"
+            state = f"{len(lacking)} {kind} are not there in all of {', '.join(self.folders)}: {[*lacking.values()][0]}"
             raise DataError(f"{self.root}: {state}; complete them, or use the others with missing='skip'")
 
-    def _read(self, i: int, k: int, times: slice = slice(None)) -> tuple[np.ndarray, list[str]]:
-        """Images of a place as they are stored, (T, C, H, W), and their dates, none for elevation."""
+    def _offset(self) -> int:
+        """Told from the first images of places all over the data set."""
+        k, probes = list(self.statistics).index("optical"), []
+        for i in np.unique(np.linspace(0, len(self.ids) - 1, 16).astype(int)):
+            with suppress(DataError):  # a damaged place is refused when it is asked for
+                probes.append(self._read(i, k, 1)[0])
+        return find_offset(probes)
+
+    def _read(self, i: int, k: int, times: int | None = None) -> tuple[np.ndarray, list[str]]:
+        """Images of a place at the first times as they are stored, (T, C, H, W), and their dates, of elevation none."""
         number, place, size = map(int, self._places[i, k])
         path, (_, names, *_) = self._files[number][k], FOLDERS[self.folders[k]]
         with reading(path, f"{self.folders[k]} of {self.ids[i]} as Zarr, (times, {len(names)}, H, W)"):
-            if size:
-                with open(path, "rb") as file:
-                    file.seek(place)
-                    group = _open(file.read(size))
-                images, row = group["bands"][times], ...
-            else:
-                group, row = _open(path), place
-                step = group["bands"].chunks[0]
-                start = place // step * step
-                if self._blocks.get(k, [None])[0] != (number, start, times):
-                    self._blocks[k] = (number, start, times), group["bands"][start : start + step, times]
-                images = self._blocks[k][1][place - start]
+            group = _open(path, place, size)
+            step = group["bands"].chunks[0]
+            images = group["bands"][:times] if size else _block(path, place // step * step, step, times)[place % step]
             if images.ndim != 4 or images.shape[1] != len(names) or images.dtype.kind not in "fui":
                 raise ValueError(f"{images.dtype} of shape {images.shape}")
-            if self.folders[k] == "DEM":
-                return images, []
             if "band" in group and (found := tuple(map(str, group["band"][:]))) != names:
                 raise ValueError(f"bands {found}")
-            return images, _dates(group, row, times)
+            dates = [] if self.folders[k] == "DEM" else _dates(group, ... if size else place)
+            return images, dates[:times]
 
     def _reflectance(self, i: int, images: np.ndarray) -> np.ndarray:
         """Stored values of Sentinel-2 -> float32 (T, 13, H, W) without the offset."""
-        if images.shape[1] == len(_L1C) and (low := darkest(images)) < np.inf and (low < 800) != (self.offset == 0):
-            state = (
+        values = np.maximum(images.astype(np.float32) - self.offset, 0)
+        if images.shape[1] < len(_L1C):
+            return np.insert(values, B10, 0, axis=1)
+        if (low := darkest(images)) < np.inf and (low < 800) != (self.offset == 0):
+            found = (
                 f"B10 of {self.ids[i]} begins at {low:.0f}, which does not fit the offset of {self.offset} elsewhere"
             )
-            raise DataError(f"{self.root}: {state}; use files of one form")
-        values = np.maximum(images.astype(np.float32) - self.offset, 0)
-        return values if images.shape[1] == len(_L1C) else np.insert(values, B10, 0, axis=1)
+            raise DataError(f"{self.root}: {found}; use files of one form")
+        return values
 
 
-def _open(file: Path | bytes):
-    """The group in a Zarr archive, a file or what it holds."""
+def _open(path: Path, offset: int = 0, size: int = 0):
+    """The group in a Zarr archive, which is the file or, of so many bytes, a part of it."""
     import zarr  # takes half a second
     from zarr.buffer import cpu
     from zarr.storage import MemoryStore, ZipStore
 
-    if isinstance(file, Path):
-        store = ZipStore(file, mode="r")
-    else:
-        with zipfile.ZipFile(io.BytesIO(file)) as archive:
-            parts = {name: cpu.Buffer.from_bytes(archive.read(name)) for name in archive.namelist()}
-        store = MemoryStore(parts, read_only=True)
-    return zarr.open_group(store, mode="r", zarr_format=2)
+    if not size:
+        return zarr.open_group(ZipStore(path, mode="r"), mode="r", zarr_format=2)
+    with open(path, "rb") as file:
+        file.seek(offset)
+        archive = zipfile.ZipFile(io.BytesIO(file.read(size)))
+    parts = {name: cpu.Buffer.from_bytes(archive.read(name)) for name in archive.namelist()}
+    return zarr.open_group(MemoryStore(parts), mode="r", zarr_format=2)
 
 
-def _index(path: Path) -> dict[str, tuple[int, int]]:
-    """Key of each place in a file -> its row and 0, or offset and size of its archive in bytes."""
+@lru_cache(3)  # one for each product
+def _block(path: Path, start: int, step: int, times: int | None) -> np.ndarray:
+    """Images of the places that are compressed together."""
+    return _open(path)["bands"][start : start + step, :times]
+
+
+def _index(paths: list[Path]) -> dict[str, tuple[int, int, int]]:
+    """Key of each place -> number of its file, its row and 0, or offset and size of its archive in bytes."""
+    found = {}
+    with ThreadPoolExecutor(16) as pool:
+        for number, places in enumerate(pool.map(_places, paths)):
+            for key, *place in places:
+                if key in found:
+                    raise DataError(f"{paths[number]}: {key} is there a second time; download the files again")
+                found[key] = (number, *place)
+    return found
+
+
+def _places(path: Path) -> list[tuple[str, int, int]]:
     with reading(path, "a Zarr archive with the ids of its places, or a tar file of such archives"):
-        if path.suffix == ".tar":
-            with tarfile.open(path, "r:") as file:
-                members = [m for m in file if m.name.endswith(".zarr.zip") and not Path(m.name).name.startswith(".")]
-            found = [(m.name.removesuffix(".zarr.zip"), (m.offset_data, m.size)) for m in members]
-        else:
-            found = [(str(name), (row, 0)) for row, name in enumerate(_open(path)["sample"][:])]
-        if twice := repeated(key for key, _ in found):
-            raise ValueError(f"{twice[0]} is in it twice")
-        return dict(found)
+        if path.suffix == ".zip":
+            return [(str(key), row, 0) for row, key in enumerate(_open(path)["sample"][:])]
+        with tarfile.open(path, "r:") as file:
+            places = [(m.name.removesuffix(".zarr.zip"), m.offset_data, m.size) for m in file if ".zarr." in m.name]
+        return [place for place in places if not Path(place[0]).name.startswith(".")]
 
 
-def _dates(group, row, times: slice) -> list[str]:
+def _dates(group, row) -> list[str]:
     """When the images of a place were taken, YYYYMMDDThhmmss."""
     if "file_id" in group:  # names of scenes, which begin with or contain the start
-        return [re.search(r"\d{8}T\d{6}", str(name))[0] for name in group["file_id"][row][times]]
-    taken = group["time"][times].astype("datetime64[ns]").astype("datetime64[s]")
+        return [re.search(r"\d{8}T\d{6}", str(name))[0] for name in group["file_id"][row]]
+    taken = group["time"][:].astype("datetime64[ns]").astype("datetime64[s]")
     return [re.sub("[-:]", "", str(time)) for time in taken]
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from decur_core.data import arrays
 from decur_core.data.arrays import QUARANTINED, STORED, TODO, digest, disk, load, maps, positions
 from decur_core.data.raster import DataError, repeated
-from decur_core.running import folders as runs
+from decur_core.running.files import locked
 
 _LARGEST = 2**37  # bytes of a file
 _BATCH, _PAUSE = 2**26, 10.0  # bytes or seconds after which rows are flushed and marked: a flush waits for the disk
@@ -122,8 +122,8 @@ class StoreWriter:
             wanted["rows_per_file"][name] = -(-len(ids) // files)
         part = "" if shard[1] == 1 else f"-{shard[0]:04d}-of-{shard[1]:04d}"
         with contextlib.ExitStack() as stack:
-            stack.enter_context(runs.locked(Path(path), name=f".lock{part}"))
-            with runs.locked(Path(path), name=".lock-index", wait=True), disk(path):
+            stack.enter_context(locked(Path(path), name=f".lock{part}"))
+            with locked(Path(path), name=".lock-index", wait=True), disk(path):
                 _begin(Path(path), wanted, retry=retry)
                 self._open(Path(path))
                 for row in self.span if retry else ():
@@ -141,7 +141,11 @@ class StoreWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close(finish=error[0] is None)
+        try:
+            self.close(finish=error[0] is None)
+        except OSError:
+            if error[0] is None:  # else the first error says more
+                raise
 
     def __reduce__(self) -> tuple:
         return _joined, (self.path,)
@@ -230,7 +234,7 @@ class StoreWriter:
                 for file in self._files.values():
                     os.fsync(file)
             if finish and not self.finished:
-                with runs.locked(self.path, name=".lock-index", wait=True), disk(self.path):
+                with locked(self.path, name=".lock-index", wait=True), disk(self.path):
                     self._finish()
         finally:
             for file in self._files.values():

@@ -11,7 +11,6 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.classification import binary_average_precision, multiclass_confusion_matrix
 
 from decur_core.data.raster import DataError
 
@@ -127,6 +126,8 @@ def mean_average_precision(scores: Tensor, labels: Tensor) -> dict:
     ``scores``: N x L, any finite score, for its order alone counts; ``labels``: N x L of 0 and 1. Macro: of the classes
     that occur. Raises DataError where none does, ValueError for scores that are not finite.
     """
+    from torchmetrics.functional.classification import binary_average_precision  # here: seconds, in every process
+
     if not labels.any():
         raise DataError("no positive label to score: every label is 0")
     if not scores.isfinite().all():
@@ -143,6 +144,8 @@ def mean_average_precision(scores: Tensor, labels: Tensor) -> dict:
 
 def confusion(batches: Iterable[tuple[Tensor, Tensor]], classes: int) -> Tensor:
     """Pixel counts of a set, classes x classes int64 on the CPU: row = truth, column = prediction, IGNORE left out."""
+    from torchmetrics.functional.classification import multiclass_confusion_matrix  # as above
+
     counts = torch.zeros(classes, classes, dtype=torch.int64)
     for found, truth in batches:
         options = {"num_classes": classes, "ignore_index": IGNORE}

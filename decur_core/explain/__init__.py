@@ -3,6 +3,7 @@
 ``explain.embeddings``, the function, stays in its module, whose name it has.
 """
 
+from decur_core.explain import split
 from decur_core.explain.embeddings import alignment, blocks, effective_rank, embed_members, neighbours, retrieval, tsne
 from decur_core.explain.saliency import (
     PARTS,
@@ -28,6 +29,7 @@ __all__ = [
     "neighbours",
     "overlap",
     "retrieval",
+    "split",
     "statistics",
     "targets",
     "tsne",

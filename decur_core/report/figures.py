@@ -233,6 +233,29 @@ def dimensions(points: dict[str, np.ndarray], *, blocks: dict[str, Mapping[str, 
     return made
 
 
+def spectra(found: dict[str, dict], *, shown: int = 40) -> Figure:
+    """Held-out canonical correlations, a panel per run with ``dim_common: auto`` (``history.split``).
+
+    What the two views of each modality repeat, what pairs of modalities share and, dotted, what chance would give.
+    """
+    made, axes = grid(len(found), 3, width=3.2, height=2.6)
+    for axis, (name, about) in zip(axes, found.items(), strict=True):
+        for which, values in about["spectra"].items():
+            shared = "+" in which
+            paint = colour("common") if shared else colour(which)
+            label = "shared" if shared else title(which)
+            axis.plot(
+                range(1, len(values[:shown]) + 1), values[:shown], color=paint, lw=2 if shared else 1, label=label
+            )
+            if shared:
+                axis.axhline(about["thresholds"][which], color=paint, ls=":", lw=1)
+        axis.axhline(0.5, color="black", lw=0.5)
+        axis.set_title(name, fontsize=9)
+        axis.set(xlabel="direction", ylabel="correlation", ylim=(-0.05, 1.02))
+    legend(made)
+    return made
+
+
 def places(points: dict[str, np.ndarray]) -> Figure:
     """Maps of samples, a panel per modality: N x 2 points, coloured alike in all panels by their place in the first."""
     made, axes = grid(len(points), 3, width=3.4, height=3.4)

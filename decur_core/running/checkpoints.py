@@ -41,18 +41,23 @@ class Damaged(OSError):
 
 
 def load(file: Path, way: str = "") -> dict:
-    """What ``save`` wrote; Damaged for a torn file, and for bytes that changed since, which torch would not notice.
+    """What ``save`` wrote; Damaged for a torn file, and for bytes that changed since, which torch would not notice;
+    ConfigError for a run of an earlier version.
 
     ``way``: the way out, for the error's text. What the machine lacks (permission, a file handle, memory, a disk that
     answers) comes as the OSError or MemoryError that it is: nobody shall remove a sound file for it.
     """
     try:
         _whole(file)
-        return _unpickled(file)
+        state = _unpickled(file)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # torch raises many kinds
         raise Damaged(f"{file} cannot be read ({type(error).__name__}: {error}); {way}".rstrip("; ")) from error
+    if old := next((k for k in state.get("model", ()) if k.startswith("backbone_")), ""):
+        way = "give the run another `name`, or remove its folder; model.load_published still opens these weights"
+        raise config.ConfigError(f"{file}: of an earlier version, whose networks had numbers for names ({old}); {way}")
+    return state
 
 
 def _whole(file: Path) -> list[str]:

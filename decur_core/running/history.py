@@ -56,3 +56,8 @@ def last(folder: Path) -> dict | None:
         file.seek(max(0, os.stat(file.fileno()).st_size - 2000))
         return json.loads(file.read().splitlines()[-1])
     return None
+
+
+def split(folder: Path) -> dict:
+    """What a run with ``dim_common: auto`` found: ``dim_common`` or ``blocks``, and what it was read from."""
+    return json.loads((Path(folder) / "split.json").read_text())

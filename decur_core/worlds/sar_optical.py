@@ -90,6 +90,13 @@ def integers(**limits: tuple[object, float, float]) -> None:
             raise ValueError(f"{name} = {value!r}: an integer from {low} {limit} is needed")
 
 
+def check_views(tile: int, seasons: int) -> None:
+    """Refuse, with a ValueError, views that cannot be drawn in bands of 10, 20 and 60 m."""
+    integers(seasons=(seasons, 1, 4))
+    if not isinstance(tile, (int, np.integer)) or tile < 12 or tile % 6:
+        raise ValueError(f"tile = {tile!r}: a multiple of 6, at least 12, is needed (60 m bands: tile / 6 pixels)")
+
+
 class Locations(Reader):
     """What miniature worlds have in common: `.factors` that are known, and random numbers for each location alone."""
 
@@ -221,6 +228,16 @@ def _optical(
     return native
 
 
+def to_10m(native: dict[int, np.ndarray]) -> np.ndarray:
+    """Views of `_optical` as readers give them: float32 (seasons, 13, tile, tile), reflectance x 10000."""
+    seasons, _, *size = native[1].shape
+    out = np.empty((seasons, len(OPTICAL.bands), *size), np.float32)
+    for season in range(seasons):
+        for k, rows in GROUPS.items():  # scene by scene, as readers do: the last bit depends on the stack's size
+            out[season, rows] = resize(native[k][season], tuple(size))
+    return out
+
+
 def _sar(rng, layout: Layout, f: dict[str, float], seasons: int) -> np.ndarray:
     """SAR views of one location: float32 (seasons, 2, tile, tile), VV and VH in dB."""
     shade = _by_field(rng.normal(0, 1, (seasons, layout.parcel.max() + 1)), layout, 0)
@@ -248,9 +265,7 @@ class World(Locations):
 
     def __init__(self, locations: int, *, tile: int = 36, seasons: int = 4, layout: str = LAYOUTS[0], seed: int = 0):
         super().__init__(FACTORS, locations, seed=seed, stream=self.stream, most=10_000_000)
-        integers(seasons=(seasons, 1, 4))
-        if not isinstance(tile, (int, np.integer)) or tile < 12 or tile % 6:
-            raise ValueError(f"tile = {tile!r}: a multiple of 6, at least 12, is needed (60 m bands: tile / 6 pixels)")
+        check_views(tile, seasons)
         if layout not in LAYOUTS:
             raise ValueError(f"layout = {layout!r}: one of {', '.join(LAYOUTS)} is needed")
         self.tile, self.seasons, self.layout = int(tile), int(seasons), layout
@@ -282,12 +297,8 @@ class World(Locations):
 
     def __getitem__(self, i: int) -> dict:
         """{"id", "sar": float32 (S, 2, H, W) dB, "optical": float32 (S, 13, H, W) reflectance x 10000, "dates"}."""
-        native, size = self.native(i), (self.tile, self.tile)
-        optical = np.empty((self.seasons, len(OPTICAL.bands), *size), np.float32)
-        for season in range(self.seasons):
-            for k, rows in GROUPS.items():  # scene by scene, as readers do: the last bit depends on the stack's size
-                optical[season, rows] = resize(native[k][season], size)
-        return {"id": self.ids[i], "sar": native["sar"], "optical": optical, "dates": self.dates(i)}
+        native = self.native(i)
+        return {"id": self.ids[i], "sar": native["sar"], "optical": to_10m(native), "dates": self.dates(i)}
 
     def label_map(self, i: int) -> np.ndarray:
         """Land cover of location i: int64 (tile, tile), indices into LAND_COVER; for the coregistered layout."""

@@ -9,29 +9,38 @@ crowns. `tests/test_three.py` decides which factors may be used: a supervised ne
 from the sensors that carry it, and not at all from the others.
 """
 
+from math import inf
+from pathlib import Path
+from typing import NamedTuple
+
 import numpy as np
 
-from decur_core.data.modality import OPTICAL
-from decur_core.data.raster import resize
+from decur_core.data.datasets import DataSet
+from decur_core.data.modality import DEM, OPTICAL, SAR
+from decur_core.data.raster import DataError, Reader
+from decur_core.data.tasks import Scene
+from decur_core.worlds import Miniature, apart
 from decur_core.worlds.sar_optical import (
     BARE,
     BUILT,
-    GROUPS,
+    VEGETATED,
     WATER,
     Layout,
     Locations,
+    World,
     _blocks,
     _fields,
     _lowest,
     _optical,
     _sar,
     _smooth,
-    integers,
+    check_views,
+    to_10m,
 )
 
-# name: who sees it. What each one does is written where it is used, in `ThreeWorld.__getitem__`.
+# name: who sees it. What each one does is written where it is used, in `draw_ground` and `ThreeWorld`.
 FACTORS = {
-    "built_up": "common",  # share of the tile under buildings, 6 to 27 %
+    "built_up": "common",  # share of the tile under buildings, 8 to 35 %
     "water": "sar+optical",  # share of the tile under water, 2 to 40 %
     "relief": "sar+dem",  # height of the hills, and how strongly the radar sees their slopes
     "woods": "optical+dem",  # share of the tile under trees, 5 to 35 %
@@ -39,54 +48,122 @@ FACTORS = {
     "haze": "optical",  # mean opacity of the haze, 2 to 38 %
     "looks": "sar",  # speckle deviation from 3.4 dB (few looks) down to 1.0 dB (many)
     "ratio": "sar",  # VH - VV from -11 dB (surface scattering) to -5 dB (volume scattering)
-    "building_height": "dem",  # 5 to 25 m, the canopy being at 12 m
+    "building_height": "dem",  # 5 to 31 m, the canopy being at 36 m
 }
+
+
+class Ground(NamedTuple):
+    """Where things lie, each (tile, tile)."""
+
+    layout: Layout  # houses, lakes and fields; woods may stand on the latter two
+    woods: np.ndarray  # bool
+    terrain: np.ndarray  # float of unit variance
+
+
+def draw_ground(rng, f: dict[str, float], tile: int) -> Ground:
+    """One ground; factors scaled to 0..1. Shares of houses, water and woods are met to the pixel, whatever the places.
+
+    What one sensor does not see must not shape what it sees: houses first, lakes and woods around them alone.
+    """
+    shape = (tile, tile)
+    _, x, _, street, rank = _blocks(rng, tile, 0.3)
+    houses = _lowest(rank + 10 * street, round((0.08 + 0.27 * f["built_up"]) * tile**2))
+    lakes = _lowest(_smooth(rng, shape, 2.2) + 100 * houses, round((0.02 + 0.38 * f["water"]) * tile**2))
+    woods = _lowest(_smooth(rng, shape, 2.0) + 100 * houses, round((0.05 + 0.30 * f["woods"]) * tile**2))
+    cover = np.full(shape, BARE)
+    cover[houses], cover[lakes] = BUILT, WATER
+    terrain = _smooth(rng, shape, 1.4)
+    layout = Layout(cover, _fields(rng, cover), houses & (x % 4 == 0))
+    return Ground(layout, woods, (terrain - terrain.mean()) / terrain.std())
 
 
 class ThreeWorld(Locations):
     """Locations seen by radar, optical sensor and elevation model; location i depends on (seed, i) and settings only.
 
-    `tile`: height and width in 10 m pixels, a multiple of 6 from 12 on; `seasons`: views of each location; the ground
-    stays, what lies on it too. Items: {"id", "sar": float32 (S, 2, H, W) dB, "optical": float32 (S, 13, H, W)
-    reflectance x 10000, "dem": float32 (S, 1, H, W) m}.
+    `tile`: height and width in 10 m pixels, a multiple of 6 from 12 on; `seasons`: views of each location, of which
+    what lies where and the elevation stay; `seed`, `stream`: integers >= 0, worlds of other streams have other
+    locations. Items: {"id", "sar": float32 (S, 2, H, W) dB, "optical": float32 (S, 13, H, W) reflectance x 10000,
+    "dem": float32 (S, 1, H, W) m, "dates"}.
     """
 
-    def __init__(self, locations: int, *, tile: int = 36, seasons: int = 2, seed: int = 0, stream: int = 2):
+    dates = World.dates
+
+    def __init__(self, locations: int, *, tile: int = 36, seasons: int = 4, seed: int = 0, stream: int = 2):
         super().__init__(FACTORS, locations, seed=seed, stream=stream, most=10_000_000)
-        integers(seasons=(seasons, 1, 4))
-        if not isinstance(tile, (int, np.integer)) or tile < 12 or tile % 6:
-            raise ValueError(f"tile = {tile!r}: a multiple of 6, at least 12, is needed (60 m bands: tile / 6 pixels)")
+        check_views(tile, seasons)
         self.tile, self.seasons = int(tile), int(seasons)
         self.ids = [f"{i:07d}" for i in range(locations)]
 
+    def ground(self, i: int) -> Ground:
+        """What lies where at location i."""
+        return draw_ground(*self._draw(i, 0), self.tile)
+
     def __getitem__(self, i: int) -> dict:
         rng, f = self._draw(i, 0)
-        size = (self.tile, self.tile)
+        (layout, woods, terrain), shape = draw_ground(rng, f, self.tile), (self.tile, self.tile)
+        views = Layout(*(np.repeat(part[None], self.seasons, 0) for part in layout))
+        land = np.isin(layout.cover, (BARE, VEGETATED))
+        slope = np.gradient(terrain, axis=1)  # open land is much brighter where it faces the radar
+        slope = np.tanh(slope / slope.std()) * land
+        slope = np.maximum(slope, 0.35 * slope)
+        slope *= (0.4 + 7 * f["relief"]) / slope[land].std()
+        sar = _sar(rng, views, f, self.seasons) + slope.astype(np.float32)
+        optical = to_10m(_optical(rng, views, f | {"soil_colour": 0.5}, self.seasons, woods))
+        canopy, roofs = 36 + 1.5 * _smooth(rng, shape, 0.5), 5 + 26 * f["building_height"]
+        height = 100 + 0.3 * 7 ** f["relief"] * terrain + 0.1 * rng.standard_normal(shape)
+        height += np.where(woods, canopy, 0) + np.where(layout.cover == BUILT, roofs, 0)
+        dem = np.repeat(height.astype(np.float32)[None, None], self.seasons, 0)
+        return {"id": self.ids[i], "sar": sar, "optical": optical, "dem": dem, "dates": self.dates(i)}
 
-        # What one sensor does not see must not shape what it sees: houses first, lakes and woods around them alone.
-        _, x, _, street, rank = _blocks(rng, self.tile, 0.3)
-        houses = _lowest(rank + 10 * street, self._pixels(0.06 + 0.21 * f["built_up"]))
-        lakes = _lowest(_smooth(rng, size, 2.2) + 100 * houses, self._pixels(0.02 + 0.38 * f["water"]))
-        woods = _lowest(_smooth(rng, size, 2.0) + 100 * houses, self._pixels(0.05 + 0.30 * f["woods"]))
-        cover = np.full(size, BARE)
-        cover[houses], cover[lakes] = BUILT, WATER
-        layout = Layout(cover, _fields(rng, cover), houses & (x % 4 == 0))
-        layout = Layout(*(np.repeat(part[None], self.seasons, 0) for part in layout))
-        terrain = _smooth(rng, size, 3.0)
-        terrain = (terrain - terrain.mean()) / terrain.std()
 
-        sar = _sar(rng, layout, f, self.seasons)
-        slope = np.gradient(terrain, axis=1)  # brighter where it faces the radar
-        sar += ((0.4 + 5 * f["relief"]) * slope / slope.std()).astype(np.float32)
-        native = _optical(rng, layout, f | {"soil_colour": 0.5}, self.seasons, woods)
-        optical = np.empty((self.seasons, len(OPTICAL.bands), *size), np.float32)
-        for season in range(self.seasons):
-            for k, rows in GROUPS.items():
-                optical[season, rows] = resize(native[k][season], size)
-        canopy, roofs = 12 + 2 * _smooth(rng, size, 0.5), 5 * 5 ** f["building_height"]
-        height = 100 + 0.3 * 10 ** f["relief"] * terrain + np.where(woods, canopy, 0) + np.where(houses, roofs, 0)
-        dem = height + 0.1 * rng.standard_normal((self.seasons, 1, *size))
-        return {"id": self.ids[i], "sar": sar, "optical": optical, "dem": dem.astype(np.float32)}
+# Class: the named factors lie in [low, high). Most need sensors together, so that each one that is missing costs.
+CLASSES = {
+    "town": {"built_up": (0.3, inf)},
+    "towers": {"built_up": (-0.2, inf), "building_height": (0.2, inf)},
+    "lakes": {"water": (0.3, inf)},
+    "marsh": {"water": (-0.1, inf), "ratio": (0.2, inf)},
+    "mountains": {"relief": (0.3, inf)},
+    "forest": {"woods": (0.3, inf)},
+    "parkland": {"woods": (-inf, 0.2), "greenness": (0.1, inf)},
+    "misty valley": {"relief": (-0.3, inf), "haze": (0.2, inf)},
+    "rough steppe": {"greenness": (-inf, 0.0), "looks": (-inf, 0.2)},
+}
 
-    def _pixels(self, share: float) -> int:
-        return round(share * self.tile**2)
+
+class SceneWorld(ThreeWorld):
+    """One view each of locations with labels: {"id", "sar", "optical", "dem", "labels": bool (9,) of CLASSES}."""
+
+    def __init__(self, locations: int, *, tile: int = 36, seed: int = 0):
+        super().__init__(locations, tile=tile, seasons=1, seed=seed, stream=6)
+        held = [[(low <= self.factors[k]) & (self.factors[k] < high) for k, (low, high) in rule.items()]
+                for rule in CLASSES.values()]  # fmt: skip
+        self.labels = np.stack([np.all(parts, axis=0) for parts in held], axis=1)
+
+    def __getitem__(self, i: int) -> dict:
+        item = super().__getitem__(i)
+        return {"id": item["id"], **{k: item[k][0] for k in ("sar", "optical", "dem")}, "labels": self.labels[i].copy()}
+
+
+def _unpublished(root: Path, split: str | None = None, **options) -> Reader:
+    raise DataError(f"{root}: three_scenes is drawn and has no files to read; choose data.source: world")
+
+
+TITLE = "drawn world of radar and optical images and elevation"
+SCENES = Miniature(
+    TITLE,
+    make=lambda world, split: SceneWorld(world.train + world.test, tile=world.tile, seed=world.seed),
+    parts=apart("train"),
+    write=None,
+    factors=FACTORS,
+)
+DATASETS = (
+    DataSet(
+        name="three_scenes",
+        title="Three-sensor scenes",
+        pair="sar_optical_dem",
+        modalities=(SAR, OPTICAL, DEM),
+        read=_unpublished,
+        task=Scene(tuple(CLASSES)),
+        world="decur_core.worlds.three:SCENES",
+    ),
+)
