@@ -15,6 +15,7 @@ import safetensors.torch
 from torch import Tensor
 
 from decur_core import backbones
+from decur_core.config import ConfigError
 from decur_core.data.modality import Modality
 from decur_core.data.raster import DataError, visible
 from decur_core.losses import METHODS
@@ -211,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
             print(write(args.run, args.target, modality))
         if others := found(args.target)[1]:
             print(f"{len(others)} other files in {args.target} are not described: {', '.join(others)}")
-    except (OSError, DataError) as error:
+    except (OSError, ConfigError, DataError) as error:
         sys.exit(f"not exported: {error}")
 
 

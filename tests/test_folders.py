@@ -262,17 +262,18 @@ def test_hidden_files_and_dangling_links_are_counted(root):
         save(root / "mask" / f"{id}.png", np.ones((1, *SIZE), np.uint8))
     (root / "mask" / ".DS_Store").write_bytes(b"")
     (root / "rgb" / "a.txt").write_text("a note")
+    (root / "mask" / "a.txt").write_text("another")
     (root / "heat" / "z.tif").symlink_to(root / "gone.tif")
     (root / "heat" / "c.tif").rename(root / "elsewhere.tif")
     (root / "heat" / "c.tif").symlink_to(root / "elsewhere.tif")  # a link that leads somewhere is a file
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         data = Folders(root, MODALITIES)
-    assert data.ids == IDS and data.left_out == {"files of other types": 1}
+    assert data.ids == IDS and data.left_out == {"files of other types": 2}
     for part, found in (("rgb", r"_a.png"), ("heat", "z.tif"), ("mask", ".DS_Store")):
         (line,) = (str(w.message) for w in said if str(w.message).startswith(f"{root / part}: "))
         assert "1 of * are left out, hidden or links to what is gone" in line and line.endswith(found)
-    assert any(str(w.message) == f"{root}: left out: {{'files of other types': 1}}" for w in said)
+    assert any(str(w.message) == f"{root}: left out: {{'files of other types': 2}}" for w in said)
     assert np.array_equal(data[2]["heat"], pixels("c", 1))
 
 

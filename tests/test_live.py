@@ -15,6 +15,7 @@ from nbclient.exceptions import CellExecutionError
 
 from decur_core import config, run
 from decur_core.running import folders as runs
+from decur_core.running import history
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = run.find([], ROOT / "notebooks")
@@ -49,7 +50,7 @@ def test_an_interrupted_cell_resumes_where_it_was(kernel, pair_store, tmp_path):
 
     client.execute(CELL.format(store=str(pair_store)))
     deadline = time.monotonic() + 60
-    while len(runs.read_history(folder)) < 3 and time.monotonic() < deadline:
+    while len(history.read(folder)) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
     manager.interrupt_kernel()
     answer = client.get_shell_msg(timeout=60)["content"]
@@ -61,12 +62,12 @@ def test_an_interrupted_cell_resumes_where_it_was(kernel, pair_store, tmp_path):
     assert 3 <= stopped < 1600
 
     client.execute(CELL.format(store=str(pair_store)))
-    while not (lines := runs.read_history(folder)) or lines[-1]["step"] < stopped + 2:
+    while not (lines := history.read(folder)) or lines[-1]["step"] < stopped + 2:
         time.sleep(0.05)
         assert time.monotonic() < deadline + 60
     manager.interrupt_kernel()
     assert client.get_shell_msg(timeout=60)["content"]["ename"] == "Interrupted"
-    assert [line["step"] for line in runs.read_history(folder)] == list(range(1, len(runs.read_history(folder)) + 1))
+    assert [line["step"] for line in history.read(folder)] == list(range(1, len(history.read(folder)) + 1))
     assert json.loads((folder / "run.json").read_text())["settings"]["epochs"] == 400
 
 
@@ -152,7 +153,7 @@ def test_a_notebook_that_trains_shows_bars_is_interrupted_and_goes_on_in_a_new_k
 
     def interrupt():
         deadline = time.monotonic() + 600
-        while len(runs.read_history(second)) < 3 and time.monotonic() < deadline:
+        while len(history.read(second)) < 3 and time.monotonic() < deadline:
             time.sleep(0.05)
         os.kill(client.km.provisioner.pid, signal.SIGINT)
 
@@ -170,4 +171,4 @@ def test_a_notebook_that_trains_shows_bars_is_interrupted_and_goes_on_in_a_new_k
     printed = "".join(output.text for output in cell.outputs if output.output_type == "stream")
     assert f"{second.name}: resumes after step {int(checkpoint.stem.removeprefix('checkpoint-'))} of 48" in printed
     assert count(cell, VIEW) == 1, "nothing that was finished is done again"
-    assert [line["step"] for line in runs.read_history(second)] == list(range(1, 49))
+    assert [line["step"] for line in history.read(second)] == list(range(1, 49))

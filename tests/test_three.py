@@ -51,7 +51,7 @@ def check_admission(modality: str, *, train: int, test: int, steps: int) -> None
 
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_every_factor_is_readable_where_it_should_be_and_nowhere_else(modality):
-    check_admission(modality, train=1500, test=400, steps=300)
+    check_admission(modality, train=1800, test=400, steps=340)
 
 
 @pytest.mark.soak

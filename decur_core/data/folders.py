@@ -107,44 +107,35 @@ class Folders(Reader):
     grid; another number of bands or seasons; a band of one value; more than 8 bits where `modality.scheme` is bytes.
     """
 
-    def __init__(
-        self,
-        root: Path | str,
-        modalities: Sequence[Modality],
-        split: str | None = None,
-        *,
-        resample: bool = False,
-        missing: str = "error",
-        classes: Sequence[str] = (),
-        masks: Sequence[str] = (),
-    ):
+    def __init__(self, root, modalities, split=None, *, resample=False, missing="error", classes=(), masks=()):
         if missing not in ("error", "skip"):
             raise ValueError(f"missing is {missing!r}; allowed are 'error' and 'skip'")
         self.root, self.modalities, self.resample, self.masks = Path(root), tuple(modalities), resample, tuple(masks)
         self.left_out, self.classes, self._labels = Counter(), tuple(classes), {}
         self._files = {modality.name: self._scan(modality.name) for modality in modalities}
         known = set().union(*self._files.values())
+        if (self.root / MASK.name).is_dir():
+            self._files[MASK.name] = self._scan(MASK.name)
         wanted = sorted(known) if split in (None, "all") else self._list(split, known)
-        lacking = {i: name for name, files in self._files.items() for i in wanted if i not in files}
+        lacking = {i: m.name for m in modalities for i in wanted if i not in self._files[m.name]}
         self.ids = [i for i in wanted if i not in lacking]
         for i, name in lacking.items() if missing == "error" else ():
             state = f"{len(lacking)} of {len(wanted)} ids are not in every folder, {i} for one is not in {name}"
             raise DataError(f"{self.root}: {state}; complete it, or use the others with missing='skip'")
         if not self.ids:
-            raise DataError(f"{self.root}: no id is in all of {', '.join(self._files)}")
+            raise DataError(f"{self.root}: no id is in all of {', '.join(m.name for m in modalities)}")
         self.left_out = +(self.left_out + Counter(ids=len(lacking)))
         if self.left_out:
             warnings.warn(f"{self.root}: left out: {dict(self.left_out)}", stacklevel=2)
         if (path := self.root / "labels.csv").is_file():
             self.classes, self._labels = read_labels(path, self.classes)
             self._match(path, self._labels, known)
-        if (path := self.root / "mask").is_dir():
-            self._files["mask"] = self._scan("mask")
-            self._match(path, self._files["mask"], known)
+        if MASK.name in self._files:
+            self._match(self.root / MASK.name, self._files[MASK.name], known)
 
     def __getitem__(self, i: int) -> dict:
         id, found, seasons, grid = self.ids[i], {}, {}, None
-        for modality in (*self.modalities, MASK) if "mask" in self._files else self.modalities:
+        for modality in (*self.modalities, MASK) if MASK.name in self._files else self.modalities:
             path = self.root / modality.name / self._files[modality.name][id]
             paths = sorted(visible(path, "*")) if path.is_dir() else [path]
             if not (images := [read(file) for file in paths if file.suffix.lower() in DRIVERS]):

@@ -19,6 +19,7 @@ from decur_core.data.raster import DataError
 _NORMAL, _SMOOTH = 3, 10  # half the side of the windows of normals, of the image and for finding gravity
 _STAGES = np.radians([45, 15])  # of the search for gravity: how far from exact a floor or wall may be
 _ROUNDS = 5  # of each stage
+_BLOCK, _PART = 32, 8192  # rows or columns, and normals, that are dealt with at once: they fit into a CPU's cache
 _FLAT = 1e-3  # share of the normals that has to speak for a direction of gravity against another one
 
 
@@ -58,13 +59,18 @@ def depth_to_hha(
     x, y = (np.arange(1, depth.shape[1] + 1) - cx) / fx, (np.arange(1, depth.shape[0] + 1)[:, None] - cy) / fy
     nx, ny, nz = _normals(depth, seen, camera, _NORMAL)
     away = np.where(depth > 0, nx * x + ny * y + nz, nz)  # a hole is at no place, so that its z has to do
-    cosine = (down[0] * nx + down[1] * ny + down[2] * nz) * np.where(away < 0, -1, 1)
-    angle = np.nan_to_num(np.degrees(np.arccos(np.clip(cosine, -1, 1))), nan=180)
+    cosine = down[0] * nx + down[1] * ny + down[2] * nz
+    np.negative(cosine, out=cosine, where=away < 0)
+    angle = np.degrees(np.arccos(np.clip(cosine, -1, 1, out=cosine), out=cosine), out=cosine)
     depth_cm = 100 * depth
-    height = -(down[0] * x + down[1] * y + down[2]) * depth_cm
+    height = (down[0] * x + (down[1] * y + down[2])) * -depth_cm
     height -= lowest if (lowest := height.min()) <= -90 else -130
-    bands = 31000 / np.maximum(depth_cm, 100), height, angle + 38
-    return np.stack([np.rint(np.minimum(band, 255)) for band in bands], axis=2).astype(np.uint8)
+    bands = np.empty((*depth.shape, 3), np.uint8)
+    for i, band in enumerate(
+        (31000 / np.maximum(depth_cm, 100), height, np.nan_to_num(angle, copy=False, nan=180) + 38)
+    ):
+        bands[..., i] = np.rint(np.minimum(band, 255, out=band), out=band)
+    return bands
 
 
 def _checked(depth_m: np.ndarray, intrinsics: np.ndarray) -> tuple[np.ndarray, tuple[float, float, float, float]]:
@@ -88,18 +94,23 @@ def _checked(depth_m: np.ndarray, intrinsics: np.ndarray) -> tuple[np.ndarray, t
     return depth, (fx, fy, cx, cy)
 
 
-def _window_sum(values: np.ndarray, radius: int, axis: int) -> np.ndarray:
-    """Sum over `radius` pixels on either side and the pixel itself along an axis of (H, W); zeros lie outside."""
-    values = np.moveaxis(values, axis, 0)
-    block = np.zeros((len(values) + 2 * radius, *values.shape[1:]))
-    block[radius:-radius] = values
-    total, start, size, width = 0, 0, 1, 2 * radius + 1
-    while size <= width:  # blocks of 1, 2, 4, ... pixels; the width's binary digits say which ones make it up
-        if width & size:
-            total = total + block[start : start + len(values)]
-            start += size
-        block, size = block[:-size] + block[size:], 2 * size
-    return np.moveaxis(total, 0, axis)
+def _window_sums(values: np.ndarray, radius: int, axis: int) -> np.ndarray:
+    """Sums over `radius` pixels on either side and the pixel itself along an axis, -2 or -1, of (..., H, W).
+
+    Products with bands of ones, a block of pixels at a time: sums of whole numbers stay exact, and no pass over the
+    image is bound by memory.
+    """
+    sums, length = np.empty(values.shape), values.shape[axis]
+    lines, totals = values.reshape(-1, values.shape[-1]), sums.reshape(-1, values.shape[-1])
+    for first in range(0, length, _BLOCK):
+        last = min(first + _BLOCK, length)
+        low, high = max(first - radius, 0), min(last + radius, length)
+        band = (np.abs(np.arange(first, last)[:, None] - np.arange(low, high)) <= radius).astype(np.float64)
+        if axis == -2:
+            np.matmul(band, values[..., low:high, :], out=sums[..., first:last, :])
+        else:
+            np.matmul(lines[:, low:high], band.T, out=totals[:, first:last])
+    return sums
 
 
 def _normals(depth: np.ndarray, seen: np.ndarray, camera: tuple, radius: int) -> np.ndarray:
@@ -109,16 +120,22 @@ def _normals(depth: np.ndarray, seen: np.ndarray, camera: tuple, radius: int) ->
     # Whole numbers from the middle of the image: sums of pixels and their determinant are then exact, 0 for a line.
     u, v = np.arange(w) - w // 2, np.arange(h)[:, None] - h // 2
     inverse = np.divide(1, depth, out=np.zeros_like(depth), where=seen)
-    one, v1, v2, z, vz = (_window_sum(a, radius, 0) for a in (seen, seen * v, seen * v**2, inverse, inverse * v))
-    products = one, one * u, one * u**2, v1, v1 * u, v2, z, z * u, vz
-    n, su, suu, sv, suv, svv, sz, suz, svz = (_window_sum(a, radius, 1) for a in products)
-    uu, uv, vv, uz, vz = n * suu - su**2, n * suv - su * sv, n * svv - sv**2, n * suz - su * sz, n * svz - sv * sz
-    determinant = uu * vv - uv**2
-    a, b = vv * uz - uv * vz, uu * vz - uv * uz  # 1/Z = (a u + b v + c) / determinant
-    with np.errstate(divide="ignore", invalid="ignore"):
-        c = (sz * determinant - a * su - b * sv) / n
-        normals = np.stack((a * fx, b * fy, c + a * (cx - 1 - w // 2) + b * (cy - 1 - h // 2)))
-        return normals / np.where(determinant > 0, np.sqrt((normals**2).sum(0)), np.nan)
+    down = _window_sums(np.stack((seen, seen * v, seen * v**2, inverse, inverse * v)), radius, -2)
+    normals = np.empty((3, h, w))
+    for rows in (slice(i, i + _BLOCK) for i in range(0, h, _BLOCK)):  # what a few rows take fits into the cache
+        one, v1, v2, z, vz = down[:, rows]
+        products = np.stack((one, one * u, one * u**2, v1, v1 * u, v2, z, z * u, vz))
+        n, su, suu, sv, suv, svv, sz, suz, svz = _window_sums(products, radius, -1)
+        uu, uv, vv, uz, vz = n * suu - su**2, n * suv - su * sv, n * svv - sv**2, n * suz - su * sz, n * svz - sv * sz
+        determinant = uu * vv - uv**2
+        a, b = vv * uz - uv * vz, uu * vz - uv * uz  # 1/Z = (a u + b v + c) / determinant
+        with np.errstate(divide="ignore", invalid="ignore"):
+            c = (sz * determinant - a * su - b * sv) / n + a * (cx - 1 - w // 2) + b * (cy - 1 - h // 2)
+            a, b = a * fx, b * fy
+            length = np.where(determinant > 0, np.sqrt(a * a + b * b + c * c), np.nan)
+            for band, values in zip(normals, (a, b, c), strict=True):
+                np.divide(values, length, out=band[rows])
+    return normals
 
 
 def _gravity(normals: np.ndarray) -> np.ndarray:
@@ -126,15 +143,23 @@ def _gravity(normals: np.ndarray) -> np.ndarray:
 
     Where several directions fit equally well (a bare wall in view), it is the one of them nearest to the last guess.
     """
-    normals = normals[:, np.isfinite(normals.sum(0))]
-    products = np.stack([normals[i] * normals[j] for i in range(3) for j in range(3)])
-    down = np.array([0.0, 1.0, 0.0])
-    for stage in np.repeat(_STAGES, _ROUNDS):
-        along = np.abs(down[0] * normals[0] + down[1] * normals[1] + down[2] * normals[2])
-        side = (along < np.sin(stage)).astype(np.float64) - (along > np.cos(stage))  # walls 1, floors and ceilings -1
-        values, vectors = np.linalg.eigh(np.einsum("kn,n->k", products, side).reshape(3, 3))
-        best = vectors[:, values <= values[0] + _FLAT * len(side)]
-        guess = best @ (best.T @ down)
-        if (length := np.linalg.norm(guess)) > 1e-6:
-            down = guess / length
+    normals = normals.reshape(3, -1)
+    if not (known := np.isfinite(normals[0])).all():
+        normals = normals[:, known]
+    down, count = np.array([0.0, 1.0, 0.0]), normals.shape[1]
+    for stage in _STAGES:
+        before = None
+        for _ in range(_ROUNDS):
+            products = np.zeros((3, 3))
+            for part in (normals[:, i : i + _PART] for i in range(0, count, _PART)):
+                along = np.abs(down @ part)
+                wall, floor = ((x.view(np.int8)) for x in (along < np.sin(stage), along > np.cos(stage)))
+                products += (part * (wall - floor).astype(np.float64)) @ part.T
+            if np.array_equal(products, before):  # the same floors and walls again, as in all rounds to come
+                break
+            values, vectors = np.linalg.eigh(products)
+            best = vectors[:, values <= values[0] + _FLAT * count]
+            guess, before = best @ (best.T @ down), products
+            if (length := np.linalg.norm(guess)) > 1e-6:
+                down = guess / length
     return down

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from decur_core import config
-from decur_core.data.raster import DataError
 from decur_core.running import folders as runs
 
 
@@ -43,7 +42,7 @@ class Damaged(OSError):
 
 def load(file: Path, way: str = "") -> dict:
     """What ``save`` wrote; Damaged for a torn file, and for bytes that changed since, which torch would not notice;
-    DataError for a run of an earlier version.
+    ConfigError for a run of an earlier version.
 
     ``way``: the way out, for the error's text. What the machine lacks (permission, a file handle, memory, a disk that
     answers) comes as the OSError or MemoryError that it is: nobody shall remove a sound file for it.
@@ -57,7 +56,7 @@ def load(file: Path, way: str = "") -> dict:
         raise Damaged(f"{file} cannot be read ({type(error).__name__}: {error}); {way}".rstrip("; ")) from error
     if old := next((k for k in state.get("model", ()) if k.startswith("backbone_")), ""):
         way = "give the run another `name`, or remove its folder; model.load_published still opens these weights"
-        raise DataError(f"{file}: of an earlier version, whose networks had numbers for names ({old}); {way}")
+        raise config.ConfigError(f"{file}: of an earlier version, whose networks had numbers for names ({old}); {way}")
     return state
 
 

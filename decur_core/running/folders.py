@@ -135,16 +135,6 @@ def provenance() -> dict:
     }
 
 
-def read_history(folder: Path) -> list[dict]:
-    """Every step's loss terms and rates, in order, from ``history.jsonl``; a torn last line is left out."""
-    lines = []
-    with contextlib.suppress(FileNotFoundError), open(folder / "history.jsonl") as f:
-        for line in f:
-            with contextlib.suppress(json.JSONDecodeError):
-                lines.append(json.loads(line))
-    return lines
-
-
 def write_record(settings: config.Settings, name: str, record: dict) -> dict:
     """Save an evaluation with its provenance under ``records/<name>.json`` of the profile; returns what was saved."""
     record = {**record, "profile": settings.profile, "world": settings.data.source, "provenance": provenance()}

@@ -48,7 +48,7 @@ FACTORS = {
     "haze": "optical",  # mean opacity of the haze, 2 to 38 %
     "looks": "sar",  # speckle deviation from 3.4 dB (few looks) down to 1.0 dB (many)
     "ratio": "sar",  # VH - VV from -11 dB (surface scattering) to -5 dB (volume scattering)
-    "building_height": "dem",  # 6 to 30 m, the canopy being at 36 m
+    "building_height": "dem",  # 5 to 31 m, the canopy being at 36 m
 }
 
 
@@ -72,7 +72,7 @@ def draw_ground(rng, f: dict[str, float], tile: int) -> Ground:
     woods = _lowest(_smooth(rng, shape, 2.0) + 100 * houses, round((0.05 + 0.30 * f["woods"]) * tile**2))
     cover = np.full(shape, BARE)
     cover[houses], cover[lakes] = BUILT, WATER
-    terrain = _smooth(rng, shape, 1.7)
+    terrain = _smooth(rng, shape, 1.4)
     layout = Layout(cover, _fields(rng, cover), houses & (x % 4 == 0))
     return Ground(layout, woods, (terrain - terrain.mean()) / terrain.std())
 
@@ -103,12 +103,14 @@ class ThreeWorld(Locations):
         (layout, woods, terrain), shape = draw_ground(rng, f, self.tile), (self.tile, self.tile)
         views = Layout(*(np.repeat(part[None], self.seasons, 0) for part in layout))
         land = np.isin(layout.cover, (BARE, VEGETATED))
-        slope = np.gradient(terrain, axis=1) * land  # open land is much brighter where it faces the radar
-        slope = np.maximum(slope, 0.35 * slope) * (0.4 + 6.5 * f["relief"]) / slope[land].std()
+        slope = np.gradient(terrain, axis=1)  # open land is much brighter where it faces the radar
+        slope = np.tanh(slope / slope.std()) * land
+        slope = np.maximum(slope, 0.35 * slope)
+        slope *= (0.4 + 7 * f["relief"]) / slope[land].std()
         sar = _sar(rng, views, f, self.seasons) + slope.astype(np.float32)
         optical = to_10m(_optical(rng, views, f | {"soil_colour": 0.5}, self.seasons, woods))
-        canopy, roofs = 36 + 1.5 * _smooth(rng, shape, 0.5), 6 + 24 * f["building_height"]
-        height = 100 + 0.3 * 8 ** f["relief"] * terrain + 0.1 * rng.standard_normal(shape)
+        canopy, roofs = 36 + 1.5 * _smooth(rng, shape, 0.5), 5 + 26 * f["building_height"]
+        height = 100 + 0.3 * 7 ** f["relief"] * terrain + 0.1 * rng.standard_normal(shape)
         height += np.where(woods, canopy, 0) + np.where(layout.cover == BUILT, roofs, 0)
         dem = np.repeat(height.astype(np.float32)[None, None], self.seasons, 0)
         return {"id": self.ids[i], "sar": sar, "optical": optical, "dem": dem, "dates": self.dates(i)}
