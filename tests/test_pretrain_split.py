@@ -195,7 +195,7 @@ def test_a_measured_mapping_of_the_store_goes_with_the_run(tiny, tmp_path):
     assert final(folder)["preprocessing"] == {"sar": SAR.mapping(), "lidar": json.loads(json.dumps(lidar.mapping()))}
     _, metadata = export.load(export.write(folder, tmp_path / "out", "lidar"))
     assert metadata["preprocessing"]["low"] == [0.0, 1.0]
-    assert "per band, (0.0, 1.0) to (30.0, 9.0) becomes 0 to 255" in (tmp_path / "out" / "README.md").read_text()
+    assert "per band, 0 to 30, 1 to 9 becomes 0 to 255" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_own_folders_are_measured_converted_and_trained(tmp_path):
