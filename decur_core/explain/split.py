@@ -164,7 +164,11 @@ def found(views: Mapping[str, tuple[ArrayLike | Tensor, ArrayLike | Tensor]], wi
     ``dim_common`` for two modalities, else ``blocks``, where each modality's own block takes what is left of ``width``;
     beside it ``ranks``, ``shared``, ``joint``, ``spectra`` and ``thresholds``.
     """
-    splits = estimate_many(views)
+    try:
+        splits = estimate_many(views)
+    except ValueError as error:
+        way = "train longer before the estimate (epochs, auto_share), on more images, or set dim_common"
+        raise ValueError(f"dim_common = 'auto': {error}; {way}") from error
     if len(views) == 2:
         split = {"dim_common": _share(width, splits.joint, max(splits.ranks.values()))}
     else:
