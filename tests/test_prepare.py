@@ -92,6 +92,27 @@ def test_other_pairs_pass_through_published_files_and_agree_with_their_world(pai
         assert set(seen_by.values()) == {"common", first.name, second.name}
 
 
+def test_command_line_tries_again_what_is_quarantined(tmp_path):
+    options = ["start", "--set", f"data.stores={tmp_path}", "batch_size=4"]
+    options.append("world={locations: 8, through_files: 8, tile: 36}")
+    settings = config.load("start", config.overrides(options[2:]))
+    prepare.pairs(settings)
+    file = next(prepare._stores(settings).glob("world/**/0000005/*/B8.tif"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:900])
+    with pytest.raises(SystemExit, match="1 of 8 samples are quarantined, more than 5%, last 0000005: .*--retry"):
+        prepare.main(options)
+    prepare.main([*options, "--allowed", "0.2"])
+    (folder,) = tmp_path.glob("start/ssl4eo-*")
+    assert list(Store(folder).meta["quarantined"]) == ["0000005"]
+    prepare.main(options)
+    assert len(Store(folder)) == 7  # a finished one is used as it is
+    file.write_bytes(whole)
+    prepare.main([*options, "--retry"])
+    assert len(Store(folder)) == 8 and not Store(folder).meta["quarantined"]
+    prepare.main([*options, "--retry"])
+
+
 def test_rooms_of_other_sizes_are_brought_to_one_after_hha():
     class Reader:
         ids = ["a", "b"]

@@ -140,7 +140,8 @@ def store(settings: config.Settings, dataset: str, split: str, *, shard: tuple[i
     """
     target = _target(settings, dataset, split)
     with contextlib.suppress(DataError):  # unfinished or not there
-        return Store(target).path
+        if not (there := Store(target)).meta["quarantined"] or not options.get("retry"):
+            return there.path
     found, images, drawn = datasets.find(dataset), reader(settings, dataset, split), settings.data.source == "world"
     if found.stored:
         size = miniature(found).size(settings.world) if drawn else (settings.data.rgbd_height, settings.data.rgbd_width)
@@ -182,6 +183,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dataset", help="by default the one that the pair is pretrained on")
     parser.add_argument("--split", default=None, help="train, test or all; by default the one of pretraining")
     config.add_shard(parser, "convert part I (0 to N - 1) of N, for job arrays")
+    parser.add_argument("--retry", action="store_true", help="try again what is quarantined")
+    about = "share of the samples that may be quarantined in a finished store (default: 0.05)"
+    parser.add_argument("--allowed", type=float, default=0.05, metavar="SHARE", help=about)
     parser.add_argument("--verify", action="store_true", help="re-read what is stored and say what is damaged")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="e.g. data.processes=8"
@@ -197,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
             if damaged:
                 sys.exit(f"{len(damaged)} damaged; remove that store or part of it and convert again")
             return
-        store(settings, dataset, split, shard=args.shard)
+        store(settings, dataset, split, shard=args.shard, retry=args.retry, allowed=args.allowed)
     except (config.ConfigError, DataError, OSError, RuntimeError) as error:  # the last: another process has the store
         sys.exit(str(error))
 

@@ -281,7 +281,7 @@ def _begin(path: Path, wanted: dict, *, retry: bool) -> None:
 
 def too_many(path: Path, bad: int, count: int, allowed: float, last: str) -> str:
     """Why a store is not finished of which more is in quarantine than was asked for."""
-    how = "mend their files and convert with retry=True, or convert with a larger share allowed=…"
+    how = "mend their files and convert with retry=True (--retry), or with a larger share allowed=… (--allowed)"
     return f"{path}: {bad} of {count} samples are quarantined, more than {allowed:.0%}, last {last}; {how}"
 
 
