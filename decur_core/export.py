@@ -138,9 +138,10 @@ def _check(state: dict[str, Tensor], metadata: dict, source: Path | str) -> None
 def in_words(p: Modality) -> str:
     """What happens to the pixels of an image before a network sees them."""
     tail = f"per image and band, the lowest and the highest {50 * (p.outliers or 0):g} % of pixels are clipped"
+    ranges = ", ".join(f"{low:g} to {high:g}" for low, high in zip(p.low or (), p.high or (), strict=True))
     steps = {
         "bytes": "the 8-bit values are taken as they are",
-        "range_8bit": f"per band, {p.low} to {p.high} becomes 0 to 255, clipped, fractions cut off",
+        "range_8bit": f"per band, {ranges} becomes 0 to 255, clipped, fractions cut off",
         "reflectance_8bit": f"multiplied by 255 / {p.scale or 1:g}, clipped to 0 to 255, fractions cut off",
         "outliers_range_8bit": f"{tail}, and what is left is stretched to 0 to 255, fractions cut off",
         "outliers_mean_std_8bit": f"{tail}; then, with mean {p.mean} and standard deviation {p.std} per band, mean - 2 "

@@ -719,6 +719,13 @@ def test_a_later_item_of_another_form_stops_the_conversion(tmp_path, change, wor
         Store(tmp_path / "store")
 
 
+@pytest.mark.parametrize("shape", [(12, 12), (0, 2, 12, 12), (1, 2, 2, 12, 12)])
+def test_images_of_other_dimensions_are_quarantined(tmp_path, shape):
+    data = Items(3, lambda item, i: item | ({"sar": np.full(shape, -9, np.float32)} if i == 1 else {}))
+    report = run(data, tmp_path)
+    assert re.search(r"sar: expected \(C, H, W\) or \(seasons, C, H, W\), found", report.quarantined["0000001"])
+
+
 def test_one_class_works_and_the_number_of_classes_is_held_to(tmp_path):
     data = Items(3, lambda item, i: item | {"labels": np.array([i % 2])})
     about = {"name": "mine", "title": "My places", "classes": ["forest"], "drawn": True}

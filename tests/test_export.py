@@ -136,7 +136,7 @@ def test_every_preprocessing_has_words():
         assert "None" not in words and words.startswith(modality.unit)
     thermal = {"name": "thermal", "bands": ("t",), "unit": "kelvin", "valid_range": (0, 400), "scheme": "range_8bit"}
     words = export.in_words(Modality.from_mapping(thermal | {"low": (250,), "high": (320,)}))
-    assert "(250.0,) to (320.0,) becomes 0 to 255" in words
+    assert "250 to 320 becomes 0 to 255" in words
     sar = export.in_words(SAR)
     assert "lowest and the highest 1 %" in sar and "-12.54847273" in sar
 

@@ -7,6 +7,7 @@ import pytest
 import rasterio
 import torch
 
+from decur_core.data import modality
 from decur_core.data.modality import DEM, HHA, OPTICAL, RGB, SAR, Modality
 from decur_core.data.raster import DataError
 
@@ -38,6 +39,18 @@ def test_sar_equals_the_formula_written_out():
             for value, code in zip(image[band].ravel(), codes[band].ravel(), strict=True):
                 level = (min(max(value, low), high) - bottom) / (4 * SAR.std[band]) * 255
                 assert abs(min(max(level, 0), 255) - 0.5 - code) <= 0.5 + 1e-3
+
+
+@pytest.mark.parametrize("shares", [(0.01, 0.99), (0.0, 1.0), (0.2, 0.8)])
+def test_quantiles_are_those_of_numpy_bit_for_bit(shares):
+    random = np.random.default_rng(0)
+    for shape in [(2, 264, 264), (4, 2, 33, 47), (3, 1, 2), (1, 1, 1)]:
+        for images in (random.normal(-14, 5, shape), random.integers(0, 900, shape), random.integers(0, 3, shape)):
+            for dtype in (np.float32, np.float64, np.int16):
+                images = images.astype(dtype)
+                expected = np.quantile(images, shares, axis=(-2, -1), keepdims=True)
+                found = np.stack(list(modality._quantiles(images, shares)))
+                assert found.dtype == expected.dtype and (found == expected).all()
 
 
 def _quantile(ordered, share):

@@ -10,8 +10,8 @@ from decur_core import run
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
-TINY = {"epochs": 2, "batch_size": 16, "explain_samples": 16, "transfer": {"epochs": 2, "milestones": [1]}}
-WORLD = {"locations": 48, "through_files": 16, "train": 24, "test": 16}
+TINY = {"epochs": 3, "batch_size": 16, "explain_samples": 16, "transfer": {"epochs": 2, "milestones": [1]}}
+WORLD = {"locations": 96, "through_files": 16, "train": 24, "test": 16}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
 

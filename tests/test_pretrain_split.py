@@ -161,8 +161,8 @@ def test_every_method_takes_three_modalities(tiny, three_store):
 
 
 def test_two_processes_train_three_modalities_as_one_does(tiny, three_store):
-    # Two steps, with a seed of which no activation lies so near to 0 that rounding moves it over ReLU's kink.
-    options = THREE | LOOP | {"epochs": 1, "seed": 1}
+    # LARS, as AdamW makes of a gradient that is 0 but for rounding a whole step in one direction or the other.
+    options = THREE | LOOP | {"epochs": 1, "optimizer": "lars", "learning_rate": 0.2, "learning_rate_biases": 0.005}
     one = result(pretrain.run(tiny(**options, name="one"), three_store))
     two = result(pretrain.run(tiny(**options, name="two", processes=2), three_store))
     terms = [name for name in one[1][0] if "/" in name]
@@ -195,7 +195,7 @@ def test_a_measured_mapping_of_the_store_goes_with_the_run(tiny, tmp_path):
     assert final(folder)["preprocessing"] == {"sar": SAR.mapping(), "lidar": json.loads(json.dumps(lidar.mapping()))}
     _, metadata = export.load(export.write(folder, tmp_path / "out", "lidar"))
     assert metadata["preprocessing"]["low"] == [0.0, 1.0]
-    assert "per band, (0.0, 1.0) to (30.0, 9.0) becomes 0 to 255" in (tmp_path / "out" / "README.md").read_text()
+    assert "per band, 0 to 30, 1 to 9 becomes 0 to 255" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_own_folders_are_measured_converted_and_trained(tmp_path):

@@ -295,7 +295,7 @@ def test_runs_with_numbered_modalities_are_refused_by_name(pretrained, patch_sto
     state = checkpoints.load(folder / "final.pt")
     state["model"] = {k.replace("backbones.sar.", "backbone_1."): v for k, v in state["model"].items()}
     checkpoints.save(state, tmp_path / "old" / "final.pt")
-    with pytest.raises(DataError, match=r"old/final.pt: from a version that numbered .*backbone_1.*pretrain again"):
+    with pytest.raises(config.ConfigError, match=r"old/final.pt: of an earlier version, .*numbers.*backbone_1.*remove"):
         transfer.evaluate(settings, tmp_path / "old", patch_stores, protocol="linear")
 
 

@@ -60,6 +60,8 @@ class Encoder:
         labels = self._checked(self.dataset.ids[row], sample)
         for name, modality in self.preprocessing.items():
             values = sample[name] if sample[name].ndim == 4 else sample[name][None]
+            if values.ndim != 4 or not len(values):
+                raise DataError(f"{name}: expected (C, H, W) or (seasons, C, H, W), found {sample[name].shape}")
             images[name] = np.stack([modality.encode(image) for image in values])  # each stays in the processor's cache
             moments[name] = _moments(values)
         if "mask" in sample:

@@ -10,7 +10,6 @@ from decur_core import config, model
 from decur_core.augment import Policy
 from decur_core.data.batches import seeded
 from decur_core.data.modality import GEOMETRY, Modality
-from decur_core.data.raster import DataError
 from decur_core.data.store import Store
 from decur_core.model import MultimodalModel
 from decur_core.running import checkpoints
@@ -53,9 +52,6 @@ def load_pretrained(folder: Path | str) -> tuple[MultimodalModel, dict[str, Moda
     if not file.exists():
         raise FileNotFoundError(f"{file}: no finished pretraining; run the pretraining notebook of this profile first")
     state = checkpoints.load(file, "remove it and run the pretraining notebook of this profile again")
-    if old := next((k for k in state["model"] if k.startswith(("backbone_1.", "backbone_2."))), None):
-        way = "evaluate it with the commit that its run.json names, or remove the run's folder and pretrain again"
-        raise DataError(f"{file}: from a version that numbered the modalities ({old}); {way}")
     modalities = {name: Modality.from_mapping(mapping) for name, mapping in state["preprocessing"].items()}
     network = model.build(state["settings"], {name: m.channels for name, m in modalities.items()})
     network.load_state_dict(state["model"])

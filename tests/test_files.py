@@ -1,0 +1,103 @@
+"""One writer at a time, also where the file system has no locks, and no lock where nothing can be written."""
+
+import errno
+import fcntl
+import os
+import platform
+import subprocess
+import threading
+import time
+
+import pytest
+
+from decur_core.running import files
+from decur_core.running.files import locked
+
+
+@pytest.fixture(params=["ENOLCK", "ENOSYS", "EOPNOTSUPP"])
+def without_locks(monkeypatch, request):
+    """A file system that has no `flock`."""
+    number = getattr(errno, request.param)
+
+    def flock(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    return os.strerror(number)
+
+
+def test_without_locks_a_file_says_who_holds_a_folder(tmp_path, without_locks):
+    owner = tmp_path / ".lock-owner"
+    with locked(tmp_path):
+        assert owner.read_text() == f"process {os.getpid()} on {platform.node()}"
+        words = (
+            f"in use by process {os.getpid()} on .*; if it has died, remove {owner} .{without_locks}: no locks there"
+        )
+        with pytest.raises(RuntimeError, match=words), locked(tmp_path):
+            pass
+        with locked(tmp_path, name=".lock-0001-of-0002"):  # of another part
+            pass
+    assert not owner.exists()
+    with locked(tmp_path):
+        pass
+
+
+def test_without_locks_the_file_of_a_dead_process_is_taken_over_and_that_of_another_machine_named(
+    tmp_path, without_locks
+):
+    owner = tmp_path / ".lock-owner"
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    owner.write_text(f"process {dead.pid} on {platform.node()}")
+    with locked(tmp_path):
+        assert owner.read_text().startswith(f"process {os.getpid()} ")
+    owner.write_text(f"process {dead.pid} on another-node")
+    words = f"in use by process {dead.pid} on another-node.*remove {owner}"
+    with pytest.raises(RuntimeError, match=words), locked(tmp_path):
+        pass
+    assert owner.exists()
+
+
+def test_without_locks_a_turn_is_waited_for(tmp_path, without_locks):
+    order = []
+
+    def other():
+        with locked(tmp_path, wait=True):
+            order.append("other")
+
+    thread = threading.Thread(target=other)
+    with locked(tmp_path):
+        thread.start()
+        time.sleep(0.3)
+        order.append("first")
+    thread.join(20)
+    assert order == ["first", "other"]
+
+
+def test_an_error_while_a_folder_is_held_gives_it_back(tmp_path, without_locks):
+    with pytest.raises(KeyError), locked(tmp_path):
+        raise KeyError
+    with locked(tmp_path):
+        pass
+
+
+def test_another_failure_of_the_lock_is_not_called_use_by_another_process(tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)), locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_where_nothing_can_be_written_nothing_is_held(tmp_path, monkeypatch, number):
+    def refused(*args, **options):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files, "open", refused, raising=False)
+    with locked(tmp_path), locked(tmp_path):
+        pass
+    monkeypatch.undo()
+    with locked(tmp_path), pytest.raises(RuntimeError, match="in use by another process"), locked(tmp_path):
+        pass
