@@ -92,7 +92,7 @@ def compare(samples: int, channels: int, side: int, policy: Policy, repeats: int
     ways = {
         "published": lambda: opencv(images, drawn, policy.size, PUBLISHED),
         "tuned": lambda: opencv(images, drawn, policy.size, TUNED),
-        "ours": lambda: augment(batch, policy, generator=torch.Generator().manual_seed(0)),
+        "ours": lambda: augment(batch, policy, generator=torch.Generator().manual_seed(0)).contiguous(),
     }
     return {name: 1e3 * value / samples for name, value in common.seconds(ways, repeats=repeats).items()}
 

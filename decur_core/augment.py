@@ -178,9 +178,9 @@ def _weights(positions: Tensor, kernels: Tensor, width: int) -> Tensor:
 
     positions: in the window, (N, blocks, pixels and, on either side, as many as the kernels' radius); kernels (N, k).
     """
-    low = positions.long().clamp_(max=width - 2)[..., None]
-    share = positions[..., None] - low
-    weights = positions.new_zeros(*positions.shape, width).scatter_(-1, low, 1 - share).scatter_(-1, low + 1, share)
+    low = positions.long()[..., None]
+    share, high = positions[..., None] - low, (low + 1).clamp_(max=width - 1)
+    weights = positions.new_zeros(*positions.shape, width).scatter_(-1, high, share).scatter_(-1, low, 1 - share)
     (count, taps), length = kernels.shape, positions.shape[-1]
     if taps == 1:
         return weights

@@ -88,6 +88,11 @@ def test_views_do_not_depend_on_how_many_are_rendered_at_once(monkeypatch, size)
     assert torch.allclose(views, augment(images, policy, generator=seeded()), atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [24, 52])
+def test_a_single_row_of_pixels_equals_the_reference(size):
+    agrees(scenes(8, 3, 1, 90), replace(OPTICAL, size=size))
+
+
 def test_crop_and_blur_equal_opencv():
     cv2 = pytest.importorskip("cv2", reason="opencv-python-headless is an extra of the benchmarks")
     images, policy = scenes(6, 2, 90, 80), Policy(size=64, **(STILL | {"p_blur": 1.0}))

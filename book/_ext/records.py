@@ -96,7 +96,8 @@ def benchmark(app, name: str) -> str:
     machine = ", ".join(hardware["gpus"]) or f"{hardware['cores']} cores of {hardware['processor']}"
     where = f"{machine}; torch {about['versions']['torch']}; commit {about['commit']}{state}; {about['date'][:10]}"
     load = f"; load before it began {about['load_before']}" if "load_before" in about else ""
-    return f"{lines}\n\nSettings: {', '.join(chosen)}. Measured on {where}{load}."
+    verb = "Computed" if record["settings"].get("computed") else "Measured"
+    return f"{lines}\n\nSettings: {', '.join(chosen)}. {verb} on {where}{load}."
 
 
 def targets(app, _: str) -> str:

@@ -1,15 +1,16 @@
 """What a step of training needs in memory, from shapes alone: to refuse what cannot fit before it starts."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 
 def peak(
-    make: Callable[[], nn.Module],
+    model: nn.Module,
     loss: Callable[[nn.Module, dict], Tensor],
     views: Mapping[str, Sequence[Sequence[int] | None]],
     *,
@@ -19,8 +20,8 @@ def peak(
 ) -> int:
     """Bytes that one process holds at the peak of a step; an allocator's rounding and a GPU's libraries come on top.
 
-    ``make`` builds the model, ``loss(model, views)`` is what is differentiated. ``views``: modality to the shapes
-    n x C x S x S of its views in one process, None for one that is not looked at. ``low``: bfloat16 autocast.
+    ``model`` lies on the CPU and stays as it is; ``loss(model, views)`` is what is differentiated. ``views``: modality
+    to the shapes n x C x S x S of its views in one process, None for one that is not looked at. ``low``: bfloat16.
     ``slots``: numbers that the optimizer keeps for a weight (LARS 1, AdamW 2). With several ``processes`` gradients
     have their place from the start. Tensors have no values here: nothing is computed, no device is needed.
 
@@ -33,8 +34,10 @@ def peak(
         kept[x.untyped_storage()._cdata] = x
         return x
 
-    with FakeTensorMode():
-        model = make().train()
+    mode = FakeTensorMode()
+    with FakeCopyMode(mode):
+        model = copy.deepcopy(model).train()
+    with mode:
         batch = {
             name: tuple(s and torch.empty(s).to(memory_format=torch.channels_last) for s in shapes)
             for name, shapes in views.items()
