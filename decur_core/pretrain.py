@@ -224,12 +224,13 @@ def found_split(settings: Settings, model: models.MultimodalModel, store: Store,
     ``dim_common`` for two modalities, ``blocks`` for more, and what they were read from.
     """
     estimate = pkgutil.resolve_name("decur_core.explain.split:found")  # by name: that room stands below this file
-    features: dict[str, list] = {m.name: [[], []] for m in modalities(settings, store)}
+    sensors = modalities(settings, store)
+    features: dict[str, list] = {m.name: [[], []] for m in sensors}
     size, count = settings.batch_size, min(len(store), ESTIMATED) // settings.batch_size
     fixed, (rank, world) = settings.model_copy(update={"seed": settings.seed + 1}), processes.place()
     model.eval()
     for step, batch in enumerate(batches(fixed, store, range(count), device, (rank, world)), start=1):
-        for name, both in views(fixed, modalities(settings, store), batch, step, (rank, world)).items():
+        for name, both in views(fixed, sensors, batch, step, (rank, world)).items():
             for k, images in enumerate(both):
                 features[name][k].append(processes.gather(model.backbones[name](images).float()).cpu())
     model.train()
@@ -245,8 +246,7 @@ def with_split(settings: Settings, found: Mapping | None) -> Settings:
 
 
 def _train(settings: Settings, store: Store, folder: Path, identity: dict, total: int) -> None:
-    device, (rank, world) = device_of(settings), processes.place()
-    sensors = modalities(settings, store)
+    device, (rank, world), sensors = device_of(settings), processes.place(), modalities(settings, store)
     everything = [m.mapped(store.meta["preprocessing"][m.name]) for m in config.modalities(settings)]
     model = network(settings, {m.name: m.channels for m in everything})
     model = model.to(device, memory_format=torch.channels_last).train()

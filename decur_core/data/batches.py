@@ -28,10 +28,9 @@ def batches(
 ) -> Iterator[dict]:
     """The batches of ``steps`` in order: modality -> (first, second or None), uint8 n x C x H x W, on ``device``.
 
-    Which samples and seasons they hold follows from seed, epoch and position alone; process
-    k of w, ``part``, reads its own rows.
-    ``workers`` threads copy a few batches ahead. Copying lets go of the interpreter, so they get by without processes,
-    which would have to hand every batch over through fresh shared memory.
+    Which samples and seasons they hold follows from seed, epoch and position alone; process k of w, ``part``, reads its
+    own rows. ``workers`` threads copy a few batches ahead. Copying lets go of the interpreter, so they get by without
+    processes, which would have to hand every batch over through fresh shared memory.
     """
     rank, world = part
     size, per_epoch = settings.batch_size // world, len(store) // settings.batch_size
@@ -54,9 +53,9 @@ def batches(
         for m in batch:
             for k, v in enumerate(used):
                 batch[m][k] = torch.empty((size, *store.shapes[m]), dtype=torch.uint8, pin_memory=pinned)
-                images = batch[m][k].numpy()
+                images, column = batch[m][k].numpy(), columns.index((m, v))
                 for row, i in enumerate(order[first : first + size]):
-                    images[row] = store.read(i, m, seasons[i][columns.index((m, v))])
+                    images[row] = store.read(i, m, seasons[i][column])
         return batch
 
     def sent(batch: dict) -> dict:

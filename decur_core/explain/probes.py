@@ -25,6 +25,7 @@ from decur_core.config import Settings
 from decur_core.data.store import Store
 from decur_core.explain.embeddings import blocks
 from decur_core.running import folders as runs
+from decur_core.running import history
 from decur_core.transfer.encoders import plain, stored, views
 
 PENALTIES = np.logspace(-4, 3, 15)  # of the weights, in units of the Gram matrix's mean eigenvalue
@@ -113,8 +114,7 @@ def tables(
     for (label, tensors), member in zip(embedded.items(), members, strict=True):
         z = {m: each.numpy() for m, each in tensors.items()}
         if member.dim_common == "auto":
-            split = runs.path(member, "pretrain", runs.title(member), "split.json").read_text()
-            member = pretrain.with_split(member, json.loads(split))
+            member = pretrain.with_split(member, history.split(runs.path(member, "pretrain", runs.title(member))))
         layout = blocks(config.identity(member), {m: each.shape[1] for m, each in z.items()})
         known = {name: values[: len(next(iter(z.values())))] for name, values in factors.items()}
         made[label] = {kernel: matrix(z, layout, known, kernel=kernel) for kernel in ("linear", "rbf")}

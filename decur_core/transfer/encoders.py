@@ -46,7 +46,8 @@ def load_pretrained(folder: Path | str) -> tuple[MultimodalModel, dict[str, Moda
     """The model, the modalities by name (their 8-bit mappings, without a policy) and the settings of a finished run.
 
     In the place of ``dim_common: auto`` the settings hold the split that the run found.
-    FileNotFoundError: it is not finished; OSError: its weights are damaged; DataError: they are of an earlier version.
+    FileNotFoundError: it is not finished; OSError: its weights are damaged; ConfigError: they are of an earlier
+    version.
     """
     file = Path(folder) / "final.pt"
     if not file.exists():
