@@ -70,7 +70,7 @@ def train_step(
 ) -> dict[str, Tensor]:
     """One update of the weights from one batch of views; ``share``: of the starting rates. Returns the loss terms."""
     device = next(model.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision(settings, device) == "bfloat16"):
+    with autocast(settings, device):
         terms = loss(settings, model, views)
     set_learning_rates(optimizer, share)
     optimizer.zero_grad(set_to_none=True)
@@ -117,10 +117,11 @@ def device_of(settings: Settings) -> torch.device:
     return torch.device("cuda" if available and settings.device != "cpu" else "cpu")
 
 
-def precision(settings: Settings, device: torch.device) -> str:
-    """Of the network: on CPUs bfloat16 is emulated and many times slower than float32."""
-    auto = "bfloat16" if device.type == "cuda" else "float32"
-    return auto if settings.precision == "auto" else settings.precision
+def autocast(settings: Settings, device: torch.device) -> torch.autocast:
+    """For networks that train. auto: bfloat16 on GPUs and CPUs with AMX; others emulate it, many times slower."""
+    fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+    low = settings.precision == "bfloat16" or settings.precision == "auto" and fast
+    return torch.autocast(device.type, torch.bfloat16, enabled=low)
 
 
 # A run: many steps that survive whatever ends them.
@@ -164,8 +165,7 @@ def run(settings: Settings, store_path: Path | str) -> Path:
         world = world if joined else _processes(settings)
         config.check_world_size(settings, world)
         _check(settings, store)
-        about = {"data.pairs": len(store), "data.sha256": store.sha256}
-        identity = {**config.identity(settings), **about}
+        identity = {**config.identity(settings), "data.pairs": len(store), "data.sha256": store.sha256}
         total = settings.epochs * (len(store) // settings.batch_size) if runs.trained(settings) else 0
         if processes.largest((folder / "final.pt").exists()):
             checkpoints.same_settings(checkpoints.load(folder / "final.pt", AGAIN)["settings"], identity, folder)
@@ -226,7 +226,7 @@ def found_split(settings: Settings, model: models.MultimodalModel, store: Store,
     estimate = pkgutil.resolve_name("decur_core.explain.split:found")  # by name: that room stands below this file
     sensors = modalities(settings, store)
     features: dict[str, list] = {m.name: [[], []] for m in sensors}
-    size, count = settings.batch_size, min(len(store), ESTIMATED) // settings.batch_size
+    count = min(len(store), ESTIMATED) // settings.batch_size
     fixed, (rank, world) = settings.model_copy(update={"seed": settings.seed + 1}), processes.place()
     model.eval()
     for step, batch in enumerate(batches(fixed, store, range(count), device, (rank, world)), start=1):
@@ -236,7 +236,7 @@ def found_split(settings: Settings, model: models.MultimodalModel, store: Store,
     model.train()
     width = [*backbones.widths(settings.backbone), *settings.projector][-1]
     z = {name: tuple(map(torch.cat, both)) for name, both in features.items()}
-    return {**estimate(z, width), "samples": count * size}
+    return {**estimate(z, width), "samples": count * settings.batch_size}
 
 
 def with_split(settings: Settings, found: Mapping | None) -> Settings:

@@ -58,6 +58,7 @@ TINY = {
     "log_steps": 1,
     "data.source": "published",
     "device": "cpu",
+    "precision": "float32",  # numbers are compared between processes, machines and formulas
 }
 
 

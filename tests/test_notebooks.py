@@ -34,9 +34,11 @@ def folder(tmp_path_factory):
 # 00 trains with the settings of its own profile; `make book` runs it.
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.name[:2] != "00"], ids=lambda p: p.name[:2])
 def test_runs_to_its_last_cell_and_shows_its_figures(path, folder):
-    places = {"runs": str(folder / "runs"), "data": {"stores": str(folder / "stores"), "processes": 0}}
-    # What is common is read from features, which takes some images and some training.
-    more = {"epochs": 8, "batch_size": 32, "world": {**WORLD, "locations": 512}} if path.name[:2] == "42" else {}
+    # What is common is read from features, which takes some images and some training: longer runs, of its own.
+    longer = path.name[:2] == "42"
+    more = {"epochs": 8, "batch_size": 32, "world": {**WORLD, "locations": 512}} if longer else {}
+    runs = folder / ("longer" if longer else "runs")
+    places = {"runs": str(runs), "data": {"stores": str(folder / "stores"), "processes": 0}}
     done = execute(path, "start", {**TINY, "world": WORLD, **places, **more}, folder)
     assert run.is_finished(done)
     captioned = [c for c in done.cells if "figure" in c.metadata.get("mystnb", {})]

@@ -87,10 +87,10 @@ def stop_after(step: int, monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("optimizer", ["lars", "adamw"])
-def test_stop_signal_writes_a_checkpoint_and_resume_is_exact(tiny, pair_store, monkeypatch, optimizer):
-    whole = final(pretrain.run(tiny(name="whole", optimizer=optimizer), pair_store))
-    settings = tiny(name="stopped", optimizer=optimizer)
+@pytest.mark.parametrize("optimizer, precision", [("lars", "float32"), ("adamw", "float32"), ("adamw", "bfloat16")])
+def test_stop_signal_writes_a_checkpoint_and_resume_is_exact(tiny, pair_store, monkeypatch, optimizer, precision):
+    whole = final(pretrain.run(tiny(name="whole", optimizer=optimizer, precision=precision), pair_store))
+    settings = tiny(name="stopped", optimizer=optimizer, precision=precision)
     calls = stop_after(7, monkeypatch)
     with pytest.raises(pretrain.Interrupted, match=r"SIGTERM after step 7 of 16"):
         pretrain.run(settings, pair_store)
