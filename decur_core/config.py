@@ -105,7 +105,7 @@ class Settings(Section):
     trust_coefficient: Real = Field(0.001, ge=0, description="LARS trust coefficient")
     seed: Int = Field(0, ge=0, le=2**63 - 1, description="seed of weights, sample order, seasons and augmentations")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of networks; auto: bfloat16 on GPUs and on CPUs with AMX"
+        "auto", description="of networks; auto: bfloat16 on GPUs and AMX"
     )
     compile: Literal["off", "default", "reduce-overhead"] = Field("off", description="torch.compile mode of backbones")
     device: Literal["auto", "cpu", "cuda"] = Aside("auto", description="where to compute")

@@ -52,7 +52,7 @@ def test_an_interrupted_cell_resumes_where_it_was(kernel, pair_store, tmp_path):
         "epochs": TOTAL // 4,
         "log_steps": 1,
     }
-    overrides = {**tiny, "checkpoint_steps": 1000, "device": "cpu", "runs": str(tmp_path / "runs")}
+    overrides = {**tiny, "log_steps": 1, "checkpoint_steps": 1000, "device": "cpu", "runs": str(tmp_path / "runs")}
     settings = config.load("start", overrides)
     folder = runs.path(settings, "pretrain", runs.title(settings))
     assert client.execute_interactive(SETUP.format(overrides=overrides), timeout=120)["content"]["status"] == "ok"
@@ -152,7 +152,7 @@ def test_a_notebook_that_trains_shows_bars_is_interrupted_and_goes_on_in_a_new_k
     tiny = {"projector": [16, 8], "dim_common": 6, "crop_size": 20, "batch_size": 8, "epochs": 12, "log_steps": 1}
     places = {"device": "cpu", "runs": str(tmp_path / "runs"), "data": {"stores": str(tmp_path), "processes": 0}}
     world = {"world": {"locations": 32, "through_files": 8}}
-    overrides = {**tiny, "checkpoint_steps": 1000, **places, **world}
+    overrides = {**tiny, "log_steps": 1, "checkpoint_steps": 1000, **places, **world}
     settings = config.load("start", overrides)
     second = runs.path(settings, "pretrain", runs.title(config.members(settings)[1]))
 
