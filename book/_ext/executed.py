@@ -100,7 +100,7 @@ def cited(about: dict) -> str:
 
 
 def banner(found: list[dict]) -> tuple[str, str]:
-    """Whether images are real or drawn, in a word or two, and as what stands on top of a page; ``found``: ``images``."""
+    """Whether images (of ``images``) are real or drawn: in a word or two, and as it stands on top of a page."""
     drawn, real = ([about for about in found if about["drawn"] == kind] for kind in (True, False))
     word = " and ".join(filter(None, (WORDS["real"] if real else "", WORDS["drawn"] if drawn else "")))
     worlds, sets = "; ".join(about["title"] for about in drawn), "; ".join(map(cited, real))

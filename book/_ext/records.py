@@ -70,10 +70,16 @@ def summary(app, argument: str) -> str:
 
 def table(app, argument: str) -> str:
     """A table of the paper beside our records of one kind of data: ``1 sar+optical published``."""
+    from decur_core.data import datasets
     from decur_core.report import records, tables
 
     number, part, kind = argument.split()
+    name = {"1": "bigearthnet", "2": "geonrw", "3": part}.get(number)
     found = measured(app, kind)
+    if name:
+        found = records.choose(found, dataset=datasets.find(name).title)
+    else:
+        found = [r for r in found if r["pair"] == part.replace("+", "_") and r["variant"].startswith("terms")]
     return f"{tables.table(int(number), found, part)}\n\n{records.source(found)}"
 
 
@@ -229,9 +235,8 @@ def blocks(app, _: str) -> str:
     parts, titles = [], []
     for k, (factors, block) in enumerate(itertools.product(("common", "own"), ("common", "unique"))):
         x, bottom = 10 + 200 * (k % 2), 130 + 118 * (k // 2)
-        parts.append(
-            f'<path stroke="currentColor" d="M{x} {bottom}h180"/><text x="{x}" y="{bottom - 90}">{factors} factors</text>'
-        )
+        parts.append(f'<path stroke="currentColor" d="M{x} {bottom}h180"/>')
+        parts.append(f'<text x="{x}" y="{bottom - 90}">{factors} factors</text>')
         said = []
         for left, name in zip((x + 10, x + 70, x + 130), shown, strict=False):
             value = max(0.0, statistics.fmean(by_method[name][f"{factors} factors, {block} block"]))
