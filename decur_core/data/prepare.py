@@ -38,7 +38,7 @@ def world(settings: config.Settings, dataset: str | None = None, split: str = "t
 
     Its ``.factors`` are known.
     """
-    found = datasets.find(dataset) if dataset else datasets.pretraining(settings.pair)
+    found = datasets.find(dataset or _pretraining(settings)[0])
     return miniature(found).drawn(settings.world, split)
 
 
@@ -47,7 +47,7 @@ def reader(settings: config.Settings, dataset: str, split: str) -> Reader:
 
     ``dataset``: a name of ``datasets.names``; ``split``: one of its splits, or all. For a miniature world the first
     ``world.through_files`` items of every split are written to disk in the published layout, if they are not there, and
-    read back like any other download; the rest is rendered when asked for.
+    read back like any other download; the rest, and all with a ``world.common`` below 2, is rendered when asked for.
     """
     found, part = datasets.find(dataset), None if split == "all" else split
     if settings.data.source == "samples":
@@ -62,7 +62,6 @@ def reader(settings: config.Settings, dataset: str, split: str) -> Reader:
     parts = twin.parts(settings.world)
     if split == "all" and split not in parts:
         return Joined(*(reader(settings, dataset, each) for each in parts))
-    # Files hold worlds whose sensors share all of their common factors.
     through, whole = settings.world.through_files if twin.write and not twin.unshared(settings.world) else 0, twin.whole
     written = {k: places[: min(through, len(places)) // whole * whole] for k, places in parts.items()}
     made = twin.drawn(settings.world, split)
@@ -79,7 +78,7 @@ def pairs(settings: config.Settings) -> Reader:
 
 
 def _pretraining(settings: config.Settings) -> tuple[str, str]:
-    found = datasets.pretraining(settings.pair)
+    found = datasets.pretraining(settings.pair, settings.data.dataset)
     return found.name, found.pretrain
 
 
@@ -111,12 +110,12 @@ def pretraining_store(settings: config.Settings) -> Path:
 
 
 def labelled_stores(settings: config.Settings, dataset: str) -> dict[str, Path]:
-    """The finished stores of a data set with labels, ``train`` and ``test``; converts what is missing."""
+    """The finished stores of a data set with labels, ``train``, ``test``, further ones; converts what is missing."""
     labelled = [d.name for d in datasets.of_pair(settings.pair) if d.task]
     if dataset not in labelled:
         allowed = ", ".join(labelled)
         raise config.ConfigError(f"dataset = {dataset!r}; labelled data of pair {settings.pair}: {allowed}")
-    return {split: store(settings, dataset, split) for split in ("train", "test")}
+    return {split: store(settings, dataset, split) for split in ("train", "test", *datasets.find(dataset).further)}
 
 
 def known_factors(settings: config.Settings) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -127,7 +126,7 @@ def known_factors(settings: config.Settings) -> tuple[dict[str, np.ndarray], dic
     """
     if settings.data.source != "world":
         raise config.ConfigError(f"data: source = {settings.data.source!r}; factors are known for the miniature world")
-    return world(settings).factors, miniature(datasets.pretraining(settings.pair)).seen_by(settings.world)
+    return world(settings).factors, miniature(datasets.find(_pretraining(settings)[0])).seen_by(settings.world)
 
 
 def store(settings: config.Settings, dataset: str, split: str, *, shard: tuple[int, int] = (0, 1), **options) -> Path:

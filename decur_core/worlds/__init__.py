@@ -65,8 +65,7 @@ class Unshared(Reader):
         self.factors = world.factors | {names[name]: values for name, values in own.items()}
 
     def __getitem__(self, i: int) -> dict:
-        other = self.other[i]
-        return self.world[i] | {key: other[key] for key in self.keys}
+        return self.world[i] | {key: image for key, image in self.other[i].items() if key in self.keys}
 
 
 def apart(train: str) -> Callable[..., dict[str, range]]:
