@@ -89,9 +89,7 @@ class MultimodalModel(nn.Module):
 def build(settings: Mapping, in_channels: Mapping[str, int]) -> MultimodalModel:
     """The randomly initialised model of a run, whose settings are as in ``config.identity`` and ``final.pt``."""
     blocks = settings.get("blocks") or {}
-    widths = (
-        {m: sum(k for subset, k in blocks.items() if m in subset.split("+")) for m in in_channels} if blocks else {}
-    )
+    widths = {m: sum(k for subset, k in blocks.items() if m in subset.split("+")) for m in in_channels}
     options = {"shared_projector": settings.get("shared_projector", False), "dimensions": widths if blocks else {}}
     options["scaled"] = METHODS[settings["method"]].scaled
     return MultimodalModel(settings["backbone"], in_channels, settings["projector"], **options)
@@ -151,9 +149,8 @@ def load_published(
     state = {theirs.sub(lambda m: f"{m[1]}s.{names[m[2]]}.", k, count=1): v for k, v in state.items()}
     attention = {k for k in state if k.startswith(("da1_", "da2_"))}
     if attention and not drop_attention:
-        raise ValueError(
-            f"{path}: {len(attention)} weights of deformable attention ({min(attention)}, ...) have no place"
-        )
+        found = f"{len(attention)} weights of deformable attention ({min(attention)}, ...)"
+        raise ValueError(f"{path}: {found} have no place")
     state = {k: v for k, v in state.items() if k not in attention}
     name = next((name for name, sign in _SIGNS.items() if f"backbones.{modalities[0]}.{sign}" in state), None)
     if name is None:

@@ -25,6 +25,7 @@ Drawn worlds, profile {profile}; chapter 60 has all of it.</figcaption>
 </figure>"""
 TRUTH = "60_ground_truth.ipynb"
 NOT_RUN = "*Not run yet.*"
+DATES = {"1": ", images after the flood", "0+1": ", images before and after the flood"}  # of OMBRIA
 NOTHING = (
     "Nothing yet: no run on a real data set stands in this book. The pages of a run say on top what their images"
     " are, and [the results](results.md) what can be said today."
@@ -186,30 +187,49 @@ def figure(app, name: str) -> str:
     return f"```{{figure}} /_build/figures/{name}.svg\n:alt: {seen} as bars\n:name: fig-bench-{name}\n\n{seen}.\n```"
 
 
-def findings(app, _: str) -> str:
-    """What records of real data sets allow to say, a sentence for each data set, network, protocol and share of labels.
+def _real(app, profile: str) -> dict[tuple[str, str], list[dict]]:
+    """Scores on real test images of a profile: (what they are about, where, which dates) -> records."""
+    from decur_core.report import records
 
-    Of each data set from the first profile that has it; with every modality as input where that was measured.
-    """
+    found: dict[tuple[str, str], list[dict]] = {}
+    for r in _records(app, profile):
+        if records.kind(r) in ("published", "small") and r.get("split", "test") == "test":
+            given = DATES.get(r.get("seasons", ""), "")
+            for where, score in {"": {}, **r.get("further", {})}.items():
+                name = f"{r['dataset']}{f', events of {where}' if where else ''}{given}"
+                found.setdefault((r["metric"], name), []).append(r | score)
+    return found
+
+
+def findings(app, _: str) -> str:
+    """What records of real data sets allow to say: of each kind of score in the last place that was scored, all labels
+    and everything given, a sentence for each protocol."""
     from decur_core.report import records, sentences
 
-    found: dict[str, list[dict]] = {}
-    for profile in app.config.decur_profiles:
-        there: dict[str, list[dict]] = {}
-        for record in _records(app, profile):
-            if records.kind(record) == "published" and not record.get("variant"):
-                there.setdefault(record["dataset"], []).append(record)
-        found = there | found
     lines = []
-    for rows in found.values():
-        inputs = "both" if any(r["inputs"] == "both" for r in rows) else rows[0]["inputs"]
-        rows = [r for r in rows if r["inputs"] == inputs]
-        tasks = {(r["network"], r["protocol"], r["fraction"]) for r in rows if r["method"] == records.REFERENCE}
-        for network, protocol, fraction in sorted(tasks, key=lambda task: (task[0], task[1] != "linear", task[2])):
-            same = records.choose(rows, network=network)
-            lines.append("- " + sentences.of_records(same, protocol=protocol, inputs=inputs, fraction=fraction))
-        lines.append(f"\n{records.source(rows)}\n")
+    for profile in app.config.decur_profiles:
+        last = {metric: (name, rows) for (metric, name), rows in _real(app, profile).items()}
+        for name, rows in last.values():
+            rows = [r for r in rows if r["inputs"] == "both"]
+            for protocol in sorted({r["protocol"] for r in rows if r["method"] == records.REFERENCE}, reverse=True):
+                said = sentences.of_records(rows, protocol=protocol, inputs="both", fraction=1.0)
+                lines.append(f"- **{name}.** {said}")
+        if last:
+            every = [r for _, rows in last.values() for r in rows]
+            lines.append(f"\n{records.source(every)}\n")
     return "\n".join(lines) or NOTHING
+
+
+def real(app, profile: str) -> str:
+    """Every score on real test images of a profile, first number alone, with what produced them."""
+    from decur_core.report import records, tables
+
+    parts, every = [], []
+    for (_, name), rows in _real(app, profile).items():
+        summary = [row | {"data": name} for row in records.summary(rows)]
+        parts.append(tables.markdown(summary, numbers=1))
+        every += rows
+    return "\n\n".join([*parts, records.source(every)]) if parts else NOT_RUN
 
 
 def blocks(app, _: str) -> str:
@@ -269,6 +289,7 @@ def _held(notebook: dict) -> dict:
 
 TABLES = {
     "findings": findings,
+    "real": real,
     "blocks": blocks,
     "figure": figure,
     "summary": summary,

@@ -161,9 +161,7 @@ class StoreWriter:
         """Ids of the part that are stored or quarantined."""
         return {self.index["ids"][row] for row in self.span if self.state[row] != TODO}
 
-    def put(
-        self, id: str | int, images: dict[str, np.ndarray], labels: Sequence | None = None, *, moments=None
-    ) -> bytes:
+    def put(self, id: str | int, images: dict, labels: Sequence | None = None, *, moments=None) -> bytes:
         """Store uint8 (seasons, C, H, W) per modality and labels (L,) of an id, or of the one at a position.
 
         `moments`, {modality: (mean, variance)} with a value per band, go into the statistics. Returns the digest.
@@ -272,8 +270,7 @@ def _begin(path: Path, wanted: dict, *, retry: bool) -> None:
     elif unlike := arrays.unlike(index, wanted):
         raise DataError(f"{path}: holds another store, choose another path ({unlike})")
     elif index["parts"] != wanted["parts"]:
-        what = f"holds a store in {index['parts']} part(s), not {wanted['parts']}"
-        raise DataError(f"{path}: {what}; choose another path")
+        raise DataError(f"{path}: holds a store in {index['parts']} parts, not {wanted['parts']}; choose another path")
     elif retry and index["finished"] and index["quarantined"]:
         arrays.save(path, index | {"finished": False})
     if not (path / "state.npy").exists():

@@ -18,7 +18,6 @@ from captum.attr import IntegratedGradients, LayerGradCam
 from torch import Tensor, nn
 
 from decur_core import config, pretrain
-from decur_core.data.modality import Modality
 from decur_core.data.store import Store
 from decur_core.explain.embeddings import blocks, embeddings, images
 from decur_core.model import MultimodalModel
@@ -36,9 +35,7 @@ class CommonUnique(nn.Module):
     images; constant dimensions count as 0.
     """
 
-    def __init__(
-        self, model: MultimodalModel, modality: str, parts: Sequence[Sequence[int]], mean: Tensor, std: Tensor
-    ):
+    def __init__(self, model: MultimodalModel, modality: str, parts: Sequence[list[int]], mean: Tensor, std: Tensor):
         super().__init__()
         self.model, self.modality = model.eval(), modality
         for module in self.model.modules():
@@ -62,9 +59,7 @@ class CommonUnique(nn.Module):
         return [m for m in self.model.backbones[self.modality].modules() if isinstance(m, nn.Conv2d)][-1]
 
 
-def targets(
-    folder: Path, store: Store, *, samples: int = 1024, device="cpu"
-) -> tuple[dict[str, CommonUnique], dict[str, Modality], dict]:
+def targets(folder: Path, store: Store, *, samples: int = 1024, device="cpu") -> tuple[dict, dict, dict]:
     """What attributions explain, a ``CommonUnique`` for each modality of a finished run; its modalities and settings.
 
     Common is what a modality shares with any other, unique what it shares with none (``embeddings.blocks``).
@@ -142,9 +137,8 @@ def _stream(file: Path, about: dict, rows: range, size: int, compute: Callable[[
     runs.write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
     starts = rows[(len(lines) - 1) * size :: size]
     with open(file, "a") as out:
-        for start in runs.progress(
-            starts, desc=file.stem, initial=len(lines) - 1, total=len(range(0, len(rows), size))
-        ):
+        total = len(range(0, len(rows), size))
+        for start in runs.progress(starts, desc=file.stem, initial=len(lines) - 1, total=total):
             lines.append(compute(rows[start : start + size]))
             out.write(json.dumps(lines[-1]) + "\n")
             out.flush()

@@ -31,7 +31,7 @@ FACTORS = {
     "ratio": "sar",  # VH - VV from -11 dB (surface scattering) to -5 dB (volume scattering)
 }
 LAYOUTS = ("coregistered", "redrawn")
-LAND_COVER = ("bare field", "water", "built-up", "vegetated field")  # values of World.label_map
+LAND_COVER = ("bare field", "water", "built-up", "vegetated field")  # values of Layout.cover
 BARE, WATER, BUILT, VEGETATED = range(4)
 # Rows of the bands at 10, 20 and 60 m
 GROUPS = {k: [row for row, step in enumerate(OPTICAL_STEPS) if step == k] for k in (1, 2, 6)}
@@ -198,9 +198,7 @@ def _by_field(values: np.ndarray, layout: Layout, elsewhere: float) -> np.ndarra
     return np.where((layout.cover == BARE) | (layout.cover == VEGETATED), spread, elsewhere).astype(np.float32)
 
 
-def _optical(
-    rng, layout: Layout, f: dict[str, float], seasons: int, woods: np.ndarray | None = None
-) -> dict[int, np.ndarray]:
+def _optical(rng, layout: Layout, f: dict[str, float], seasons: int, woods: np.ndarray | None = None) -> dict:
     """Optical views of one location: {k: uint16 (seasons, bands of GROUPS[k], tile/k, tile/k)} for k = 1, 2, 6.
 
     `woods`: bool (tile, tile), where crowns hide what lies below.
@@ -299,12 +297,6 @@ class World(Locations):
         """{"id", "sar": float32 (S, 2, H, W) dB, "optical": float32 (S, 13, H, W) reflectance x 10000, "dates"}."""
         native = self.native(i)
         return {"id": self.ids[i], "sar": native["sar"], "optical": to_10m(native), "dates": self.dates(i)}
-
-    def label_map(self, i: int) -> np.ndarray:
-        """Land cover of location i: int64 (tile, tile), indices into LAND_COVER; for the coregistered layout."""
-        if self.layout != "coregistered":
-            raise ValueError('label_map needs layout="coregistered": with "redrawn" things lie elsewhere in every view')
-        return self._layouts(*self._draw(i, 0))[0].cover
 
 
 class BigEarthNetWorld(World):

@@ -94,10 +94,6 @@ class ThreeWorld(Locations):
         self.tile, self.seasons = int(tile), int(seasons)
         self.ids = [f"{i:07d}" for i in range(locations)]
 
-    def ground(self, i: int) -> Ground:
-        """What lies where at location i."""
-        return draw_ground(*self._draw(i, 0), self.tile)
-
     def __getitem__(self, i: int) -> dict:
         rng, f = self._draw(i, 0)
         (layout, woods, terrain), shape = draw_ground(rng, f, self.tile), (self.tile, self.tile)
