@@ -114,7 +114,7 @@ def place(tmp_path_factory, pair_store):
 
 
 def test_every_snippet_is_of_a_kind_that_is_known():
-    kinds = {re.sub(r"^{.*", "{", match[1]) for page in PAGES for match in FENCE.finditer(page.read_text())}
+    kinds = {re.sub(r"^`*{.*", "{", match[1]) for page in PAGES for match in FENCE.finditer(page.read_text())}
     assert kinds <= set(FENCES) and len(found("python")) > 5 and len(commands()) > 30
     for large in TINIER:
         assert any(large in snippet.values[0] for snippet in found("python")), f"no snippet has {large!r} any more"

@@ -197,7 +197,7 @@ def _real(app, profile: str) -> dict[tuple[str, str], list[dict]]:
             given = DATES.get(r.get("seasons", ""), "")
             for where, score in {"": {}, **r.get("further", {})}.items():
                 name = f"{r['dataset']}{f', events of {where}' if where else ''}{given}"
-                found.setdefault((r["metric"], name), []).append(r | score)
+                found.setdefault((r["numbers"][0], name), []).append(r | score)
     return found
 
 
