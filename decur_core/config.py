@@ -210,10 +210,21 @@ def check_dim_common(settings: Settings, width: int) -> None:
 
 def members(settings: Settings) -> list[Settings]:
     """One ``Settings`` for each combination of the ``sweep`` lists; without a sweep, the settings themselves."""
-    base, made = to_dict(settings) | {"sweep": {}}, []
-    for chosen in profiles.combinations(settings.sweep):
-        # Method and seed are in every run's name; whatever else is varied has to tell the runs' folders apart.
-        parts = [f"{k.split('.')[-1]}{v}" for k, v in chosen.items() if k not in ("method", "seed")]
+    base, made, every = to_dict(settings) | {"sweep": {}}, [], [*profiles.combinations(settings.sweep)]
+    of: dict[str, dict] = {}  # setting: its values, as text, by method
+    for chosen in every:
+        for k, v in chosen.items():
+            of.setdefault(k, {}).setdefault(chosen.get("method"), set()).add(str(v))
+    named = {chosen.get("method") for chosen in every}
+    # Method and seed are in every run's name, and with them a number of that method alone; whatever else is varied has
+    # to tell the runs' folders apart.
+    alone = {
+        k
+        for k, by in of.items()
+        if max(map(len, by.values())) == 1 and (len(by) < len(named) or len({*map(str, by.values())}) > 1)
+    }
+    for chosen in every:
+        parts = [f"{k.split('.')[-1]}{v}" for k, v in chosen.items() if k not in alone | {"method", "seed"}]
         about = {"variant": re.sub(r"[^\w.-]+", "_", "-".join(filter(None, [settings.variant, *parts])))}
         made.append(Settings.made(Settings.over(base, chosen, "sweep") | about, "sweep"))
     return made

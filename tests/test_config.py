@@ -767,3 +767,15 @@ def test_loading_is_quick():
     for _ in range(5):
         config.load("report")  # 24 members
     assert time.process_time() - start < 2.5
+
+
+def test_a_number_of_one_method_alone_is_no_part_of_a_runs_name(tmp_path):
+    path = tmp_path / "own.yaml"
+    one = "{method: decur}, {method: barlow_twins, lambd: 0.02}, {method: simclr, temperature: 0.5}"
+    several = "{method: decur, lambd: 1}, {method: decur, lambd: 2}, {method: clip, lambd: 1}"
+    path.write_text(f"sweep: {{of: [{one}], seed: [0, 1]}}\nvariants: {{grid: {{sweep: {{of: [{several}]}}}}}}\n")
+    found = config.members(config.load(path))
+    assert {m.variant for m in found} == {""} and [m.lambd for m in found[2:4]] == [0.02, 0.02]
+    assert [m.temperature for m in found[::2]] == [0.1, 0.1, 0.5]
+    grid = config.members(config.load(path, variant="grid"))
+    assert [m.variant for m in grid] == ["grid-lambd1.0", "grid-lambd2.0", "grid-lambd1.0"]
