@@ -38,8 +38,7 @@ def world(settings: config.Settings, dataset: str | None = None, split: str = "t
 
     Its ``.factors`` are known.
     """
-    found = datasets.find(dataset or _pretraining(settings)[0])
-    return miniature(found).drawn(settings.world, split)
+    return miniature(datasets.find(dataset or _pretraining(settings)[0])).drawn(settings.world, split)
 
 
 def reader(settings: config.Settings, dataset: str, split: str) -> Reader:

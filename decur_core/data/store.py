@@ -270,7 +270,8 @@ def _begin(path: Path, wanted: dict, *, retry: bool) -> None:
     elif unlike := arrays.unlike(index, wanted):
         raise DataError(f"{path}: holds another store, choose another path ({unlike})")
     elif index["parts"] != wanted["parts"]:
-        raise DataError(f"{path}: holds a store in {index['parts']} parts, not {wanted['parts']}; choose another path")
+        what = f"holds a store in {index['parts']} part(s), not {wanted['parts']}"
+        raise DataError(f"{path}: {what}; choose another path")
     elif retry and index["finished"] and index["quarantined"]:
         arrays.save(path, index | {"finished": False})
     if not (path / "state.npy").exists():
