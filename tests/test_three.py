@@ -14,7 +14,7 @@ from decur_core.data.raster import DataError
 from decur_core.data.store import Store
 from decur_core.explain.probes import supervised_r2
 from decur_core.worlds.sar_optical import BARE, BUILT, VEGETATED, WATER
-from decur_core.worlds.three import CLASSES, FACTORS, SceneWorld, ThreeWorld
+from decur_core.worlds.three import CLASSES, FACTORS, SceneWorld, ThreeWorld, draw_ground
 
 MODALITIES = {m.name: m for m in (SAR, OPTICAL, DEM)}
 
@@ -69,7 +69,7 @@ def test_there_are_factors_for_all_for_each_pair_and_for_each_alone():
 def test_scene_fractions_are_the_factors(tile):
     world = ThreeWorld(20, tile=tile, seed=3)
     for i in range(20):
-        ground = world.ground(i)
+        ground = draw_ground(*world._draw(i, 0), world.tile)
         cover, woods = ground.layout.cover, ground.woods
         assert set(np.unique(cover)) == {BARE, WATER, BUILT, VEGETATED} and not (woods & (cover == BUILT)).any()
         for where, name, low, span in (
@@ -82,7 +82,7 @@ def test_scene_fractions_are_the_factors(tile):
 def test_the_ground_is_what_each_sensor_shows_of_it():
     world = ThreeWorld(12, seed=4)
     for i in range(12):
-        (layout, woods, _), item = world.ground(i), world[i]
+        (layout, woods, _), item = draw_ground(*world._draw(i, 0), world.tile), world[i]
         water, built = (layout.cover == kind for kind in (WATER, BUILT))
         land = ~water & ~built
         for vv, optical, dem in zip(item["sar"][:, 0], item["optical"], item["dem"][:, 0], strict=True):
@@ -124,8 +124,8 @@ def test_items_have_the_form_of_the_readers_and_realistic_values():
         ({"seasons": 5}, "seasons = 5.*1 to 4"),
         ({"seed": -1}, "seed = -1"),
         ({"stream": 1.5}, "stream = 1.5"),
-        ({"tile": 32}, "tile = 32.*multiple of 6"),
-        ({"tile": 6}, "tile = 6.*at least 12"),
+        ({"tile": 32}, "tile = 32.*steps of 6"),
+        ({"tile": 6}, "tile = 6: .*, 12 to"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):

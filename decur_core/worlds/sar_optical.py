@@ -31,8 +31,7 @@ FACTORS = {
     "ratio": "sar",  # VH - VV from -11 dB (surface scattering) to -5 dB (volume scattering)
 }
 LAYOUTS = ("coregistered", "redrawn")
-LAND_COVER = ("bare field", "water", "built-up", "vegetated field")  # values of World.label_map
-BARE, WATER, BUILT, VEGETATED = range(4)
+BARE, WATER, BUILT, VEGETATED, WOOD = range(5)  # what covers the land
 # Rows of the bands at 10, 20 and 60 m
 GROUPS = {k: [row for row, step in enumerate(OPTICAL_STEPS) if step == k] for k in (1, 2, 6)}
 
@@ -82,28 +81,29 @@ def factors(n: int, *, seed: int, stream: int = 0, names: Iterable[str] = FACTOR
     return dict(zip(names, values.T, strict=True))
 
 
-def integers(**limits: tuple[object, float, float]) -> None:
-    """Refuse, with a ValueError, settings that are no integers within limits: name=(value, lowest, highest)."""
-    for name, (value, low, high) in limits.items():
-        if not isinstance(value, (int, np.integer)) or not low <= value <= high:
-            limit = "on" if high == inf else f"to {high}"
-            raise ValueError(f"{name} = {value!r}: an integer from {low} {limit} is needed")
-
-
-def check_views(tile: int, seasons: int) -> None:
-    """Refuse, with a ValueError, views that cannot be drawn in bands of 10, 20 and 60 m."""
-    integers(seasons=(seasons, 1, 4))
-    if not isinstance(tile, (int, np.integer)) or tile < 12 or tile % 6:
-        raise ValueError(f"tile = {tile!r}: a multiple of 6, at least 12, is needed (60 m bands: tile / 6 pixels)")
-
-
 class Locations(Reader):
     """What miniature worlds have in common: `.factors` that are known, and random numbers for each location alone."""
 
-    def __init__(self, names: Iterable[str], locations: int, *, seed: int, stream: int, most: float = inf):
-        integers(locations=(locations, 1, most), seed=(seed, 0, inf), stream=(stream, 0, inf))
-        self.seed, self.stream = int(seed), int(stream)
-        self.factors = factors(locations, seed=self.seed, stream=self.stream, names=names)
+    def __init__(
+        self,
+        names: Iterable[str],
+        *,
+        sizes=range(12, 10_000, 6),
+        most: int = 10_000_000,
+        seasons: int = 1,
+        **given: int,
+    ):
+        """``given``: locations, of which there are at most ``most``, tile, one of ``sizes``, seed and stream."""
+        allowed = {"locations": range(1, most + 1), "tile": sizes, "seasons": range(1, 5)}
+        for name, value in (given | {"seasons": seasons}).items():
+            known = allowed.get(name, range(2**63))
+            if not isinstance(value, (int, np.integer)) or int(value) not in known:
+                steps = f", in steps of {known.step}" * (known.step > 1)
+                raise ValueError(f"{name} = {value!r}: an integer, {known[0]} to {known[-1]}{steps}, is needed")
+        self.tile, self.seasons, self.seed, self.stream = (
+            int(n) for n in (given["tile"], seasons, given["seed"], given["stream"])
+        )
+        self.factors = factors(given["locations"], seed=self.seed, stream=self.stream, names=names)
 
     def _draw(self, i: int, part: int) -> tuple[np.random.Generator, dict[str, float]]:
         """Random numbers for one part of location i, and its factors scaled to 0..1."""
@@ -116,7 +116,7 @@ class Locations(Reader):
 class Layout(NamedTuple):
     """Where things lie, each (tile, tile); stacked along a first axis for several views."""
 
-    cover: np.ndarray  # int, index into LAND_COVER
+    cover: np.ndarray  # int, BARE, WATER, BUILT or VEGETATED
     parcel: np.ndarray  # int, number of the field
     facing: np.ndarray  # bool, walls that face the radar
 
@@ -208,9 +208,9 @@ def _optical(
     tile = layout.cover.shape[-1]
     bare = SPECTRA["soil grey"] + f["soil_colour"] * (SPECTRA["soil red"] - SPECTRA["soil grey"])
     vegetated = SPECTRA["sparse"] + f["greenness"] * (SPECTRA["dense"] - SPECTRA["sparse"])
-    # in the order of LAND_COVER, then the crowns
+    # in the order of covers, then the crowns
     spectra = np.stack([bare, SPECTRA["water"], SPECTRA["built-up"], vegetated, SPECTRA["wood"]], 1)
-    cover = layout.cover if woods is None else np.where(woods, len(LAND_COVER), layout.cover)
+    cover = layout.cover if woods is None else np.where(woods, WOOD, layout.cover)
     shade = _by_field(rng.normal(1, 0.15, (seasons, layout.parcel.max() + 1)), layout, 1)
     haze = 1 / (1 + np.exp(-1.5 * _smooth(rng, (seasons, tile, tile), 4.0))) + 0.2
     haze *= (0.02 + 0.36 * f["haze"]) / haze.mean((1, 2), keepdims=True)
@@ -264,11 +264,10 @@ class World(Locations):
     stream = 0  # random numbers apart from those of other worlds of the same seed
 
     def __init__(self, locations: int, *, tile: int = 36, seasons: int = 4, layout: str = LAYOUTS[0], seed: int = 0):
-        super().__init__(FACTORS, locations, seed=seed, stream=self.stream, most=10_000_000)
-        check_views(tile, seasons)
+        super().__init__(FACTORS, locations=locations, tile=tile, seasons=seasons, seed=seed, stream=self.stream)
         if layout not in LAYOUTS:
             raise ValueError(f"layout = {layout!r}: one of {', '.join(LAYOUTS)} is needed")
-        self.tile, self.seasons, self.layout = int(tile), int(seasons), layout
+        self.layout = layout
         self.ids = [f"{i:07d}" for i in range(locations)]
 
     def _layouts(self, rng, f: dict[str, float]) -> list[Layout]:
@@ -299,12 +298,6 @@ class World(Locations):
         """{"id", "sar": float32 (S, 2, H, W) dB, "optical": float32 (S, 13, H, W) reflectance x 10000, "dates"}."""
         native = self.native(i)
         return {"id": self.ids[i], "sar": native["sar"], "optical": to_10m(native), "dates": self.dates(i)}
-
-    def label_map(self, i: int) -> np.ndarray:
-        """Land cover of location i: int64 (tile, tile), indices into LAND_COVER; for the coregistered layout."""
-        if self.layout != "coregistered":
-            raise ValueError('label_map needs layout="coregistered": with "redrawn" things lie elsewhere in every view')
-        return self._layouts(*self._draw(i, 0))[0].cover
 
 
 class BigEarthNetWorld(World):
