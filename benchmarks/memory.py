@@ -2,20 +2,18 @@
 
     python -m benchmarks.memory
 
-DeCUR's step with LARS, `peak_of`. An allocator's rounding, a GPU's libraries (some 2 GB) and what the
+DeCUR's step with LARS, `running.memory.peak`. An allocator's rounding, a GPU's libraries (some 2 GB) and what the
 networks' convolutions use while they run come on top.
 """
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
+from torch import nn
 
 from decur_core import losses
 from decur_core.model import MultimodalModel
+from decur_core.running import memory
 
 from . import common
 
@@ -25,52 +23,6 @@ CASES = (  # backbone, pairs in the global batch, K, processes
     *(("resnet50", 256, 8192, processes) for processes in (2, 4, 8)),
     *((backbone, 256, 8192, 1) for backbone in ("resnet18", "mit_b2")),
 )
-
-
-def peak_of(
-    model: nn.Module,
-    loss: Callable[[nn.Module, dict], Tensor],
-    views: Mapping[str, Sequence[Sequence[int] | None]],
-    *,
-    low: bool,
-    slots: int = 1,
-    processes: int = 1,
-) -> int:
-    """Bytes that one process holds at the peak of a step; an allocator's rounding and a GPU's libraries come on top.
-
-    ``model`` lies on the CPU and stays as it is; ``loss(model, views)`` is what is differentiated. ``views``: modality
-    to the shapes n x C x S x S of its views in one process, None for one that is not looked at. ``low``: bfloat16.
-    ``slots``: numbers that the optimizer keeps for a weight (LARS 1, AdamW 2). With several ``processes`` gradients
-    have their place from the start. Tensors have no values here: nothing is computed, no device is needed.
-
-    The peak is the larger of two: as the backward pass begins, with all that the forward pass keeps for it and two
-    maps of the largest kind in flight; and in the optimizer, with a gradient and an update for each weight.
-    """
-    kept: dict[int, Tensor] = {}
-
-    def keep(x: Tensor) -> Tensor:
-        kept[x.untyped_storage()._cdata] = x
-        return x
-
-    mode = FakeTensorMode()
-    with FakeCopyMode(mode):
-        model = copy.deepcopy(model).train()
-    with mode:
-        batch = {
-            name: tuple(s and torch.empty(s).to(memory_format=torch.channels_last) for s in shapes)
-            for name, shapes in views.items()
-        }
-        with torch.autocast("cpu", torch.bfloat16, enabled=low), saved_tensors_hooks(keep, lambda x: x):
-            value = loss(model, batch)
-        given = [*model.parameters(), *model.buffers()]
-        given += [x for several in batch.values() for x in several if x is not None]
-        known = {x.untyped_storage()._cdata for x in given}
-        forward = [x.untyped_storage().nbytes() for key, x in kept.items() if key not in known]
-        del value
-    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    held = sum(x.nbytes for x in given) + slots * trained
-    backward = sum(forward) + 2 * max(forward, default=0) + (trained if processes > 1 else 0)
-    return held + max(backward, 2 * trained)
 
 
 def peak(*, backbone: str, batch: int, k: int, processes: int, size: int, low: bool) -> int:
@@ -83,7 +35,7 @@ def peak(*, backbone: str, batch: int, k: int, processes: int, size: int, low: b
 
     views = {name: [(batch // processes, count, size, size)] * 2 for name, count in channels.items()}
     model = MultimodalModel(backbone, channels, (k, k, k))
-    return peak_of(model, loss, views, low=low, processes=processes)
+    return memory.peak(model, loss, views, low=low, processes=processes)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

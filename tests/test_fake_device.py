@@ -19,10 +19,12 @@ from torch._subclasses.fake_tensor import (
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import common, memory
+from benchmarks import common
+from benchmarks import memory as benchmark
 from decur_core import augment, config, pretrain
 from decur_core.data.modality import OPTICAL, SAR
 from decur_core.model import MultimodalModel
+from decur_core.running import memory
 
 PAPER = {"method": "decur", "data.source": "published", "optimizer": "lars"}
 SENSORS = (SAR, OPTICAL)
@@ -134,7 +136,7 @@ def computed(options, **changes):
     shape = (options.crop_size, options.crop_size)
     views = {m.name: [(options.batch_size, m.channels, *shape)] * 2 for m in SENSORS}
     total = lambda model, views: pretrain.loss(options, model, views)["total"]  # noqa: E731
-    return memory.peak_of(network(options, "cpu"), total, views, **changes)
+    return memory.peak(network(options, "cpu"), total, views, **changes)
 
 
 def test_peak_is_what_the_tracker_of_torch_finds():
@@ -165,8 +167,8 @@ def test_a_gpu_with_80_gb_holds_the_papers_batch_in_bfloat16_alone():
 
 def test_table_shares_the_batch_out_and_writes_its_record(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "RECORDS", tmp_path)
-    monkeypatch.setattr(memory, "CASES", [("small", 64, 32, 1), ("small", 64, 32, 2), ("small", 128, 32, 1)])
-    memory.main(["--size", "32"])
+    monkeypatch.setattr(benchmark, "CASES", [("small", 64, 32, 1), ("small", 64, 32, 2), ("small", 128, 32, 1)])
+    benchmark.main(["--size", "32"])
     rows = json.loads((tmp_path / "memory.json").read_text())["rows"]
     one, two, large = (row["float32, GB"] for row in rows)
     assert 0.5 * one < two < 0.6 * one and 1.8 * one < large < 2 * one
