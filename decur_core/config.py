@@ -27,6 +27,7 @@ class Data(Section):
     """Where images come from and where converted stores go."""
 
     source: Literal["published", "world", "samples"] = Field("published", description="where images come from")
+    dataset: str = Aside("", description="that encoders are pretrained on; empty: the first of the pair")
     roots: dict[str, Folder] = Aside({}, description="data set: its folder, else data/<name>")
     rgbd_height: Int = Field(480, ge=8, description="height of stored RGB-depth images, px")
     rgbd_width: Int = Field(640, ge=8, description="width of stored RGB-depth images, px")
@@ -56,6 +57,8 @@ class Transfer(Section):
     segmenter: Literal["fcn", "cmx"] = Field("fcn", description="network on the encoders where pixels have labels")
     epochs: Int = Field(100, ge=1, description="passes over the labelled images")
     iterations: Int = Field(0, ge=0, description="steps; 0: as many as the epochs have")
+    seasons: Listed[str] = Some(("",), description="images given of a place, numbers joined by +; empty: the labelled")
+    validation: Real = Field(0.0, ge=0, le=0.9, description="share of the training images, the last, scored as a test")
     min_updates: Int = Field(0, ge=0, description="steps at least, however few the labels: epochs are added")
     batch_size: Int = Field(256, ge=1, description="images per step")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="update rule")
@@ -131,6 +134,9 @@ class Settings(Section):
                 yield f"{name} = {getattr(self, name)!r}; allowed: {', '.join(table())}"
         for name in self.data.roots.keys() - datasets.names():
             yield f"data.roots: unknown data set {name!r}; {nearest(name, datasets.names())}"
+        known = [d.name for d in datasets.of_pair(self.pair) if d.pretrain]
+        if self.data.dataset not in ("", *known):
+            yield f"data.dataset = {self.data.dataset!r}, but pair = {self.pair!r} is pretrained on: {', '.join(known)}"
         has, inputs = [m.name for m in modalities(self)], [name for name in self.transfer.inputs if name != "both"]
         if self.single not in ("", *has):
             yield f"single = {self.single!r}, but pair = {self.pair!r} has: {', '.join(has)}"

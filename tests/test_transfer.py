@@ -99,9 +99,10 @@ def predicted(classifier, path, t):
     task, kind, store = Scene(("high", "medium", "low")), networks.NETWORKS["linear"], Store(path)
 
     def samples(rows):
-        return networks.samples(kind, task, modalities_of("sar_optical"), t, store, rows, device="cpu")
+        looks = [(m, 0) for m in modalities_of("sar_optical")]
+        return networks.samples(kind, task, looks, t, store, rows, device="cpu")
 
-    return torch.cat([found for found, _ in fitting.predictions(classifier, kind, samples, store, t)])
+    return torch.cat([found for found, _ in fitting.predictions(classifier, kind, samples, range(len(store)), t)])
 
 
 def test_frozen_encoders_do_not_move(pretrained, patch_stores):

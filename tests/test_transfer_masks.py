@@ -89,9 +89,10 @@ def predictions(network, path, t):
     kind, store = networks.NETWORKS["fcn"], Store(path)
 
     def samples(rows):
-        return networks.samples(kind, Masks(CLASSES[1:]), modalities_of("rgb_dem"), t, store, rows, device="cpu")
+        looks = [(m, 0) for m in modalities_of("rgb_dem")]
+        return networks.samples(kind, Masks(CLASSES[1:]), looks, t, store, rows, device="cpu")
 
-    return fitting.predictions(network, kind, samples, store, t)
+    return fitting.predictions(network, kind, samples, range(len(store)), t)
 
 
 def test_scores_do_not_depend_on_the_batch(settings, stores):
@@ -243,3 +244,54 @@ def test_a_store_without_masks_is_refused_before_any_work(settings, stores, pair
         transfer.evaluate(
             chosen, folder, {"train": pair_store, "test": pair_store}, dataset="geonrw", protocol="linear"
         )
+
+
+def test_presence_tells_from_masks_which_classes_cover_enough_of_an_image():
+    mask = torch.zeros(2, 10, 10, dtype=torch.uint8)  # 0 is unlabelled
+    mask[0, 0, :2], mask[0, 1, :1], mask[1] = 1, 2, 3
+    task = tasks.Presence(("a", "b", "c"), tasks.Masks(("a", "b", "c")))
+    assert task.target(mask).tolist() == [[1, 0, 0], [0, 0, 1]], "2 % and all of it, not 1 %"
+    assert task.numbers == ("micro", "macro") and task.outputs == 3 and not task.dense
+    with pytest.raises(DataError, match="value 4"):
+        task.check(torch.full_like(mask, 4))
+
+
+def test_images_held_out_of_training_are_scored_and_further_sets_too(settings, stores):
+    paths = {**stores["rgb_dem"], "elsewhere": stores["rgb_dem"]["test"]}
+    chosen = settings(transfer={**TRANSFER, "epochs": 1})
+    folder, how = pretrain.run(chosen, paths["train"]), {"dataset": "geonrw", "protocol": "linear"}
+    record = transfer.evaluate(chosen, folder, paths, **how)
+    assert record["further"]["elsewhere"]["miou"] == record["miou"] and record["split"] == "test"
+    held = transfer.evaluate(settings(transfer={**TRANSFER, "epochs": 1, "validation": 0.25}), folder, paths, **how)
+    whole = len(Store(paths["train"]))
+    assert held["patches"] == {"train": whole - round(whole / 4), "test": round(whole / 4)}
+    assert held["split"] == "validation" and not held["further"] and held["evaluation"] != record["evaluation"]
+    few = transfer.evaluate(
+        settings(transfer={**TRANSFER, "epochs": 1, "validation": 0.25}), folder, paths, **how, fraction=0.5
+    )
+    assert set(few["label_ids"]) <= set(Store(paths["train"]).ids[: held["patches"]["train"]])
+
+
+def test_networks_see_the_seasons_that_are_asked_for(settings, tmp_path):
+    random, paths = np.random.default_rng(0), {part: tmp_path / part for part in ("train", "test")}
+    bands = {m.name: (len(m.bands), 24, 24) for m in modalities_of("rgb_dem")}
+    meta = {"preprocessing": {m.name: m.mapping() for m in modalities_of("rgb_dem")}}
+    meta["data"] = {"name": "floods", "title": "floods", "classes": ["dry", "flooded"]}
+    for path in paths.values():
+        shapes, ids = bands | {"mask": (1, 24, 24)}, [f"{i}" for i in range(24)]
+        with StoreWriter(path, ids=ids, shapes=shapes, seasons=2, meta=meta) as writer:
+            for i, name in enumerate(ids):
+                images = {m: random.integers(0, 60, (2, *shape), np.uint8) for m, shape in bands.items()}
+                mask = np.ones((2, 1, 24, 24), np.uint8)
+                mask[:, :, :12] += i % 2
+                images["rgb"][1, :, :12] += 180 * (i % 2)  # what is flooded is bright, after the flood alone
+                writer.put(name, images | {"mask": mask})
+    chosen = settings(transfer={**TRANSFER, "epochs": 40, "learning_rate_linear": 0.05})
+    folder, scores = pretrain.run(chosen, paths["train"]), {}
+    for seasons in ("", "1", "0+1"):
+        record = transfer.evaluate(chosen, folder, paths, protocol="linear", inputs="rgb", seasons=seasons)
+        scores[seasons] = record["miou"]
+        assert record["given"] == [["rgb", int(s)] for s in (seasons or "0").split("+")]
+    assert scores["1"] > scores[""] + 20 and scores["0+1"] > scores[""] + 20, scores
+    with pytest.raises(config.ConfigError, match="transfer.seasons = '2'"):
+        transfer.evaluate(chosen, folder, paths, protocol="linear", seasons="2")

@@ -33,6 +33,8 @@ class DataSet:
     splits: tuple[str, ...] = ("train", "test")
     pretrain: str = ""  # the split on which encoders are pretrained, or "all"; "": the data set is for transfer
     task: Task | None = None
+    further: tuple[str, ...] = ()  # splits beside ``test`` that a trained network is scored on
+    seasons: tuple[int, ...] = (0,)  # of an item's images, those that its labels are about
     stored: Callable | None = None  # (reader, (height, width)) -> reader of what is stored; None: what is read
     samples: Callable | None = None  # (folder, split) -> reader of a few real files
     world: str = ""  # "module:name" of the miniature world that stands in for it
@@ -84,10 +86,10 @@ def modalities_of(pair: str) -> tuple[Modality, ...]:
     return of_pair(pair)[0].modalities
 
 
-def pretraining(pair: str) -> DataSet:
-    """The data set on which encoders of a pair are pretrained: the first that names a split for it."""
+def pretraining(pair: str, name: str = "") -> DataSet:
+    """That on which encoders of a pair are pretrained: the named one, or the first that names a split for it."""
     modalities_of(pair)
-    return next(d for d in of_pair(pair) if d.pretrain)
+    return next(d for d in of_pair(pair) if d.pretrain and name in ("", d.name))
 
 
 def declare(modalities: Mapping[str, Mapping], specs: Mapping[str, Mapping]) -> None:

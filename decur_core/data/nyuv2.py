@@ -11,6 +11,7 @@ How to get it: the .mat (2.8 GB) from cs.nyu.edu/~silberman/datasets/nyu_depth_v
 from github.com/ankurhanda/nyuv2-meta-data. No licence is stated.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -21,7 +22,7 @@ from decur_core.data.datasets import DataSet
 from decur_core.data.modality import INDOORS
 from decur_core.data.raster import DataError, Reader, reading, repeated, visible
 from decur_core.data.sunrgbd import CLASSES_37, AsHHA, checked, read_image
-from decur_core.data.tasks import Masks
+from decur_core.data.tasks import Masks, Presence
 
 _NAMES = {"fridge": "refridgerator", "tv": "television"}  # the other 35 of the first 37 are those of SUN RGB-D
 CLASSES_40: tuple[str, ...] = (  # values 1 to 40 of masks
@@ -148,17 +149,18 @@ class NYUv2(Reader):
         return lists[split]
 
 
-DATASETS = (
-    DataSet(
-        name="nyuv2",
-        title="NYU Depth v2",
-        pair="rgb_depth",
-        modalities=INDOORS,
-        read=NYUv2,
-        task=Masks(CLASSES_40),
-        stored=AsHHA,
-        samples=lambda folder, split: NYUv2(folder / "nyu_rgbd_sample", split, missing="skip"),
-        world="decur_core.worlds.rooms:NYUV2",
-        cite="silberman2012nyuv2",
-    ),
+NYUV2 = DataSet(
+    name="nyuv2",
+    title="NYU Depth v2",
+    pair="rgb_depth",
+    modalities=INDOORS,
+    read=NYUv2,
+    pretrain="train",
+    task=Masks(CLASSES_40),
+    stored=AsHHA,
+    samples=lambda folder, split: NYUv2(folder / "nyu_rgbd_sample", split, missing="skip"),
+    world="decur_core.worlds.rooms:NYUV2",
+    cite="silberman2012nyuv2",
 )
+PRESENCE = replace(NYUV2, name="nyuv2_presence", task=Presence(CLASSES_40, NYUV2.task), pretrain="")
+DATASETS = (NYUV2, PRESENCE)

@@ -98,6 +98,8 @@ DATASETS = (
         splits=("train", "test", "2021"),
         pretrain="train",
         task=Masks(CLASSES),
+        further=("2021",),
+        seasons=(1,),  # after the flood
         samples=lambda folder, split: Ombria(folder / "ombria_half", split),
         cite="drakonakis2022ombria",
     ),

@@ -38,7 +38,7 @@ def world(settings: config.Settings, dataset: str | None = None, split: str = "t
 
     Its ``.factors`` are known; ``splits`` says which of its items belong to the split.
     """
-    found = datasets.find(dataset) if dataset else datasets.pretraining(settings.pair)
+    found = datasets.find(dataset or _pretraining(settings)[0])
     return miniature(found).make(settings.world, split)
 
 
@@ -83,7 +83,7 @@ def pairs(settings: config.Settings) -> Reader:
 
 
 def _pretraining(settings: config.Settings) -> tuple[str, str]:
-    found = datasets.pretraining(settings.pair)
+    found = datasets.pretraining(settings.pair, settings.data.dataset)
     return found.name, found.pretrain
 
 
@@ -114,12 +114,12 @@ def pretraining_store(settings: config.Settings) -> Path:
 
 
 def labelled_stores(settings: config.Settings, dataset: str) -> dict[str, Path]:
-    """The finished stores of a data set with labels, ``train`` and ``test``; converts what is missing."""
+    """The finished stores of a data set with labels, ``train``, ``test``, further ones; converts what is missing."""
     labelled = [d.name for d in datasets.of_pair(settings.pair) if d.task]
     if dataset not in labelled:
         allowed = ", ".join(labelled)
         raise config.ConfigError(f"dataset = {dataset!r}; labelled data of pair {settings.pair}: {allowed}")
-    return {split: store(settings, dataset, split) for split in ("train", "test")}
+    return {split: store(settings, dataset, split) for split in ("train", "test", *datasets.find(dataset).further)}
 
 
 def known_factors(settings: config.Settings) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -130,7 +130,7 @@ def known_factors(settings: config.Settings) -> tuple[dict[str, np.ndarray], dic
     """
     if settings.data.source != "world":
         raise config.ConfigError(f"data: source = {settings.data.source!r}; factors are known for the miniature world")
-    return world(settings).factors, dict(miniature(datasets.pretraining(settings.pair)).factors)
+    return world(settings).factors, dict(miniature(datasets.find(_pretraining(settings)[0])).factors)
 
 
 def store(settings: config.Settings, dataset: str, split: str, *, shard: tuple[int, int] = (0, 1), **options) -> Path:

@@ -23,7 +23,12 @@ from decur_core.transfer import fitting
 from decur_core.transfer.encoders import given, load_pretrained
 from decur_core.transfer.networks import NETWORKS, labels_of, samples
 
-SWEPT = ("protocols", "inputs", "fractions")  # lists in the settings, of which an evaluation is one combination
+SWEPT = (
+    "protocols",
+    "inputs",
+    "fractions",
+    "seasons",
+)  # lists in the settings, of which an evaluation is one combination
 EXAMPLES = 8  # test images whose predicted masks are kept for pictures
 # A run without pretraining is one protocol: the frozen random encoder, or everything trained from scratch.
 ONLY = {"random": "linear", "supervised": "finetune"}
@@ -44,14 +49,18 @@ def evaluate(
     protocol: str,
     inputs: str = "both",
     fraction: float = 1.0,
+    seasons: str = "",
 ) -> dict:
     """Train on labels from a finished pretraining, score the test images; returns the saved record.
 
-    ``folder``: of ``pretrain.run``; ``stores``: ``train`` and ``test`` stores with labels or masks; ``dataset``: whose
-    task it is, a name of ``datasets.names``, by default the data set that the stores name; ``protocol``: ``linear``
-    (frozen encoders in eval mode) or ``finetune``; ``inputs``: ``both`` (every modality of the run) or names joined by
-    ``+``; ``fraction``: share of the training labels, drawn without replacement. An evaluation on record with the same
-    settings and images is not run again; an interrupted one goes on. Raises ConfigError (request, stores), DataError
+    ``folder``: of ``pretrain.run``; ``stores``: with labels or masks, ``train``, ``test`` and maybe further ones, whose
+    scores are the record's ``further``; ``dataset``: whose task it is, a name of ``datasets.names``, by default the
+    data set that the stores name; ``protocol``: ``linear`` (frozen encoders in eval mode) or ``finetune``; ``inputs``:
+    ``both`` (every modality of the run) or names joined by ``+``; ``fraction``: share of the training labels, drawn
+    without replacement; ``seasons``: whose images are given side by side, numbers joined by ``+``, by default those
+    that the labels are about. With ``transfer.validation`` the last training images, of which none is learnt from, are
+    scored in the place of the test images. An evaluation on record with the same settings and images is not run again;
+    an interrupted one goes on. Raises ConfigError (request, stores), DataError
     (stores; no positive label), FileNotFoundError or OSError (no or damaged encoders), and pretraining's ``NonFinite``
     (loss) and ``Interrupted`` (signal).
     """
@@ -60,47 +69,63 @@ def evaluate(
     pretrained, everything, pretraining = load_pretrained(folder)
     modalities = given(everything.values(), inputs)
     inputs = "both" if len(modalities) == len(everything) else "+".join(m.name for m in modalities)
-    train, test = (Store(stores[part]) for part in ("train", "test"))
+    t, opened = settings.transfer, {part: Store(path) for part, path in stores.items()}
+    train = opened.pop("train")
     key, title, task = _task(dataset, train)
-    for store in (train, test):
+    looks = [(m, season) for m in modalities for season in _seasons(seasons, key, train)]
+    for store in (train, *opened.values()):
         _check(store, key, task, modalities)
-    wanted, t = {"protocol": protocol, "inputs": inputs, "fraction": fraction}, settings.transfer
+    learnt = len(train) - round(t.validation * len(train))
+    scored = {part: (store, range(len(store))) for part, store in opened.items()}
+    if t.validation:
+        scored = {"test": (train, range(learnt, len(train)))}
+    test, rows = scored.pop("test")
+    wanted = {"protocol": protocol, "inputs": inputs, "fraction": fraction, "seasons": seasons}
     name = f"{key}-{Path(folder).name}-{protocol}-{inputs}-{fraction:g}"
+    name += f"-seasons{seasons}" * bool(seasons) + f"-validation{t.validation:g}" * bool(t.validation)
     how = {k: v for k, v in config.to_dict(settings)["transfer"].items() if k not in SWEPT}
-    described = {"pretraining": pretraining, "transfer": how, **wanted, "patches": [len(train), len(test)]}
+    described = {"pretraining": pretraining, "transfer": how, **wanted, "patches": [learnt, len(rows)]}
     described["task"] = type(task).__name__
-    content = [described, task.classes, train.sha256, test.sha256]
+    content = [described, task.classes, train.sha256, test.sha256, *(store.sha256 for store, _ in scored.values())]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     existing = runs.path(settings, "records", f"{name}.json")
     if existing.exists() and (record := json.loads(existing.read_text()))["settings_hash"] == digest:
         return record
 
     seed, device = pretraining["seed"], pretrain.device_of(settings)
-    chosen = subset(len(train), fraction, seed=seed)
+    chosen = subset(learnt, fraction, seed=seed)
     if protocol == "finetune" and (size := min(len(chosen), t.batch_size)) < 2:
         limits = f"{len(chosen)} labelled images, transfer.batch_size = {t.batch_size}"
         raise config.ConfigError(f"{name}: BatchNorm cannot train on batches of {size} ({limits}); allowed: 2 or more")
-    for store, rows in ((train, chosen), (test, range(len(test)))):  # before the training, not after all of it
-        for k in range(0, len(rows), t.batch_size):
-            task.check(labels_of(store, task, rows[k : k + t.batch_size]))
+    for store, used in ((train, chosen), (test, rows), *scored.values()):  # before the training, not after all of it
+        for k in range(0, len(used), t.batch_size):
+            task.check(labels_of(store, task, used[k : k + t.batch_size]))
     torch.manual_seed(seed)
     kind = NETWORKS[t.segmenter if task.dense else "linear"]
-    network = kind.build(pretrained, pretraining, modalities, task.outputs, protocol == "linear")
+    network = kind.build(pretrained, pretraining, [m for m, _ in looks], task.outputs, protocol == "linear")
     network.to(device, memory_format=torch.channels_last)
-    batch = functools.partial(samples, kind, task, modalities, t, device=device)
+    batch = functools.partial(samples, kind, task, looks, t, device=device)
     file = runs.path(settings, "transfer", f"{name}.pt")
-    about = {"protocol": protocol, "loss": task.loss, "seed": seed, "desc": name, "file": file, "digest": digest}
+    about = {"protocol": protocol, "loss": task.loss, "autocast": pretrain.autocast(settings, device)}
+    about |= {"seed": seed, "desc": name, "file": file, "digest": digest}
     steps = fitting.fit(network, kind, functools.partial(batch, train), chosen, t, **about)
     examples: list[Tensor] = []
-    found = fitting.predictions(network, kind, functools.partial(batch, test), test, t)
+    found = fitting.predictions(network, kind, functools.partial(batch, test), rows, t)
     result = {"metric": task.metric, "numbers": list(task.numbers), **task.score(_noting(found, examples))}
+    further = {
+        part: task.score(fitting.predictions(network, kind, functools.partial(batch, store), used, t))
+        for part, (store, used) in scored.items()
+    }
     if task.dense:
         runs.write_json(_predicted(settings, name), [task.picture(x).tolist() for x in examples])
     facts = test.meta.get("data") or {}
     record = {"dataset": title, "evaluation": name, "run": Path(folder).name, "name": settings.name, **wanted}
     record |= {"pair": pretraining["pair"], "variant": settings.variant, "network": type(network).__name__}
     record |= {"method": pretraining["method"], "seed": seed, **result, "classes": list(task.classes), "steps": steps}
-    record |= {"patches": {"train": len(chosen), "test": len(test)}, "settings": described, "settings_hash": digest}
+    record |= {"given": [[m.name, season] for m, season in looks], "further": further}
+    record |= {"split": "validation" if t.validation else "test"}
+    record |= {"patches": {"train": len(chosen), "test": len(rows)}, "settings": described, "settings_hash": digest}
+    record["patches"] |= {part: len(used) for part, (_, used) in scored.items()}
     record |= {"data": facts, "drawn": facts.get("drawn", settings.data.source == "world")}
     record["label_ids"] = [train.ids[i] for i in chosen] if fraction < 1 else "all"
     record = runs.write_record(settings, name, record)
@@ -131,6 +156,16 @@ def _task(dataset: str | None, store: Store) -> tuple[str, str, Task]:
         found = f"{store.path}: does not say {'of which classes its labels are' if own else 'what it holds'}"
         raise config.ConfigError(f"{found}; convert it with `about` (name, classes), or name the dataset: {allowed}")
     return key, facts.get("title") or own, Scene(classes) if labels else Masks(classes)
+
+
+def _seasons(asked: str, key: str, store: Store) -> list[int]:
+    """Whose images a network is given: those that are asked for, or those that the data set's labels are about."""
+    parts = asked.split("+") if asked else map(str, datasets.find(key).seasons if key in datasets.names() else (0,))
+    chosen = {part: int(part) if part.isdecimal() else store.seasons for part in parts}
+    if wrong := [part for part, season in chosen.items() if season >= store.seasons]:
+        allowed = f"numbers below {store.seasons} joined by '+', the seasons of {store.path}"
+        raise config.ConfigError(f"transfer.seasons = {asked!r}: {wrong[0]!r}; allowed: {allowed}")
+    return [*chosen.values()]
 
 
 def _check(store: Store, key: str, task: Task, modalities: Sequence[Modality]) -> None:
@@ -169,9 +204,10 @@ def evaluate_members(
         about = json.loads((Path(folder) / "run.json").read_text())
         only, pair = ONLY.get(about["settings"]["method"]), datasets.modalities_of(about["settings"]["pair"])
         trained = set(about["trained"] or [m.name for m in pair])  # without pretraining any will do
-        for inputs, fraction, protocol in itertools.product(t.inputs, t.fractions, t.protocols):
-            if protocol == (only or protocol) and {m.name for m in given(pair, inputs)} <= trained:
-                todo.append({"protocol": protocol, "inputs": inputs, "fraction": fraction, "folder": folder})
+        for values in itertools.product(t.inputs, t.fractions, t.protocols, t.seasons):
+            one = dict(zip(("inputs", "fraction", "protocol", "seasons"), values, strict=True), folder=folder)
+            if one["protocol"] == (only or one["protocol"]) and {m.name for m in given(pair, one["inputs"])} <= trained:
+                todo.append(one)
     common = {"stores": stores, "dataset": dataset}
     return [evaluate(settings, **one, **common) for one in runs.progress(todo, desc="evaluations")]
 
@@ -183,8 +219,9 @@ def example_predictions(record: dict, settings: Settings, stores: Mapping[str, P
     """
     predicted = json.loads(_predicted(settings, record["evaluation"]).read_text())
     test, items = Store(stores["test"]), []
+    season = record["given"][-1][1]
     for i, found in enumerate(predicted[:count]):
-        images = {name: test.read(i, name, 0) for name in test.shapes}
+        images = {name: test.read(i, name, season) for name in test.shapes}
         items.append({"id": test.ids[i], **images, "mask": images["mask"][0], "predicted": np.array(found, np.uint8)})
     return items
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from decur_core import pretrain
 from decur_core.data.batches import seeded
-from decur_core.data.store import Store
 from decur_core.running import checkpoints
 from decur_core.running import folders as runs
 from decur_core.transfer.networks import Network
@@ -75,6 +74,7 @@ def fit(
     *,
     protocol: str,
     loss: Callable[[Tensor, Tensor], Tensor],
+    autocast: torch.autocast,
     seed: int,
     desc: str,
     file: Path,
@@ -104,7 +104,9 @@ def fit(
                 images, target = samples(batch, seed=(seed, "transfer", epoch, k))
                 for group in optimizer.param_groups:
                     group["lr"] = rate * share(t, step, per_epoch, total)
-                value = loss(network(*images), target)
+                with autocast:
+                    outputs = network(*images)
+                value = loss(outputs.float(), target)
                 optimizer.zero_grad(set_to_none=True)
                 value.backward()
                 optimizer.step()
@@ -123,14 +125,14 @@ def fit(
 
 
 def predictions(
-    network: nn.Module, kind: Network, samples: Callable[..., tuple[list[Tensor], Tensor]], store: Store, t
+    network: nn.Module, kind: Network, samples: Callable[..., tuple[list[Tensor], Tensor]], rows: Sequence[int], t
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Prediction and target of every image of a store, in its order, batch by batch: whole images, no augmentation.
+    """Prediction and target of images of a store, in the order of ``rows``, batch by batch: whole, no augmentation.
 
     ``samples(rows)``: what the network takes of some rows of this store, and the target.
     """
     network.eval()
-    for rows in torch.arange(len(store)).split(t.batch_size):
-        images, target = samples(rows.tolist())
+    for part in torch.tensor(rows).split(t.batch_size):
+        images, target = samples(part.tolist())
         with torch.inference_mode():
             yield kind.predict(network, images, t), target

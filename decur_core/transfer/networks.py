@@ -49,7 +49,10 @@ class Network:
 
 
 def _late(kind: type[OnEncoders], model: MultimodalModel, settings, modalities: Sequence[Modality], outputs, frozen):
-    return kind({m.name: model.backbones[m.name] for m in modalities}, classes=outputs, frozen=frozen)
+    encoders = {}
+    for m in modalities:  # one encoder for all seasons of a modality
+        encoders[f"{m.name}_{len(encoders)}" if m.name in encoders else m.name] = model.backbones[m.name]
+    return kind(encoders, classes=outputs, frozen=frozen)
 
 
 def _cmx(pretrained: MultimodalModel, settings: dict, modalities: Sequence[Modality], outputs: int, frozen: bool):
@@ -124,10 +127,14 @@ def labels_of(store: Store, task: Task, rows: Sequence[int], device="cpu") -> Te
 
 
 def samples(
-    kind: Network, task: Task, modalities: Sequence[Modality], t, store: Store, rows: list, *, device, seed=None
+    kind: Network, task: Task, looks: Sequence[tuple[Modality, int]], t, store: Store, rows: list, *, device, seed=None
 ) -> tuple[list[Tensor], Tensor]:
-    """What a network takes of these rows, and the target: random views or crops with a ``seed``, else whole images."""
-    images = [stored(store, m.name, rows, device) for m in modalities]
+    """What a network takes of these rows, an image of each (modality, season), and the target.
+
+    Random views or crops with a ``seed``, else whole images.
+    """
+    modalities = [m for m, _ in looks]
+    images = [stored(store, m.name, rows, device, seasons=[season] * len(rows)) for m, season in looks]
     target = task.target(labels_of(store, task, rows, device))
     if seed is None:
         return kind.whole(modalities, images, t), target
