@@ -28,11 +28,6 @@ _BLOCK = 2**20  # bytes
 _ELSEWHERE = "unpack into another folder, or remove that file if it is a damaged copy"
 
 
-def known(name: str) -> str | None:
-    """Published md5 of an archive, or of a part of one, by its file name; None if there is none."""
-    return PUBLISHED.get(name)
-
-
 def _archive(path: Path) -> str:
     """File name without the part."""
     if not (match := _NAME.fullmatch(path.name)):
@@ -172,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     for archive, files in itertools.groupby(sorted(options.files, key=_archive), _archive):
         count = unpack(files := list(files), options.to, md5={} if options.unchecked else PUBLISHED)
-        how = "not checked" if options.unchecked or not known(files[0].name) else "md5 as published"
+        how = "not checked" if options.unchecked or files[0].name not in PUBLISHED else "md5 as published"
         print(f"{archive}: {how}, {count} files written to {options.to}")
 
 

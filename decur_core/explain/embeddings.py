@@ -3,7 +3,7 @@
 Shapes: N samples, K embedding dimensions (K_m of modality m). Embeddings go by the name of their modality.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +25,6 @@ def images(
     return dict(zip(modalities, found, strict=True))
 
 
-def batches(count: int, size: int) -> Iterator[range]:
-    """Positions 0 to ``count`` - 1, ``size`` at a time."""
-    return (range(k, min(k + size, count)) for k in range(0, count, size))
-
-
 @torch.inference_mode()
 def embeddings(
     folder: Path, store: Store, *, samples: int, batch_size: int = 256, device: str | torch.device = "cpu"
@@ -41,8 +36,10 @@ def embeddings(
     model, modalities, settings = load_pretrained(folder)
     model.eval().to(device)
     found: dict[str, list[Tensor]] = {name: [] for name in modalities}
-    for rows in batches(min(samples, len(store)), batch_size):
-        for name, x in images(store, modalities, rows, settings["crop_size"], device).items():
+    rows = range(min(samples, len(store)))
+    for start in rows[::batch_size]:
+        seen = images(store, modalities, rows[start : start + batch_size], settings["crop_size"], device)
+        for name, x in seen.items():
             found[name].append(model.embed(name, x).float().cpu())
     return {name: torch.cat(parts) for name, parts in found.items()}
 

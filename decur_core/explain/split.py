@@ -41,11 +41,6 @@ class Split:
     spectrum_shared: np.ndarray  # of the first views of both modalities, within what their views repeat
     threshold: float  # what ``spectrum_shared`` would reach by chance, by permutation, or ``FLOOR``
 
-    @property
-    def shared_strictly(self) -> int:
-        """Shared directions that are worth a common dimension as they are: correlation above 1/2."""
-        return int((self.spectrum_shared > REPRODUCIBLE).sum())
-
     def dim_common(self, width: int) -> int:
         """How many of ``width`` embedding dimensions, the same number for both modalities, should be common."""
         return _share(width, self.shared, max(self.rank_1, self.rank_2))

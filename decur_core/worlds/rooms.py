@@ -15,6 +15,7 @@ sensors that carry it, depth as HHA, and not at all from the other one. The size
 import io
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -274,10 +275,7 @@ def _make(world, split: str, *, locations: str = "locations", stream: int = 0) -
     return RoomWorld(getattr(world, locations) + world.test, **size, seed=world.seed, stream=stream)
 
 
-def _make_nyuv2(world, split: str) -> RoomWorld:
-    return _make(world, split, locations="train", stream=1)
-
-
+_make_nyuv2 = partial(_make, locations="train", stream=1)
 TITLE = "drawn world of rooms in colour and depth"
 SEEN = {name: "hha" if who == "depth" else who for name, who in FACTORS.items()}
 SUNRGBD = Miniature(
