@@ -58,13 +58,13 @@ def blocks(settings: Mapping, widths: Mapping[str, int]) -> dict[str, dict[str, 
     ``blocks``, embedding m holds, in their order, those whose name contains m. Otherwise DeCUR's first ``dim_common``
     dimensions are common; those of other methods all are. Own blocks are always named, even if without dimensions.
     """
-    declared, whole, made = settings.get("blocks") or {}, "+".join(widths), {}
-    decoupled = settings["method"] == "decur" and settings.get("decoupling", True) and not declared
+    declared, whole, made = losses.layout(settings.get("blocks") or {}, widths), "+".join(widths), {}
+    decoupled = settings["method"] == "decur" and settings.get("decoupling", True) and not settings.get("blocks")
     if decoupled and settings["dim_common"] == "auto":
         raise ValueError("dim_common = 'auto'; the split that the run found is needed in its place (split.json)")
     for m, width in widths.items():
         common = settings["dim_common"] if decoupled else width
-        sizes = {b: k for b, k in declared.items() if m in b.split("+")} or {whole: common, m: width - common}
+        sizes = declared[m] or {whole: common, m: width - common}
         sizes.setdefault(m, 0)
         if sum(sizes.values()) != width or min(sizes.values()) < 0:
             raise ValueError(f"the embedding of {m} has {width} dimensions; its blocks have {sizes}")
