@@ -31,6 +31,17 @@ SAR = replace(RGB, name="sar", bands=("VV",), unit="8-bit backscatter, stretched
 OPTICAL = replace(RGB, name="optical", bands=("B11", "B8", "B3"), unit="8-bit reflectance", title="optical")
 
 
+class Flood(Masks):
+    """Masks of two classes, of which the second is scored: its IoU over a whole set."""
+
+    metric = "IoU of the flooded (%)"
+    numbers = ("flood", "miou")
+
+    def score(self, batches) -> dict:
+        found = super().score(batches)
+        return found | {"flood": found["per_class"][1]}
+
+
 class Ombria(Reader):
     """SAR-optical pairs before and after a flood, with masks.
 
@@ -97,10 +108,11 @@ DATASETS = (
         read=Ombria,
         splits=("train", "test", "2021"),
         pretrain="train",
-        task=Masks(CLASSES),
+        task=Flood(CLASSES),
         further=("2021",),
         seasons=(1,),  # after the flood
         samples=lambda folder, split: Ombria(folder / "ombria_half", split),
+        world="decur_core.worlds.floods:FLOODS",
         cite="drakonakis2022ombria",
     ),
 )

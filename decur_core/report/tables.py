@@ -16,6 +16,7 @@ from decur_core.transfer.evaluation import ONLY
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
 COLUMNS = {f"{100 * f:g} % {p}": (f, p) for f in (0.01, 1.0) for p in ("linear", "finetune")}
 NUMBERS = {"micro": "mAP micro (%)", "macro": "mAP macro (%)", "miou": "mIoU (%)", "accuracy": "pixel accuracy (%)"}
+NUMBERS["flood"] = "IoU of the flooded (%)"
 WIDEST = 4  # columns of numbers that a page has room for
 SPACE = "\N{NO-BREAK SPACE}"
 
@@ -70,13 +71,16 @@ def _column(task: tuple) -> str:
     return f"{100 * task[0]:g} % {task[-1]}"
 
 
-def markdown(rows: Sequence[dict]) -> str:
+def markdown(rows: Sequence[dict], *, numbers: int = 2) -> str:
     """Rows of ``summary`` as Markdown tables: one per number and kind of inputs, methods as rows, DeCUR first.
+
+    ``numbers``: 1 leaves out the second.
 
     Mean ± standard deviation over seeds where there is more than one; the best of a column in bold; Δ: ``difference``.
     """
     every, parts = "all" if any("+" in r["inputs"] for r in rows) else "both", []
-    for (k, (mean, more)), inputs in itertools.product(enumerate(PAIR), sorted({r["inputs"] for r in rows}, key=order)):
+    kinds = sorted({r["inputs"] for r in rows}, key=order)
+    for (k, (mean, more)), inputs in itertools.product(enumerate(PAIR[:numbers]), kinds):
         found = [r for r in rows if r["inputs"] == inputs]
         number, name = found[0]["numbers"][k], every if inputs == "both" else title(inputs)
         parts.append(f"**{NUMBERS.get(number, number)}, {name}: {found[0]['data']}**")
