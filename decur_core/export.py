@@ -159,9 +159,7 @@ def _data(data: dict) -> str:
     """What a run has seen, by what its store says of itself."""
     title = data.get("title") or data.get("name") or "not on record"
     if data.get("drawn"):
-        return (
-            f"{title}, the miniature world that this project renders. **This model is a toy**: it knows no real image"
-        )
+        return f"{title}, the miniature world that this project draws. **This model is a toy**: it knows no real image"
     if data.get("source") == "samples":
         return f"{title}, a handful of sample files. **This model is a toy**: it has seen too little to be of use"
     return f"{title}, as published" if data.get("source") == "published" else title

@@ -149,9 +149,8 @@ def load_published(
     state = {theirs.sub(lambda m: f"{m[1]}s.{names[m[2]]}.", k, count=1): v for k, v in state.items()}
     attention = {k for k in state if k.startswith(("da1_", "da2_"))}
     if attention and not drop_attention:
-        raise ValueError(
-            f"{path}: {len(attention)} weights of deformable attention ({min(attention)}, ...) have no place"
-        )
+        found = f"{len(attention)} weights of deformable attention ({min(attention)}, ...)"
+        raise ValueError(f"{path}: {found} have no place")
     state = {k: v for k, v in state.items() if k not in attention}
     name = next((name for name, sign in _SIGNS.items() if f"backbones.{modalities[0]}.{sign}" in state), None)
     if name is None:

@@ -236,15 +236,15 @@ def test_published_digests():
         ("BigEarthNet-S1.tar.gz", 2),
     ]
     for archive, count in kinds:
-        assert sum(name.startswith(archive) for name in archives.PUBLISHED) == count
-    assert all(len(d) == 32 and set(d) <= set("0123456789abcdef") for d in archives.PUBLISHED.values())
-    assert len(set(archives.PUBLISHED.values())) == len(archives.PUBLISHED) == 42
+        assert sum(name.startswith(archive) for name in PUBLISHED) == count
+    assert all(len(d) == 32 and set(d) <= set("0123456789abcdef") for d in PUBLISHED.values())
+    assert len(set(PUBLISHED.values())) == len(PUBLISHED) == 42
 
 
 @pytest.mark.skipif(not (SHARED / "LAYOUTS.md").is_file(), reason="the list of published digests is missing")
 def test_digests_are_those_of_the_list():
     text = (SHARED / "LAYOUTS.md").read_text()
-    assert all(digest in text for digest in archives.PUBLISHED.values())
+    assert all(digest in text for digest in PUBLISHED.values())
     for name in (
         "BigEarthNet-S1-v1.0.tar.gz",
         "BigEarthNet-S2-v1.0.tar.gz",

@@ -212,7 +212,7 @@ def test_blocks_fit_the_loss(width):
 
 def test_dimensions_by_hand():
     found = split.Split(20, 12, 5, *[np.array([0.9, 0.6, 0.5, 0.3, 0.2])] * 3, 0.1)
-    assert (found.dim_common(64), found.widths(64)) == (16, (64, 38))
+    assert (found.dim_common(64), found.widths(64), (found.spectrum_shared > 0.5).sum()) == (16, (64, 38), 2)
     assert found.dim_common(8192) == 2048
 
 

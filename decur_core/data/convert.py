@@ -162,7 +162,6 @@ def verify(path: Path | str, *, workers: int = 1, progress: bool = True) -> dict
 
     with ThreadPoolExecutor(workers) as pool:
         groups = (pool.map(damage, rows[k : k + 256]) for k in range(0, len(rows), 256))
-        found = runs.progress(
-            itertools.chain.from_iterable(groups), total=len(rows), desc="verify", disable=not progress
-        )
+        read = itertools.chain.from_iterable(groups)
+        found = runs.progress(read, total=len(rows), desc="verify", disable=not progress)
         return {index["ids"][row]: reason for row, reason in zip(rows, found, strict=True) if reason}

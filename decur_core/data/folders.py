@@ -162,10 +162,8 @@ class Folders(Reader):
             wanted = f"{len(modality.bands)} ({', '.join(modality.bands)}) of {name}"
             raise DataError(f"{image.path}: {len(values)} band(s), expected {wanted}")
         if modality.scheme == "bytes" and values.dtype != np.uint8:
-            state = f"{values.dtype} values, but {name} is declared as 8-bit images (bytes)"
-            raise DataError(
-                f"{image.path}: {state}; save 8 bits, or declare another mapping, or none to have it measured"
-            )
+            state = f"{image.path}: {values.dtype} values, but {name} is declared as 8-bit images (bytes)"
+            raise DataError(f"{state}; save 8 bits, or declare another mapping, or none to have it measured")
         if modality is MASK and self.masks and values.max() > len(self.masks):
             raise DataError(f"{image.path}: class {values.max()}, expected 0 to {len(self.masks)}")
         pixels = on_grid(image, grid, self.resample, Resampling.nearest if modality is MASK else Resampling.bilinear)

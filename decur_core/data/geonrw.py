@@ -76,19 +76,17 @@ class GeoNRW(Reader):
         self.ids = [f"{tile}_{k}" for tile in self._files for k in range(1, self.chunk + 1)]
 
     def __getitem__(self, i: int) -> dict:
-        tile, number = self.ids[i].rsplit("_", 1)
+        tile, k = self.ids[i].rsplit("_", 1)
         if (last := self._last)[0] != tile:
             last = self._last = tile, self._read(tile)
         height, width = (side // self.parts for side in last[1]["mask"].shape)
-        row, column = divmod(int(number) - 1, self.parts)
+        row, column = divmod(int(k) - 1, self.parts)
         window = np.s_[..., row * height : (row + 1) * height, column * width : (column + 1) * width]
         item = {"id": self.ids[i], **{key: image[window].copy() for key, image in last[1].items()}}
         if bad := (~np.isfinite(item["dem"])).sum():
-            raise DataError(
-                f"{self.root / tile}_dem.tif: {bad} of {height * width} pixels of patch {number} have no data"
-            )
+            raise DataError(f"{self.root / tile}_dem.tif: {bad} of {height * width} pixels of patch {k} have no data")
         if not item["rgb"].any():
-            raise DataError(f"{self.root / tile}_rgb.jp2: patch {number} is black all over, outside of the photograph")
+            raise DataError(f"{self.root / tile}_rgb.jp2: patch {k} is black all over, outside of the photograph")
         return item
 
     def __getstate__(self) -> dict:

@@ -66,9 +66,8 @@ def depth_to_hha(
     height = (down[0] * x + (down[1] * y + down[2])) * -depth_cm
     height -= lowest if (lowest := height.min()) <= -90 else -130
     bands = np.empty((*depth.shape, 3), np.uint8)
-    for i, band in enumerate(
-        (31000 / np.maximum(depth_cm, 100), height, np.nan_to_num(angle, copy=False, nan=180) + 38)
-    ):
+    angle = np.nan_to_num(angle, copy=False, nan=180) + 38
+    for i, band in enumerate((31000 / np.maximum(depth_cm, 100), height, angle)):
         bands[..., i] = np.rint(np.minimum(band, 255, out=band), out=band)
     return bands
 

@@ -191,9 +191,8 @@ def declared(name: str, spec: Mapping) -> Modality:
 
     Without a ``scheme`` its 8-bit mapping is measured on the data, and any value is valid. ValueError as above.
     """
-    return Modality.from_mapping(
-        ({} if "scheme" in spec else {"valid_range": (-3.4e38, 3.4e38)}) | {**spec, "name": name}
-    )
+    anything = {} if "scheme" in spec else {"valid_range": (-3.4e38, 3.4e38)}
+    return Modality.from_mapping(anything | {**spec, "name": name})
 
 
 # What keeps the values: a grey or brighter radar image would be another measurement (paper, section 4).

@@ -121,9 +121,7 @@ def _gdal() -> Iterator[list[str]]:
 
 def _read(path: Path | str, warned: list[str], *, count: int, kind: str, driver: str = "GTiff") -> _Raster:
     try:
-        with DatasetReader(
-            Path(path), driver=driver
-        ) as source:  # rasterio.open would enter an environment for each file
+        with DatasetReader(Path(path), driver=driver) as source:  # open would enter an environment for each file
             if source.count != count:
                 raise DataError(f"{path}: expected {count} band(s), found {source.count}")
             if np.dtype(source.dtypes[0]).kind not in kind:
@@ -193,17 +191,11 @@ def _check_places(files: dict[Path | str, _Raster], first: Path | str, pixel: fl
     for path, file in files.items():
         shift = max(abs(a - b) for a, b in zip(file.bounds, files[first].bounds, strict=True))
         if file.crs != crs or shift > apart:
-            raise DataError(
-                f"{path}: shows {file.bounds} in {file.crs}, but {first} of the same sample "
-                f"{files[first].bounds} in {crs}; they must lie at the same place"
-            )
+            other = f"{first} of the same sample {files[first].bounds} in {crs}; they must lie at the same place"
+            raise DataError(f"{path}: shows {file.bounds} in {file.crs}, but {other}")
 
 
-def read_pair(
-    optical: Sequence[Path | str | None],
-    sar: Sequence[Path | str],
-    **options,
-) -> tuple[np.ndarray, np.ndarray]:
+def read_pair(optical: Sequence[Path | str | None], sar: Sequence[Path | str], **options) -> tuple[np.ndarray, ...]:
     """Read the 13 optical (integers) and the SAR files (floating point) of one place: float32 (13, H, W), (C, H, W).
 
     `optical` in the order B1..B8, B8A, B9..B12, None for a zero row; `options` and errors as of `read_bands`.

@@ -178,17 +178,13 @@ def _bigearthnet(folder: Path):
 _SCENES = {"sen1floods11": _sen1floods11, "sen12mscr": _sen12mscr, "bigearthnet": _bigearthnet}
 
 
-def _read(root: Path, split: str | None = None, *, missing: str = "error") -> SSL4EOS12:
-    return SSL4EOS12(root)
-
-
 DATASETS = (
     DataSet(
         name="ssl4eo",
         title="SSL4EO-S12",
         pair="sar_optical",
         modalities=(SAR, OPTICAL),
-        read=_read,
+        read=lambda root, split=None, **_: SSL4EOS12(root),
         splits=("all",),
         pretrain="all",
         samples=lambda folder, split: RealPairs(folder),

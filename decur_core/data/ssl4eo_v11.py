@@ -184,10 +184,8 @@ class SSL4EOS12v11(Reader):
         if images.shape[1] < len(_L1C):
             return np.insert(values, B10, 0, axis=1)
         if (low := darkest(images)) < np.inf and (low < 800) != (self.offset == 0):
-            found = (
-                f"B10 of {self.ids[i]} begins at {low:.0f}, which does not fit the offset of {self.offset} elsewhere"
-            )
-            raise DataError(f"{self.root}: {found}; use files of one form")
+            found = f"begins at {low:.0f}, which does not fit the offset of {self.offset} elsewhere"
+            raise DataError(f"{self.root}: B10 of {self.ids[i]} {found}; use files of one form")
         return values
 
 

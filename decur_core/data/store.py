@@ -155,9 +155,7 @@ class StoreWriter:
         """Ids of the part that are stored or quarantined."""
         return {self.index["ids"][row] for row in self.span if self.state[row] != TODO}
 
-    def put(
-        self, id: str | int, images: dict[str, np.ndarray], labels: Sequence | None = None, *, moments=None
-    ) -> bytes:
+    def put(self, id: str | int, images: dict, labels: Sequence | None = None, *, moments=None) -> bytes:
         """Store uint8 (seasons, C, H, W) per modality and labels (L,) of an id, or of the one at a position.
 
         `moments`, {modality: (mean, variance)} with a value per band, go into the statistics. Returns the digest.

@@ -197,10 +197,8 @@ class AsHHA(Reader):
         for name, image in (("rgb", item["rgb"]), ("hha", hha)):
             made[name] = np.rint(resize(image, self.size)).clip(0, 255).astype(np.uint8)
         if "mask" in item:
-            mask = item["mask"]
-            rows, columns = (
-                ((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(self.size, mask.shape, strict=True)
-            )
+            mask, sides = item["mask"], zip(self.size, item["mask"].shape, strict=True)
+            rows, columns = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in sides)
             made["mask"] = mask[rows[:, None], columns]
         return made
 

@@ -17,9 +17,7 @@ from decur_core.data.store import Store
 from decur_core.transfer.encoders import load_pretrained, plain, views
 
 
-def images(
-    store: Store, modalities: Mapping[str, Modality], rows: Sequence[int], size: int, device="cpu"
-) -> dict[str, Tensor]:
+def images(store: Store, modalities: Mapping[str, Modality], rows: Sequence[int], size: int, device="cpu") -> dict:
     """Of every modality float N x channels x size x size: whole images of the first season (``encoders.plain``)."""
     found = views(store, modalities.values(), rows, plain(size), device=device)
     return dict(zip(modalities, found, strict=True))

@@ -180,7 +180,8 @@ def ceiling(
     for m, seed in runs.progress(todo, desc=f"{settings.pair}, supervised"):
         about = {"backbone": settings.backbone, "steps": steps, "batch": settings.batch_size, "samples": size}
         about |= {"size": settings.crop_size, "store": store.sha256, "factors": list(factors)}
-        file = runs.path(settings, "ceiling", f"{settings.pair}-{m.name}-seed{seed}.json")
+        name = "-".join(filter(None, (settings.pair, m.name, f"seed{seed}", settings.name)))
+        file = runs.path(settings, "ceiling", f"{name}.json")
         if not file.exists() or (kept := json.loads(file.read_text()))["settings"] != about:
             policy = plain(settings.crop_size)
             flips = replace(policy, p_hflip=m.policy.p_hflip, p_vflip=m.policy.p_vflip)

@@ -37,9 +37,7 @@ class CommonUnique(nn.Module):
     images; constant dimensions count as 0.
     """
 
-    def __init__(
-        self, model: MultimodalModel, modality: str, parts: Sequence[Sequence[int]], mean: Tensor, std: Tensor
-    ):
+    def __init__(self, model: MultimodalModel, modality: str, parts: Sequence[list[int]], mean: Tensor, std: Tensor):
         super().__init__()
         self.model, self.modality = model.eval(), modality
         for module in self.model.modules():
@@ -137,8 +135,8 @@ def _stream(file: Path, about: dict, rows: range, size: int, compute: Callable[[
     runs.write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
     starts = rows[(len(lines) - 1) * size :: size]
     with open(file, "a") as out:
-        bar = {"desc": file.stem, "initial": len(lines) - 1, "total": len(rows[::size])}
-        for start in runs.progress(starts, **bar):
+        total = len(range(0, len(rows), size))
+        for start in runs.progress(starts, desc=file.stem, initial=len(lines) - 1, total=total):
             lines.append(compute(rows[start : start + size]))
             out.write(json.dumps(lines[-1]) + "\n")
             out.flush()

@@ -148,9 +148,7 @@ def estimate_many(
         pairs = [r - joint for pair, r in shared.items() if m in pair.split("+")]
         ranks[m] = max(int((spectra[m] > REPRODUCIBLE).sum()), joint + sum(pairs))
         if ranks[m] == len(spectra[m]) < arrays[m][0].shape[1]:
-            warnings.warn(
-                f"{n} samples show no more than {ranks[m]} directions of {m}; there may be more", stacklevel=2
-            )
+            warnings.warn(f"{n} samples show no more than {ranks[m]} directions of {m}; maybe there are", stacklevel=2)
     return Splits(ranks, shared, joint, spectra, thresholds)
 
 

@@ -31,7 +31,8 @@ FACTORS = {
     "ratio": "sar",  # VH - VV from -11 dB (surface scattering) to -5 dB (volume scattering)
 }
 LAYOUTS = ("coregistered", "redrawn")
-BARE, WATER, BUILT, VEGETATED, WOOD = range(5)  # what covers the land
+LAND_COVER = ("bare field", "water", "built-up", "vegetated field")  # values of Layout.cover
+BARE, WATER, BUILT, VEGETATED = range(4)
 # Rows of the bands at 10, 20 and 60 m
 GROUPS = {k: [row for row, step in enumerate(OPTICAL_STEPS) if step == k] for k in (1, 2, 6)}
 
@@ -116,7 +117,7 @@ class Locations(Reader):
 class Layout(NamedTuple):
     """Where things lie, each (tile, tile); stacked along a first axis for several views."""
 
-    cover: np.ndarray  # int, BARE, WATER, BUILT or VEGETATED
+    cover: np.ndarray  # int, index into LAND_COVER
     parcel: np.ndarray  # int, number of the field
     facing: np.ndarray  # bool, walls that face the radar
 
@@ -208,9 +209,9 @@ def _optical(
     tile = layout.cover.shape[-1]
     bare = SPECTRA["soil grey"] + f["soil_colour"] * (SPECTRA["soil red"] - SPECTRA["soil grey"])
     vegetated = SPECTRA["sparse"] + f["greenness"] * (SPECTRA["dense"] - SPECTRA["sparse"])
-    # in the order of covers, then the crowns
+    # in the order of LAND_COVER, then the crowns
     spectra = np.stack([bare, SPECTRA["water"], SPECTRA["built-up"], vegetated, SPECTRA["wood"]], 1)
-    cover = layout.cover if woods is None else np.where(woods, WOOD, layout.cover)
+    cover = layout.cover if woods is None else np.where(woods, len(LAND_COVER), layout.cover)
     shade = _by_field(rng.normal(1, 0.15, (seasons, layout.parcel.max() + 1)), layout, 1)
     haze = 1 / (1 + np.exp(-1.5 * _smooth(rng, (seasons, tile, tile), 4.0))) + 0.2
     haze *= (0.02 + 0.36 * f["haze"]) / haze.mean((1, 2), keepdims=True)

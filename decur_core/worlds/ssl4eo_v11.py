@@ -34,9 +34,7 @@ class Rounded(Reader):
         return item
 
 
-def write_ssl4eo_v11(
-    root: Path | str, world: Rounded, split: str, indices: Iterable[int], *, form: str, folders
-) -> None:
+def write_ssl4eo_v11(root: Path | str, world: Rounded, split: str, indices: Iterable[int], *, form: str, folders):
     """Write locations as a split of SSL4EO-S12 v1.1: `<split>/<folder>/…`, in the form ".zarr.zip" with its list.
 
     `SSL4EOS12v11(root, split, folders, missing="skip")` reads back what the world gives for these locations, from
