@@ -6,8 +6,10 @@ Locations of the miniature world are written in the published layout and read se
 cache: what a slow disk adds is not in the numbers. Published: worker processes read, each band is resized by OpenCV and
 scaled, and one more process pickles all seasons of a location into one value (of a plain file: what an LMDB adds is not
 in its numbers). Ours: worker processes also cut outliers, check each file, take statistics and digests, and write. A
-rate is that of the later locations, start of the processes left out; "per core" divides by the cores that all processes
-together kept busy, writing included. Needs the extra `bench`.
+rate is that of the later locations: what a short conversion takes is subtracted from what a long one takes, so that the
+start of the processes is left out. That start takes some seconds, of each worker; the later locations have to take
+several times as long. "per core" divides by the cores that all processes together kept busy, writing included. Needs
+the extra `bench`.
 """
 
 import itertools
@@ -129,7 +131,7 @@ def prepare(*, way: str, root: str, side: int, count: int, device: str) -> Calla
 
 def main(argv: Sequence[str] | None = None) -> None:
     sizes = {"locations": (8, 8, "on the disk"), "side": (264, 264, "of an image, pixels; a multiple of 12")}
-    sizes |= {"count": (40, 40, "conversions that are timed, each location several times")}
+    sizes |= {"count": (320, 320, "conversions that are timed, each location several times")}
     sizes |= {"processes": ([1, 2], [1, 2], "workers"), "turns": (3, 3, "of each way; the median counts")}
     options = common.arguments(__doc__, argv, **sizes)
     torch.set_num_threads(1)

@@ -2,10 +2,13 @@
 
     python -m benchmarks.step                  # small enough for a CPU
     python -m benchmarks.step --device cuda    # ResNet-50, 224 px, batch 256, K 8192
+    python -m benchmarks.step --bfloat16 1 --backbone small --side 36 --size 32 --batch 128 --k 64 --repeats 10
 
 Ours: views on the device, channels_last, Gram-form loss, foreach LARS, bfloat16 autocast on a GPU (float32 on a CPU).
 Published: views made with OpenCV by loader workers, or by the main process with `--workers 0`; K x K loss, LARS one
 parameter after the other, float16 autocast with a gradient scaler on a GPU. Model, weights and images are the same.
+With `--bfloat16 1` ours also runs in bfloat16 on a CPU, as `precision: auto` has it where there is AMX; the record is
+then `step-bfloat16`.
 Times of parts are of each part alone; with workers, the published views overlap with the rest. Needs the extra `bench`.
 """
 
@@ -27,7 +30,7 @@ from . import common, lars, loader, loss
 
 CHANNELS = {m.name: m.channels for m in common.PAIR}
 
-COMPILED = "ours, compiled"
+COMPILED, LOW = "ours, compiled", "ours, bfloat16"
 
 
 def build(*, way: str, backbone: str, side: int, size: int, batch: int, k: int, workers: int, threads: int, device):
@@ -35,8 +38,8 @@ def build(*, way: str, backbone: str, side: int, size: int, batch: int, k: int, 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     ours, compiled, kind = way != "published", way == COMPILED, torch.device(device).type
-    way = "ours" if ours else way
     gpu, pieces = kind == "cuda", math.gcd(batch, 16) if workers else 1
+    half, way = gpu or way == LOW, "ours" if ours else way
     images = [torch.randint(256, (batch, c, side, side), dtype=torch.uint8) for c in 2 * [*CHANNELS.values()]]
     opencv, generator = loader.Views(batch, side, size), torch.Generator().manual_seed(0)
     if not ours:
@@ -52,7 +55,7 @@ def build(*, way: str, backbone: str, side: int, size: int, batch: int, k: int, 
     optimizer = lars.WAYS[way](parameter_groups(model, lr=0.2, lr_biases=0.0048), lr=0.2)
     scaler = torch.amp.GradScaler(device, enabled=gpu and not ours)
     low = torch.bfloat16 if ours else torch.float16
-    random = [torch.randn(batch, k, device=device, dtype=low if gpu else None).requires_grad_() for _ in range(4)]
+    random = [torch.randn(batch, k, device=device, dtype=low if half else None).requires_grad_() for _ in range(4)]
 
     def views() -> list[torch.Tensor]:
         if ours:
@@ -63,7 +66,7 @@ def build(*, way: str, backbone: str, side: int, size: int, batch: int, k: int, 
         return [torch.cat(part) for part in zip(*parts, strict=True)]
 
     def backward(forward: Callable[[], Sequence[torch.Tensor]]) -> None:
-        with torch.autocast(kind, low, enabled=gpu):
+        with torch.autocast(kind, low, enabled=half):
             value = loss.WAYS[way](*forward(), round(loss.COMMON * k))
         scaler.scale(value).backward()
 
@@ -106,9 +109,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     known |= {"threads": (1, 1, "CPU threads"), "repeats": (2, 10, "steps in a turn; each way has three")}
     known |= {"peak": (0.0, common.peak_arithmetic(), "TFLOP/s the device reaches at most, 0 if not known")}
     known |= {"compiled": (0, 1, "1: also with the setting compile: default")}
+    known |= {"bfloat16": (0, 0, "1: also ours in bfloat16, for CPUs")}
     o = common.arguments(__doc__, argv, **known)
-    sizes = {name: value for name, value in vars(o).items() if name not in ("repeats", "peak", "compiled")}
-    ways = (*lars.WAYS, *([COMPILED] if o.compiled else ()))
+    sizes = {name: value for name, value in vars(o).items() if name not in ("repeats", "peak", "compiled", "bfloat16")}
+    ways = (*lars.WAYS, *[COMPILED] * bool(o.compiled), *[LOW] * bool(o.bfloat16))
     made = {way: build(way=way, **sizes)[2] for way in ways}
     calls = {(way, part): call for way, parts in made.items() for part, call in parts.items()}
     times = common.pace(calls, repeats=o.repeats, warm=3 if o.workers else 1, device=o.device)
@@ -126,7 +130,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows.append(row)
     print(common.table(rows))
     settings = vars(o) | {"TFLOP per step": operations / 1e12, "opencv": loader.cv2.__version__}
-    print(common.save("step", settings=settings, rows=rows, device=o.device))
+    settings["AMX"] = int(torch.cpu._is_amx_tile_supported())
+    name = "step-bfloat16" if o.bfloat16 else "step"
+    print(common.save(name, settings=settings, rows=rows, device=o.device))
 
 
 if __name__ == "__main__":

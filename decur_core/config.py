@@ -45,6 +45,7 @@ class World(Section):
     test: Int = Aside(512, ge=1, description="labelled patches for testing it")
     tile: Int = Field(36, ge=6, multiple_of=6, description="side (height, for rooms) of an image, px: 6, 12, ...")
     layout: Literal["coregistered", "redrawn"] = Field("coregistered", description="scene layout over views")
+    common: Int = Field(2, ge=0, le=2, description="common factors; of the rest of 2 each sensor draws its own")
     seed: Int = Field(0, ge=0, le=2**63 - 1, description="seed of scenes and factors")
 
 
@@ -94,9 +95,7 @@ class Settings(Section):
     intra: Flag = Field(True, description="decur has intra-modal terms")
     lambd: Real = Field(0.0051, ge=0, description="weight of the off-diagonal correlations (decur, barlow_twins)")
     temperature: Real = Field(0.1, ge=0.001, description="of simclr; clip learns its own")
-    vicreg_weights: Listed[Weight] = Field(
-        (25.0, 25.0, 1.0), min_length=3, max_length=3, description="of its three terms"
-    )
+    vicreg_weights: Listed[Weight] = Field((25.0, 25.0, 1.0), min_length=3, max_length=3, description="of its terms")
     crop_size: Int = Field(224, ge=8, description="side of a view, px")
     epochs: Int = Field(100, ge=1, description="passes over the pairs")
     batch_size: Int = Field(256, ge=2, description="pairs per step, over all processes")
@@ -107,9 +106,7 @@ class Settings(Section):
     weight_decay: Real = Field(1e-6, ge=0, description="decay of the weights")
     trust_coefficient: Real = Field(0.001, ge=0, description="LARS trust coefficient")
     seed: Int = Field(0, ge=0, le=2**63 - 1, description="seed of weights, sample order, seasons and augmentations")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of networks; auto: bfloat16 on GPUs and AMX"
-    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPUs and AMX")
     compile: Literal["off", "default", "reduce-overhead"] = Field("off", description="torch.compile mode of backbones")
     device: Literal["auto", "cpu", "cuda"] = Aside("auto", description="where to compute")
     processes: Int = Aside(0, ge=0, description="that train, on this node; 0: one per visible GPU, 1 on a CPU")
@@ -213,10 +210,21 @@ def check_dim_common(settings: Settings, width: int) -> None:
 
 def members(settings: Settings) -> list[Settings]:
     """One ``Settings`` for each combination of the ``sweep`` lists; without a sweep, the settings themselves."""
-    base, made = to_dict(settings) | {"sweep": {}}, []
-    for chosen in profiles.combinations(settings.sweep):
-        # Method and seed are in every run's name; whatever else is varied has to tell the runs' folders apart.
-        parts = [f"{k.split('.')[-1]}{v}" for k, v in chosen.items() if k not in ("method", "seed")]
+    base, made, every = to_dict(settings) | {"sweep": {}}, [], [*profiles.combinations(settings.sweep)]
+    of: dict[str, dict] = {}  # setting: its values, as text, by method
+    for chosen in every:
+        for k, v in chosen.items():
+            of.setdefault(k, {}).setdefault(chosen.get("method"), set()).add(str(v))
+    named = {chosen.get("method") for chosen in every}
+    # Method and seed are in every run's name, and with them a number of that method alone; whatever else is varied has
+    # to tell the runs' folders apart.
+    alone = {
+        k
+        for k, by in of.items()
+        if max(map(len, by.values())) == 1 and (len(by) < len(named) or len({*map(str, by.values())}) > 1)
+    }
+    for chosen in every:
+        parts = [f"{k.split('.')[-1]}{v}" for k, v in chosen.items() if k not in alone | {"method", "seed"}]
         about = {"variant": re.sub(r"[^\w.-]+", "_", "-".join(filter(None, [settings.variant, *parts])))}
         made.append(Settings.made(Settings.over(base, chosen, "sweep") | about, "sweep"))
     return made

@@ -26,7 +26,7 @@ from decur_core.data.raster import DataError
 from decur_core.data.store import Store
 from decur_core.lars import LARS, cosine, parameter_groups, set_learning_rates
 from decur_core.losses import METHODS
-from decur_core.running import checkpoints, history, processes
+from decur_core.running import checkpoints, history, memory, processes
 from decur_core.running import folders as runs
 from decur_core.running.history import NonFinite
 
@@ -49,9 +49,8 @@ def views(settings: Settings, modalities: Sequence[Modality], batch: Mapping, st
     made = {}
     for m in modalities:
         draws = [seeded(settings.seed, "views", step, m.name, v) for v in "ab"]
-        options = {"size": settings.crop_size, "part": part}
         made[m.name] = tuple(
-            None if images is None else m.view(images, generator=draw, **options)
+            None if images is None else m.view(images, generator=draw, size=settings.crop_size, part=part)
             for images, draw in zip(batch[m.name], draws, strict=True)
         )
     return made
@@ -249,6 +248,7 @@ def _train(settings: Settings, store: Store, folder: Path, identity: dict, total
     device, (rank, world), sensors = device_of(settings), processes.place(), modalities(settings, store)
     everything = [m.mapped(store.meta["preprocessing"][m.name]) for m in config.modalities(settings)]
     model = network(settings, {m.name: m.channels for m in everything})
+    memory.check(settings, model, sensors, device)
     model = model.to(device, memory_format=torch.channels_last).train()
     if settings.compile != "off":
         # The backbones alone: what follows them synchronises between processes, where a graph would break.

@@ -7,7 +7,7 @@ import pytest
 from decur_core import backbones, config, losses, pretrain, transfer
 from decur_core.data import convert, datasets
 
-SHOWN = re.findall(r"```python\n(# add .*?)```", (config.ROOT / "book" / "reproduce.md").read_text(), re.S)
+SHOWN = re.findall(r"```python\n(# add .*?)```", (config.ROOT / "book" / "use.md").read_text(), re.S)
 
 
 @pytest.fixture

@@ -116,6 +116,31 @@ def test_a_step_of_both_ways_gives_the_same_weights():
         assert relative((value - start[name]).double(), (theirs[name] - start[name]).double()) < 5e-3, name
 
 
+def test_a_step_can_be_shown_in_bfloat16(folder, monkeypatch, capsys):
+    step = module("step")
+    seen, autocast = [], torch.autocast
+
+    def noted(*arguments, enabled):
+        seen.append(enabled)
+        return autocast(*arguments, enabled=enabled)
+
+    monkeypatch.setattr(torch, "autocast", noted)
+    for way, enabled in (("published", False), ("ours", False), (step.LOW, True)):
+        seen.clear()
+        step.build(way=way, workers=0, **SIZES)[2]["network + loss"]()
+        assert any(seen) is enabled
+    monkeypatch.setattr(torch, "autocast", autocast)
+    monkeypatch.setattr(common, "cost", cost_here)
+    step.main([*COMMANDS["step"].split(), "--bfloat16", "1"])
+    found = record(folder, "step-bfloat16")
+    assert [row["step"] for row in found["rows"]] == ["published", "ours", "ours, bfloat16"] and "AMX" in found[
+        "settings"
+    ]
+    assert not (folder / "benchmarks" / "records" / "step.json").exists()
+    assert "ours, bfloat16" in records.benchmark(SimpleNamespace(srcdir=folder), "step-bfloat16")
+    assert all({"views ms", "network + loss ms", "optimizer ms"} <= row.keys() for row in found["rows"])
+
+
 def test_arithmetic_counts_two_for_each_multiply_add():
     few, many = (module("step").arithmetic("small", 20, n, 32) for n in (2, 4))
     assert many == 2 * few

@@ -13,7 +13,7 @@ import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from decur_core.run import is_finished
-from decur_core.running.folders import SENTINEL
+from decur_core.running.folders import IMAGES, SENTINEL
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
@@ -98,7 +98,11 @@ def test_mini_copies_are_not_committed():
     assert done.stdout == ""
 
 
-def pair():
+DRAWN = {"name": "ssl4eo", "title": "drawn world of radar and optical images", "drawn": True, "source": "world"}
+REAL = {"name": "nyuv2", "title": "NYU Depth v2", "drawn": False, "source": "published"}
+
+
+def pair(*images):
     """A source and its executed copy, as the driver publishes it."""
     parameters = new_code_cell('profile = "mini"\noverrides = {}', metadata={"tags": ["parameters"]})
     first, last = new_code_cell("x = 1  # one\nx"), new_code_cell("finished()")
@@ -110,22 +114,78 @@ def pair():
     ran.cells.insert(2, injected)
     ran.cells[3].source = "x = (1)\nx"
     ran.cells[3].outputs = [new_output("execute_result", {"text/plain": "1"}, execution_count=2)]
-    ran.cells[4].outputs = [new_output("stream", name="stdout", text=SENTINEL + "\n")]
+    ran.cells[4].outputs = [new_output("stream", name="stdout", text=f"{IMAGES}{json.dumps(images)}\n{SENTINEL}\n")]
     note = {"profile": "a100", "overrides": {"epochs": 5}, "date": "2026-11-23T10:00:00+00:00", "seconds": 12000.0}
     ran.metadata["decur"] = note
     return source, ran
 
 
 def test_outputs_are_laid_into_the_page():
-    source, ran = pair()
+    source, ran = pair(DRAWN)
     executed.lay(source, ran)
     title, parameters, first, last = source.cells
-    assert title.source.startswith("# Title\n\n```{margin}\nProfile a100, `epochs = 5`, 2026-11-23, 3.3 h\n```\n")
+    assert title.source.startswith(
+        "# Title\n\n```{margin}\nProfile a100, `epochs = 5`, drawn world, 2026-11-23, 3.3 h\n```\n"
+    )
     assert title.source.endswith("\nText.")
     assert parameters.source == 'profile = "a100"\noverrides = {"epochs": 5}'
     assert first.source == "x = 1  # one\nx" and first.outputs[0].data == {"text/plain": "1"}
     assert last.outputs == []
     nbformat.validate(source)
+
+
+@pytest.mark.parametrize(
+    ("images", "said", "caption"),
+    [
+        ([DRAWN], "All pictures and numbers on this page are synthetic", "A figure. Drawn world."),
+        ([REAL], "Real images: NYU Depth v2 {cite:p}`silberman2012nyuv2`.", "A figure. Real images."),
+        ([REAL, DRAWN], "Beside them stand drawn images (drawn world of radar and optical images)", "A figure."),
+        ([REAL | {"source": "samples"}], "Real images: NYU Depth v2. A handful of them", "A figure. Real images."),
+        ([], "No image is looked at on this page", "A figure."),
+    ],
+)
+def test_a_page_says_on_top_whether_its_images_are_real(images, said, caption):
+    source, ran = pair(*images)
+    source.cells[2].metadata["mystnb"] = {"figure": {"caption": "A figure."}}
+    executed.lay(source, ran)
+    assert said in source.cells[0].source and source.cells[2].metadata.mystnb.figure.caption == caption
+    assert ("synthetic" in source.cells[0].source) == (images == [DRAWN])
+
+
+def test_a_caption_that_says_it_is_left_alone():
+    source, ran = pair(REAL)
+    source.cells[2].metadata["mystnb"] = {"figure": {"caption": "Miniature world (not real data): rooms."}}
+    executed.lay(source, ran)
+    assert source.cells[2].metadata.mystnb.figure.caption == "Miniature world (not real data): rooms."
+
+
+@pytest.mark.parametrize(("profile", "word"), [("mini", "synthetic"), ("a100", "Real images"), ("samples", "handful")])
+def test_of_a_run_that_does_not_say_the_profile_does(profile, word):
+    source, ran = pair()
+    ran.cells[4].outputs[0].text = SENTINEL + "\n"
+    ran.metadata["decur"] |= {"profile": profile, "overrides": {}}
+    executed.lay(source, ran)
+    assert word in source.cells[0].source
+
+
+def test_progress_bars_stay_out_of_the_page():
+    source, ran = pair(DRAWN)
+    bar = "run-seed0: 100%|####| 96/96 [00:48<00:00, 2it/s, loss 57]"
+    ran.cells[3].outputs = [
+        new_output("stream", name="stderr", text=f"{bar}\n"),
+        new_output("stream", text=f"{bar}\n5 %\n"),
+    ]
+    executed.lay(source, ran)
+    assert [out.text for out in source.cells[2].outputs] == ["5 %\n"]
+
+
+def test_no_line_of_a_page_is_taken_for_a_comment():
+    """A line that begins with % vanishes in MyST, and the paragraph with it."""
+    texts = {path: path.read_text() for path in (ROOT / "book").glob("*.md")}
+    texts |= {p: "\n".join(c.source for c in nbformat.read(p, 4).cells if c.cell_type == "markdown") for p in NOTEBOOKS}
+    assert {
+        p.name: line for p, text in texts.items() for line in text.splitlines() if line.lstrip().startswith("%")
+    } == {}
 
 
 def test_copies_of_other_code_or_unfinished_ones_are_refused():

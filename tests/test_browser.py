@@ -3,26 +3,38 @@
 The page is shown by Chromium (``apt install chromium``), the book is what ``make book`` left in ``_build/html``.
 """
 
+import gzip
+import json
 import re
 import shutil
+import sys
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
+import nbformat
 import pytest
 import yaml
 from chromium import Browser
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "book" / "_ext"))
+import executed  # noqa: E402
+
 HTML = ROOT / "_build" / "html"
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
+CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())["sphinx"]["config"]
 PAGES = [f"{page}.html" for page in (TOC["root"], *(c["file"] for part in TOC["parts"] for c in part["chapters"]))]
-SOURCES = ("_*.yml", "notebooks/*.ipynb", *(f"book/**/*.{end}" for end in ("md", "py", "css", "bib", "ipynb", "json")))
+SOURCES = (
+    "_*.yml",
+    "notebooks/*.ipynb",
+    *(f"book/**/*.{end}" for end in ("md", "py", "css", "js", "bib", "ipynb", "json")),
+)
 CHROMIUM = shutil.which("chromium")
 WIDTHS, THEMES = (390, 1280), ("light", "dark")
-PAGE_BYTES = 2_000_000  # of a page with its images; MathJax and the theme are loaded once for all pages
+FIRST_BYTES, PAGE_BYTES = 1_000_000, 2_000_000  # of all that a page loads, compressed as servers send it
 
 CONTENT = r"""(() => {
   const prose = document.querySelector("article, main").cloneNode(true);
@@ -31,6 +43,10 @@ CONTENT = r"""(() => {
   return {
     language: document.documentElement.lang, titles: all("h1").filter(e => e.checkVisibility()).map(e => e.innerText),
     links: all("a[href]").map(e => e.href), targets: all("[id]").map(e => e.id), prose: prose.textContent,
+    banner: document.querySelector("article .decur-images")?.className ?? "",
+    downloads: all("a.download[href]").map(e => e.href),
+    searches: all(".search-button__button").filter(e => e.checkVisibility({visibilityProperty: true})).length,
+    loaded: [location.href, ...performance.getEntriesByType("resource").map(e => e.name)],
     contents: all("nav.bd-links a").map(e => e.href), next: document.querySelector("a.right-next")?.href,
     images: all("img").map(e => ({source: e.src, alt: e.alt, drawn: e.complete && e.naturalWidth > 0})),
     formulas: all("article .math").length, rendered: all("article .math mjx-container > svg").length,
@@ -50,6 +66,15 @@ OVERFLOW = """(() => {
   const width = document.scrollingElement.scrollWidth;
   return width > innerWidth ? [`page is ${width} wide`, ...found] : found;
 })()"""
+
+# Tables that have to be scrolled; text of figures that is drawn in the page, by its size in px.
+TABLES = """[...document.querySelectorAll("article table")].filter(e => e.scrollWidth > e.clientWidth + 1
+  || e.getBoundingClientRect().width > e.parentElement.getBoundingClientRect().width + 1)
+  .map(e => `${e.textContent.trim().slice(0, 40)}: ${e.scrollWidth} in ${e.clientWidth}`)"""
+SMALLEST = """[...document.querySelectorAll("article svg[viewBox] text")].map(e => {
+  const svg = e.ownerSVGElement;
+  return parseFloat(getComputedStyle(e).fontSize) * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
+})"""
 
 # Contrast of every visible text and formula with what lies behind it; colours may be translucent. WCAG 2.1, 1.4.3:
 # at least 4.5, for large type 3.
@@ -114,6 +139,7 @@ def survey(browser):
                 "Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False
             )
             found[width] = browser.evaluate(OVERFLOW)
+            found["tables", width], found["smallest", width] = browser.evaluate(TABLES), browser.evaluate(SMALLEST)
         for theme in THEMES:
             feature = {"name": "prefers-color-scheme", "value": theme}
             browser.ask("Emulation.setEmulatedMedia", features=[feature])
@@ -184,11 +210,70 @@ def test_pages_have_a_language_and_one_title_of_their_own(survey):
 
 
 def test_pages_are_small(survey, browser):
-    def size(page):
-        images = {HTML / unquote(image["source"].removeprefix(browser.base)) for image in survey[page]["images"]}
-        return sum(file.stat().st_size for file in (HTML / page, *images) if file.is_file())
+    sizes: dict[Path, int] = {}
 
-    assert {page: size(page) for page in survey if size(page) > PAGE_BYTES} == {}
+    def size(page):
+        addresses = {urldefrag(unquote(each)).url.partition("?")[0] for each in survey[page]["loaded"]}
+        files = [HTML / each.removeprefix(browser.base) for each in addresses if each.startswith(browser.base)]
+        assert len(files) > 5 and all(file.is_file() for file in files), page
+        for file in files:
+            sizes[file] = sizes.get(file) or len(gzip.compress(file.read_bytes(), 6))
+        return sum(sizes[file] for file in files)
+
+    limits = {page: FIRST_BYTES if page == PAGES[0] else PAGE_BYTES for page in survey}
+    assert {page: found for page, limit in limits.items() if (found := size(page)) > limit} == {}
+
+
+def test_tables_are_as_wide_as_the_column(survey):
+    assert wrong(survey, lambda found: found["tables", 1280]) == {}
+
+
+def test_text_of_drawings_is_legible(survey):
+    assert min(survey[PAGES[1]]["smallest", 390]) >= 9, "the sketches of the primer"
+    assert wrong(survey, lambda found: [each for each in found["smallest", 390] if each < 9]) == {}
+
+
+def test_a_page_of_a_run_says_truly_whether_its_images_are_real(survey):
+    """Against the executed copy that it shows, and its records where it has any."""
+    for page in (page for page in PAGES if page.startswith("notebooks/")):
+        name = f"{Path(page).stem}.ipynb"
+        copies = (ROOT / "book" / "executed" / profile / name for profile in CONFIG["decur_profiles"])
+        copy = next(copy for copy in copies if copy.is_file())
+        facts = executed.images(nbformat.read(copy, 4))
+        kind = "real" if any(not about["drawn"] for about in facts) else "drawn" if facts else "none"
+        assert f"decur-{kind}" in survey[page]["banner"].split(), page
+        if (records := copy.with_name("records.json")).is_file() and {about["drawn"] for about in facts} == {True}:
+            assert any(record["drawn"] for record in json.loads(records.read_text())), page
+
+
+def test_pages_of_runs_lead_to_source_and_copy(survey, browser):
+    for page in (page for page in PAGES if page.startswith("notebooks/")):
+        files = [HTML / unquote(link.removeprefix(browser.base)) for link in survey[page]["downloads"]]
+        named = [file for file in files if file.name == f"{Path(page).stem}.ipynb" and file.is_file()]
+        outputs = [any(c.get("outputs") for c in json.loads(f.read_text())["cells"]) for f in dict.fromkeys(named)]
+        assert {True, False} <= set(outputs), page
+
+
+def test_there_is_one_search_field(survey):
+    assert wrong(survey, lambda found: found["searches"] > 1 and found["searches"]) == {}
+
+
+def test_the_film_of_the_loss_moves(browser):
+    browser.open("notebooks/01_loss.html")
+    state = """(() => { const place = document.querySelector(".decur-film"); return {
+      told: place.querySelector(".film-told").textContent, step: place.querySelector("output").textContent,
+      drawn: [...place.querySelectorAll("canvas")].map(e => e.toDataURL())}; })()"""
+    move = (
+        "(() => { const e = document.querySelector('.decur-film %s'); e.%s; e.dispatchEvent(new Event('input')); })()"
+    )
+    first = browser.evaluate(state)
+    browser.evaluate(move % ("input", "value = e.max"))
+    last = browser.evaluate(state)
+    browser.evaluate(move % ("select", "selectedIndex = 1"))
+    other = browser.evaluate(state)
+    assert first["step"] != last["step"] == other["step"] and len({each["told"] for each in (first, last, other)}) == 3
+    assert len(first["drawn"]) == 3 and len({*first["drawn"], *last["drawn"], *other["drawn"]}) == 9
+    assert browser.noise == []
 
 
 @pytest.mark.parametrize(("term", "expected"), [("correlation", "book/method.html"), ("zebrafish", None)])

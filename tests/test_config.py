@@ -19,7 +19,7 @@ import yaml
 
 from decur_core import config, losses
 from decur_core.config import ConfigError, Settings
-from decur_core.data import datasets
+from decur_core.data import datasets, prepare
 
 SHIPPED = sorted(p.stem for p in config.PROFILES.glob("*.yaml"))
 FAST = """
@@ -77,7 +77,35 @@ def test_shipped_profiles_load(name):
 
 
 def test_the_named_profiles_exist():
-    assert {"mini", "samples", "a100"} <= set(SHIPPED)
+    assert {"mini", "samples", "a100", "a100_v11", "a100_three"} <= set(SHIPPED)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_pair_of_a_profile_has_its_data_sets_and_tasks(name):
+    sections = yaml.safe_load((config.PROFILES / f"{name}.yaml").read_text())
+    for pair in {config.load(name).pair, *sections.get("pairs", {})}:
+        settings = config.load(name, pair=pair)
+        assert settings.pair == pair and config.members(settings)
+        found = datasets.pretraining(pair)
+        assert found.pretrain in (*found.splits, "all") and found.modalities == config.modalities(settings)
+        labelled = [d for d in datasets.of_pair(pair) if d.task]
+        if settings.data.source == "world":
+            assert all(prepare.miniature(d).parts(settings.world) for d in (found, *labelled)) and labelled
+        elif settings.data.source == "published" and not (public := [d for d in labelled if d.name != "three_scenes"]):
+            # scored on a data set of another pair, which has the same bands in the same bytes
+            there = {m.name: m.mapping() for m in datasets.find("bigearthnet").modalities}
+            own = {m.name: m.mapping() for m in found.modalities}
+            assert name == "mine" or "bigearthnet" in settings.data.roots and there.items() <= own.items()
+            assert name == "mine" or {*"+".join(settings.transfer.inputs).split("+")} <= {"both", *there}, public
+
+
+@pytest.mark.parametrize(("name", "widths"), [("a100_v11", 7168), ("a100_three", 0)])
+def test_profiles_of_the_newer_release_have_the_papers_values(name, widths):
+    settings, paper = config.load(name), config.load("a100")
+    same = {k for k in config.identity(paper) if k not in ("pair", "dim_common", "blocks")}
+    assert {k: config.identity(settings)[k] for k in same} == {k: config.identity(paper)[k] for k in same}
+    sums = {m.name: sum(k for b, k in settings.blocks.items() if m.name in b) for m in config.modalities(settings)}
+    assert settings.dim_common == widths and set(sums.values()) == ({8192} if settings.blocks else {0})
 
 
 def test_defaults_are_the_papers(tmp_path):
@@ -739,3 +767,15 @@ def test_loading_is_quick():
     for _ in range(5):
         config.load("report")  # 24 members
     assert time.process_time() - start < 2.5
+
+
+def test_a_number_of_one_method_alone_is_no_part_of_a_runs_name(tmp_path):
+    path = tmp_path / "own.yaml"
+    one = "{method: decur}, {method: barlow_twins, lambd: 0.02}, {method: simclr, temperature: 0.5}"
+    several = "{method: decur, lambd: 1}, {method: decur, lambd: 2}, {method: clip, lambd: 1}"
+    path.write_text(f"sweep: {{of: [{one}], seed: [0, 1]}}\nvariants: {{grid: {{sweep: {{of: [{several}]}}}}}}\n")
+    found = config.members(config.load(path))
+    assert {m.variant for m in found} == {""} and [m.lambd for m in found[2:4]] == [0.02, 0.02]
+    assert [m.temperature for m in found[::2]] == [0.1, 0.1, 0.5]
+    grid = config.members(config.load(path, variant="grid"))
+    assert [m.variant for m in grid] == ["grid-lambd1.0", "grid-lambd2.0", "grid-lambd1.0"]

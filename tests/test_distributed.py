@@ -588,3 +588,14 @@ def test_a_notebook_starts_processes_shows_their_progress_and_hands_signals_on(p
     log, done = capfd.readouterr().out, (place / "executed" / "20_it.ipynb").read_text()
     assert "20/20" in done and "pairs/s" in done and "resumes after step" in done
     assert "20/20" in log and "resumes after step" in log
+
+
+@pytest.mark.parametrize("name", ["broadcast_buffers", "forward_sync_buffers"])
+def test_buffers_are_left_alone_by_whichever_name_torch_knows(monkeypatch, name):
+    given = {}
+    scope = {"given": given}
+    exec(f"def wrap(module, device_ids=None, *, {name}=True, **more): given.update(more, {name}={name})", scope)
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", scope["wrap"])
+    monkeypatch.setattr(distributed, "place", lambda: (0, 2))
+    distributed.replicate(nn.Linear(2, 2), CPU)
+    assert given == {name: False, "gradient_as_bucket_view": True, "static_graph": True}

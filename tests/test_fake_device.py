@@ -7,6 +7,7 @@ for are errors, so that no step can wait for the one before.
 
 import contextlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from benchmarks import memory as benchmark
 from decur_core import augment, config, pretrain
 from decur_core.data.modality import OPTICAL, SAR
 from decur_core.model import MultimodalModel
-from decur_core.running import memory
+from decur_core.running import memory, processes
 
 PAPER = {"method": "decur", "data.source": "published", "optimizer": "lars"}
 SENSORS = (SAR, OPTICAL)
@@ -163,6 +164,74 @@ def test_a_gpu_with_80_gb_holds_the_papers_batch_in_bfloat16_alone():
     assert computed(settings(), low=True) < 0.75 * card
     assert computed(settings(), low=False) > card
     assert computed(settings(batch_size=64), low=True) < 24e9
+
+
+GPU = torch.device("cuda")
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Gives torch a card of so many GB."""
+
+    def of(size: float) -> None:
+        found = SimpleNamespace(name="Toy GPU", total_memory=int(size * 1e9))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+
+    return of
+
+
+def test_a_step_that_cannot_fit_its_card_is_refused_with_the_ways_out(card, monkeypatch):
+    options = settings(backbone="resnet18", batch_size=64, projector=[2048] * 3, dim_common=1792, crop_size=96)
+    model = network(options, "cpu")
+    before, (small, large) = model.state_dict(), (computed(options, low=low) / 1e9 for low in (True, False))
+    asked = lambda **changes: memory.check(options.model_copy(update=changes), model, SENSORS, GPU)  # noqa: E731
+    card(1.01 * small)
+    asked()  # auto is bfloat16 on a GPU
+    with pytest.raises(config.ConfigError) as refused:
+        asked(precision="float32")
+    told = f"a step needs {large:.1f} GB in each, but Toy GPU has {1.01 * small:.1f} GB"
+    for part in (
+        "batch_size = 64, precision = 'float32', processes = 1",
+        told,
+        "precision: bfloat16",
+        "more processes",
+    ):
+        assert part in str(refused.value)
+    card(0.99 * small)
+    with pytest.raises(config.ConfigError, match="lower batch_size, or use more processes"):
+        asked()
+    with pytest.raises(config.ConfigError):  # keeps two numbers for a weight
+        card(1.01 * small)
+        asked(optimizer="adamw")
+    asked(method="barlow_twins")  # looks at one view
+    asked(method="random")  # trains nothing
+    card(0)
+    memory.check(options, model, SENSORS, torch.device("cpu"))
+    asked(compile="default")
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+
+
+def test_each_process_judges_its_share_of_the_batch(card, monkeypatch):
+    options = settings(backbone="small", batch_size=512, projector=[64], dim_common=56, crop_size=64)
+    model, rows = network(options, "cpu"), {}
+    for world in (1, 2, 4):
+        monkeypatch.setattr(processes, "place", lambda world=world: (world - 1, world))
+        with pytest.raises(config.ConfigError) as refused:
+            card(0)
+            memory.check(options, model, SENSORS, GPU)
+        assert f"processes = {world}" in str(refused.value)
+        rows[world] = float(str(refused.value).partition("needs ")[2].split()[0])
+        card(rows[world] + 0.1)
+        memory.check(options, model, SENSORS, GPU)
+    assert rows[1] > 1.8 * rows[2] > 3.2 * rows[4] > 0
+
+
+def test_nothing_is_moved_to_a_card_that_is_too_small(card, pair_store, tiny, monkeypatch):
+    monkeypatch.setattr(pretrain, "device_of", lambda settings: GPU)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda *args, **given: pytest.fail("moved before it was judged"))
+    card(1e-4)
+    with pytest.raises(config.ConfigError, match="Toy GPU has 0.0 GB"):
+        pretrain.run(tiny(), pair_store)
 
 
 def test_table_shares_the_batch_out_and_writes_its_record(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Every notebook runs in plain papermill, from the repository root, with settings small enough for a test."""
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -43,6 +44,30 @@ def test_runs_to_its_last_cell_and_shows_its_figures(path, folder):
     assert run.is_finished(done)
     captioned = [c for c in done.cells if "figure" in c.metadata.get("mystnb", {})]
     assert figures(done) == len(captioned) > 0, "every captioned cell shows one figure, and no other cell does"
+
+
+def test_own_data_are_those_of_a_tree_that_links_rearrange(tmp_path, monkeypatch):
+    """Chapter 02 with the profile for one's own folders, on real images, by the lines of the page on data."""
+    if not (SHARED / "ombria_half").is_dir():
+        pytest.skip(f"{SHARED} is not here")
+    for file in (SHARED / "ombria_half").glob("Ombria*/train/[AB]*/*_00[0-4]?.png"):
+        link = tmp_path / "shared/data/ombria_half" / file.relative_to(SHARED / "ombria_half")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    count = len(list((tmp_path / "shared").glob("**/OmbriaS1/train/BEFORE/*.png")))
+    (lines,) = re.findall(r"```python\n([^`]*ombria_half[^`]*)```", (ROOT / "book/data.md").read_text())
+    exec(compile(lines, "data.md", "exec"), {})
+    bands = {"radar": ["VV"], "camera": ["B11", "B8", "B3"]}
+    own = {m: {"bands": names, "unit": "8 bits"} for m, names in bands.items()}
+    places = {"roots": {"mine": str(tmp_path / "here/data/mine")}, "stores": str(tmp_path / "stores"), "processes": 0}
+    small = {"modalities": own, "data": places, "runs": str(tmp_path / "runs"), "epochs": 2, "batch_size": 16}
+    (path,) = run.find(["02"], ROOT / "notebooks")
+    done = execute(path, "mine", small, tmp_path)
+    said = "".join(o.get("text", "") for c in done.cells if c.cell_type == "code" for o in c.outputs)
+    assert run.is_finished(done) and count > 32 and f"{count} places" in said and "no labels: nothing to score" in said
+    assert len(list((tmp_path / "runs/mine/export").glob("*.safetensors"))) == 2
 
 
 @pytest.mark.soak

@@ -88,6 +88,35 @@ def test_without_records_a_page_says_so(app):
     assert content == [records.NOT_RUN]
 
 
+def test_what_was_found_on_real_images_is_told_and_nothing_else(app, tmp_path):
+    publish(tmp_path, "mini", record(micro=11.0))
+    assert records.findings(app, "") == records.NOTHING
+    found = [record(micro=micro, world="published") | {"seed": seed} for seed, micro in enumerate((40.0, 41.0))]
+    found += [r | {"method": "random", "micro": r["micro"] - 10} for r in found]
+    publish(tmp_path, "a100", *({"network": "Classifier", **r} for r in found))
+    text = records.findings(app, "")
+    assert text.startswith(
+        "- **BigEarthNet-MM.** mAP micro (%), linear, 100 % of the labels, both, BigEarthNet-MM: DeCUR, with 40.5"
+    )
+    assert "is ahead of Random initialisation (by 10.0 ± 0.0)" in text and "11.0" not in text
+
+
+def test_the_front_page_shows_blocks_of_runs_that_were_trained(app, tmp_path):
+    kinds = [f"{f} factors, {b} block" for f in ("common", "own") for b in ("common", "unique")]
+    of = {
+        "DeCUR, seed 0": dict.fromkeys(kinds, 0.5),
+        "Barlow Twins, seed 0": dict(zip(kinds, (0.8, 0.0) * 2, strict=True)),
+    }
+    outputs = [{"data": {"application/json": {"sar_optical": of}}}]
+    for profile in ("mini", "report"):
+        assert records.blocks(app, "") == ""
+        (tmp_path / "executed" / profile).mkdir(parents=True)
+        (tmp_path / "executed" / profile / records.TRUTH).write_text(json.dumps({"cells": [{"outputs": outputs}]}))
+    text = records.blocks(app, "")
+    assert "common factors in the common block: DeCUR 0.50, Barlow Twins 0.80" in text and "profile report" in text
+    assert "own factors in the unique block: DeCUR 0.50, Barlow Twins has none" in text
+
+
 def test_every_mark_in_the_book_has_its_table():
     for page in (ROOT / "book").glob("*.md"):
         for match in records.MARK.finditer(page.read_text()):

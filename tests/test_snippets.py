@@ -40,11 +40,19 @@ FENCES = ("python", "bash", "text", "bibtex", "", "{")  # the last four are no c
 TINIER = {
     'config.load("a100", {"name": "mine"}': 'config.load("start", {**TINY, "name": "mine"}',
     "workers=8": "workers=2",
+    'config.load("ombria")': 'config.load("start", FLOODS, pair="ombria")',
 }
 # What the text around a snippet says that the reader has.
 GIVEN = """
 import numpy as np, torch
 TINY = {tiny!r}
+FLOODS = {{
+    "runs": "runs",
+    "data": {{"stores": "stores", "processes": 0}},
+    "world": {{"train": 24, "test": 16, "locations": 16}},
+    "batch_size": 16,
+    "transfer": {{"epochs": 1, "schedule": "constant"}},
+}}
 z1_a, z1_b, z2_a, z2_b = (torch.randn(8, 8192, requires_grad=True) for _ in range(4))
 
 class MyPairs:
@@ -101,11 +109,12 @@ def place(tmp_path_factory, pair_store):
         state |= {f"module.backbone_{m}.{k}": v for k, v in network.state_dict().items()}
         state |= {f"module.projector{m}.{k}": v for k, v in mlp(512, (32, 16, 8)).state_dict().items()}
     torch.save({"model": state}, folder / "checkpoint.pth")
+    (folder / "book").symlink_to(ROOT / "book")
     return folder
 
 
 def test_every_snippet_is_of_a_kind_that_is_known():
-    kinds = {re.sub(r"^{.*", "{", match[1]) for page in PAGES for match in FENCE.finditer(page.read_text())}
+    kinds = {re.sub(r"^`*{.*", "{", match[1]) for page in PAGES for match in FENCE.finditer(page.read_text())}
     assert kinds <= set(FENCES) and len(found("python")) > 5 and len(commands()) > 30
     for large in TINIER:
         assert any(large in snippet.values[0] for snippet in found("python")), f"no snippet has {large!r} any more"

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import zarr
 
-from decur_core import config
+from decur_core import config, pretrain, transfer
+from decur_core.data import prepare
 from decur_core.data.modality import DEM, OPTICAL, SAR
 from decur_core.data.raster import DataError
 from decur_core.data.ssl4eo_v11 import B10, DATASETS, FOLDERS, SSL4EOS12v11, darkest, find_offset
@@ -390,3 +391,17 @@ def test_the_twins_stand_in_for_the_data_sets(dataset, tmp_path):
         assert data.ids == made.ids and [len(parts[split])] == [len(made)]
         same(data[1], {**made[1]}, [m.name for m in dataset.modalities])
     assert twin.make(settings, "train").factors.keys() == twin.factors.keys()
+
+
+def test_encoders_are_scored_on_bigearthnet(pair_store, tiny):
+    """Which has no pair of this name, but the same bands in the same bytes."""
+    settings = tiny(pair="sar_optical_v11", epochs=1, **{"transfer.epochs": 1, "transfer.batch_size": 8})
+    folder = pretrain.run(settings, pair_store)
+    drawn = {"data.source": "world", "world.train": 24, "world.test": 16, "world.through_files": 0}
+    drawn |= {"data.stores": str(folder.parent / "stores"), "data.processes": 0}
+    stores = prepare.labelled_stores(config.load("start", drawn, pair="sar_optical"), "bigearthnet")
+    record = transfer.evaluate(settings, folder, stores, protocol="linear")
+    assert (record["pair"], record["dataset"], record["metric"]) == ("sar_optical_v11", "BigEarthNet-MM", "mAP (%)")
+    assert record["patches"] == {"train": 24, "test": 16} and 0 < record["micro"] <= 100
+    with pytest.raises(config.ConfigError, match="labelled data of pair sar_optical_v11"):
+        prepare.labelled_stores(settings, "bigearthnet")

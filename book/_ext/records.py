@@ -6,12 +6,30 @@ that has the kind of data asked for supplies a table. Those of benchmarks are in
 imported where a table needs it: it brings torch, and most pages have no table.
 """
 
+import itertools
 import json
 import re
+import statistics
 from pathlib import Path
 
 MARK = re.compile(r"^<!-- decur: (.+?) -->$", re.MULTILINE)
+BLOCKS = """<figure class="sketch" id="fig-blocks">
+<svg viewBox="0 0 400 296" role="img" aria-labelledby="blocks-title">
+<title id="blocks-title">{title}</title>
+<g fill="currentColor" font-size="12">
+{parts}
+</g></svg>
+<figcaption>How much blocks of the embedding hold of what both sensors see (upper row) and of what one sees alone (lower
+row): R² of a linear probe as a share of what a supervised network reads from the images, mean over pairs and seeds.
+Drawn worlds, profile {profile}; chapter 60 has all of it.</figcaption>
+</figure>"""
+TRUTH = "60_ground_truth.ipynb"
 NOT_RUN = "*Not run yet.*"
+DATES = {"1": ", images after the flood", "0+1": ", images before and after the flood"}  # of OMBRIA
+NOTHING = (
+    "Nothing yet: no run on a real data set stands in this book. The pages of a run say on top what their images"
+    " are, and [the results](results.md) what can be said today."
+)
 TARGETS = (  # what, at least (at most with a minus sign), record, its row, its column
     ("loss, forward and backward, K 8192, N 256, one CPU core: times faster", 35, "loss", -1, "times faster"),
     ("its peak extra memory: share of the published way's", -0.2, "loss", -1, "share of memory"),
@@ -32,12 +50,14 @@ def measured(app, kind: str) -> list[dict]:
     from decur_core.report import records
 
     for profile in app.config.decur_profiles:
-        file = Path(app.srcdir) / app.config.decur_executed / profile / "records.json"
-        if file.is_file():
-            found = [record for record in json.loads(file.read_text()) if records.kind(record) == kind]
-            if found:
-                return found
+        if found := [record for record in _records(app, profile) if records.kind(record) == kind]:
+            return found
     return []
+
+
+def _records(app, profile: str) -> list[dict]:
+    file = Path(app.srcdir) / app.config.decur_executed / profile / "records.json"
+    return json.loads(file.read_text()) if file.is_file() else []
 
 
 def summary(app, argument: str) -> str:
@@ -51,10 +71,16 @@ def summary(app, argument: str) -> str:
 
 def table(app, argument: str) -> str:
     """A table of the paper beside our records of one kind of data: ``1 sar+optical published``."""
+    from decur_core.data import datasets
     from decur_core.report import records, tables
 
     number, part, kind = argument.split()
+    name = {"1": "bigearthnet", "2": "geonrw", "3": part}.get(number)
     found = measured(app, kind)
+    if name:
+        found = records.choose(found, dataset=datasets.find(name).title)
+    else:
+        found = [r for r in found if r["pair"] == part.replace("+", "_") and r["variant"].startswith("terms")]
     return f"{tables.table(int(number), found, part)}\n\n{records.source(found)}"
 
 
@@ -161,7 +187,110 @@ def figure(app, name: str) -> str:
     return f"```{{figure}} /_build/figures/{name}.svg\n:alt: {seen} as bars\n:name: fig-bench-{name}\n\n{seen}.\n```"
 
 
+def _real(app, profile: str) -> dict[tuple[str, str], list[dict]]:
+    """Scores on real test images of a profile: (what they are about, where, which dates) -> records."""
+    from decur_core.report import records
+
+    found: dict[tuple[str, str], list[dict]] = {}
+    for r in _records(app, profile):
+        if records.kind(r) in ("published", "small") and r.get("split", "test") == "test":
+            given = DATES.get(r.get("seasons", ""), "")
+            for where, score in {"": {}, **r.get("further", {})}.items():
+                name = f"{r['dataset']}{f', events of {where}' if where else ''}{given}"
+                found.setdefault((r["numbers"][0], name), []).append(r | score)
+    return found
+
+
+def findings(app, _: str) -> str:
+    """What records of real data sets allow to say: of each kind of score in the last place that was scored, all labels
+    and everything given, a sentence for each protocol."""
+    from decur_core.report import records, sentences
+
+    lines = []
+    for profile in app.config.decur_profiles:
+        last = {metric: (name, rows) for (metric, name), rows in _real(app, profile).items()}
+        for name, rows in last.values():
+            rows = [r for r in rows if r["inputs"] == "both"]
+            for protocol in sorted({r["protocol"] for r in rows if r["method"] == records.REFERENCE}, reverse=True):
+                said = sentences.of_records(rows, protocol=protocol, inputs="both", fraction=1.0)
+                lines.append(f"- **{name}.** {said}")
+        if last:
+            every = [r for _, rows in last.values() for r in rows]
+            lines.append(f"\n{records.source(every)}\n")
+    return "\n".join(lines) or NOTHING
+
+
+def real(app, profile: str) -> str:
+    """Every score on real test images of a profile, first number alone, with what produced them."""
+    from decur_core.report import records, tables
+
+    parts, every = [], []
+    for (_, name), rows in _real(app, profile).items():
+        summary = [row | {"data": name} for row in records.summary(rows)]
+        parts.append(tables.markdown(summary, numbers=1))
+        every += rows
+    return "\n\n".join([*parts, records.source(every)]) if parts else NOT_RUN
+
+
+def blocks(app, _: str) -> str:
+    """What common and unique blocks hold of common and own factors, two by two, as notebook 60 measured it.
+
+    Of the first profile that has it, the last one aside, which only shows that pages run. An SVG within the page, in
+    its colours; empty where there is nothing to show.
+    """
+    for profile in app.config.decur_profiles[:-1]:
+        copy = Path(app.srcdir) / app.config.decur_executed / profile / TRUTH
+        if copy.is_file() and (held := _held(json.loads(copy.read_text()))):
+            break
+    else:
+        return ""
+    from decur_core.report import matrices, styles
+
+    by_method: dict[str, dict[str, list[float]]] = {}
+    for label, scores in (run for runs in held.values() for run in runs.items()):
+        for kind, value in scores.items():
+            by_method.setdefault(matrices.method(label), {}).setdefault(kind, []).append(value)
+    shown = [name for name in matrices.SHOWN if name in by_method]
+    paints = {name: styles.colour(styles.method_of(name)) for name in shown}
+    parts, titles = [], []
+    for k, (factors, block) in enumerate(itertools.product(("common", "own"), ("common", "unique"))):
+        x, bottom = 10 + 200 * (k % 2), 130 + 118 * (k // 2)
+        parts.append(f'<path stroke="currentColor" d="M{x} {bottom}h180"/>')
+        parts.append(f'<text x="{x}" y="{bottom - 90}">{factors} factors</text>')
+        said = []
+        for left, name in zip((x + 10, x + 70, x + 130), shown, strict=False):
+            value = max(0.0, statistics.fmean(by_method[name][f"{factors} factors, {block} block"]))
+            here = {v for f in ("common", "own") for v in by_method[name][f"{f} factors, {block} block"]}
+            text, high = "–" if here == {0.0} else f"{value:.2f}", 70 * value
+            said.append(f"{name} {'has none' if text == '–' else text}")
+            box = f'x="{left}" y="{bottom - high:.1f}" width="34" height="{high:.1f}"'
+            parts.append(
+                f'<rect {box} fill="{paints[name]}"/><text x="{left + 4}" y="{bottom - 4 - high:.1f}">{text}</text>'
+            )
+        titles.append(f"{factors} factors in the {block} block: {', '.join(said)}.")
+    for x, block in ((10, "common"), (210, "unique")):
+        parts.append(f'<text x="{x}" y="16" font-weight="600">{block} block</text>')
+    for x, name in zip((10, 80, 190), shown, strict=False):
+        box = f'x="{x}" y="278" width="10" height="10"'
+        parts.append(f'<rect {box} fill="{paints[name]}"/><text x="{x + 14}" y="288">{name}</text>')
+    drawn = BLOCKS.format(title=" ".join(titles), parts="\n".join(parts), profile=profile)
+    target = "../notebooks/60_ground_truth.html"
+    return drawn.replace("chapter 60", f'<a href="{target}">chapter 60</a>')
+
+
+def _held(notebook: dict) -> dict:
+    """Pair -> run -> kind of ``probes.HELD`` -> mean R2, as the cell of an executed notebook 60 gives it."""
+    for cell in notebook["cells"]:
+        for out in cell.get("outputs", []):
+            if "application/json" in out.get("data", {}):
+                return out["data"]["application/json"]
+    return {}
+
+
 TABLES = {
+    "findings": findings,
+    "real": real,
+    "blocks": blocks,
     "figure": figure,
     "summary": summary,
     "table": table,
@@ -175,8 +304,8 @@ def read_source(app, docname: str, content: list[str]) -> None:
     """Handler of Sphinx's ``source-read``: puts tables in the place of their comment lines."""
     if docname.startswith("book/"):
         for profile in app.config.decur_profiles:
-            records = Path(app.srcdir) / app.config.decur_executed / profile / "records.json"
-            app.env.dependencies[docname].add(str(records))
+            for file in ("records.json", TRUTH) if docname == "book/index" else ("records.json",):
+                app.env.dependencies[docname].add(str(Path(app.srcdir) / app.config.decur_executed / profile / file))
         measurements = (Path(app.srcdir) / "benchmarks" / "records").glob("*.json")
         app.env.dependencies[docname].update(map(str, measurements))
 

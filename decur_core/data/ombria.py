@@ -10,6 +10,7 @@ same for both sensors. The patches of test are of the same events as those of tr
 How to get it: github.com/geodrak/OMBRIA. Contains modified Copernicus Sentinel data; masks of the Copernicus EMS.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +41,30 @@ class Flood(Masks):
     def score(self, batches) -> dict:
         found = super().score(batches)
         return found | {"flood": found["per_class"][1]}
+
+
+def simple_rules(stores: Mapping) -> dict[str, dict[str, float]]:
+    """IoU of the flooded in percent, by what needs no network, in some ``Store``: rule -> name of the store -> IoU.
+
+    Every pixel; radar after the flood darker than a threshold; NDWI of the image after it, (B3 - B8) / (B3 + B8), above
+    one. Thresholds are those that are best in the store ``train``.
+    """
+    values, flooded = {}, {}
+    for part, store in stores.items():
+        after = {m: np.stack([store.read(i, m, 1) for i in range(len(store))]) for m in store.shapes}
+        b8, b3 = after["optical"][:, 1:].astype(float).swapaxes(0, 1)
+        values[part] = {"dark radar": -after["sar"][:, 0].astype(float), "NDWI": (b3 - b8) / np.maximum(b3 + b8, 1)}
+        flooded[part] = after["mask"][:, 0] == 1 + CLASSES.index("flooded")
+
+    def iou(part: str, found: np.ndarray) -> float:
+        return 100 * (found & flooded[part]).sum() / (found | flooded[part]).sum()
+
+    rules = {"every pixel": {part: iou(part, np.ones_like(mask)) for part, mask in flooded.items()}}
+    for rule, train in values["train"].items():
+        limits = np.quantile(train, np.linspace(0.02, 0.98, 49))
+        best = max(limits, key=lambda limit: iou("train", train > limit))
+        rules[rule] = {part: iou(part, values[part][rule] > best) for part in stores}
+    return rules
 
 
 class Ombria(Reader):

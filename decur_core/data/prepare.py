@@ -36,15 +36,10 @@ def _stores(settings: config.Settings) -> Path:
 def world(settings: config.Settings, dataset: str | None = None, split: str = "train") -> Reader:
     """The miniature world that stands in for a split of a data set, by default of the one the pair is pretrained on.
 
-    Its ``.factors`` are known; ``splits`` says which of its items belong to the split.
+    Its ``.factors`` are known.
     """
     found = datasets.find(dataset or _pretraining(settings)[0])
-    return miniature(found).make(settings.world, split)
-
-
-def splits(settings: config.Settings, dataset: str) -> dict[str, range]:
-    """Which items of the miniature world make up each split of a data set."""
-    return miniature(datasets.find(dataset)).parts(settings.world)
+    return miniature(found).drawn(settings.world, split)
 
 
 def reader(settings: config.Settings, dataset: str, split: str) -> Reader:
@@ -52,7 +47,7 @@ def reader(settings: config.Settings, dataset: str, split: str) -> Reader:
 
     ``dataset``: a name of ``datasets.names``; ``split``: one of its splits, or all. For a miniature world the first
     ``world.through_files`` items of every split are written to disk in the published layout, if they are not there, and
-    read back like any other download; the rest is rendered when asked for.
+    read back like any other download; the rest, and all with a ``world.common`` below 2, is rendered when asked for.
     """
     found, part = datasets.find(dataset), None if split == "all" else split
     if settings.data.source == "samples":
@@ -67,9 +62,9 @@ def reader(settings: config.Settings, dataset: str, split: str) -> Reader:
     parts = twin.parts(settings.world)
     if split == "all" and split not in parts:
         return Joined(*(reader(settings, dataset, each) for each in parts))
-    through, whole = settings.world.through_files if twin.write else 0, twin.whole
+    through, whole = settings.world.through_files if twin.write and not twin.unshared(settings.world) else 0, twin.whole
     written = {k: places[: min(through, len(places)) // whole * whole] for k, places in parts.items()}
-    made = twin.make(settings.world, split)
+    made = twin.drawn(settings.world, split)
     if not written[split]:
         return Part(made, parts[split])
     root = _written(settings, dataset, lambda folder: twin.write(folder, settings.world, written))
@@ -92,7 +87,8 @@ def _source(settings: config.Settings) -> str:
     w = settings.world
     if settings.data.source != "world":
         return settings.data.source
-    return f"{w.layout}-{w.locations}-{w.through_files}-{w.train}-{w.test}-{w.tile}px-seed{w.seed}"
+    shared = "" if w.common == 2 else f"-common{w.common}"
+    return f"{w.layout}-{w.locations}-{w.through_files}-{w.train}-{w.test}-{w.tile}px-seed{w.seed}{shared}"
 
 
 def _written(settings: config.Settings, name: str, write) -> Path:
@@ -130,7 +126,7 @@ def known_factors(settings: config.Settings) -> tuple[dict[str, np.ndarray], dic
     """
     if settings.data.source != "world":
         raise config.ConfigError(f"data: source = {settings.data.source!r}; factors are known for the miniature world")
-    return world(settings).factors, dict(miniature(datasets.find(_pretraining(settings)[0])).factors)
+    return world(settings).factors, miniature(datasets.find(_pretraining(settings)[0])).seen_by(settings.world)
 
 
 def store(settings: config.Settings, dataset: str, split: str, *, shard: tuple[int, int] = (0, 1), **options) -> Path:
@@ -175,9 +171,7 @@ def _target(settings: config.Settings, dataset: str, split: str) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line; exits with 1 if ``--verify`` finds damage."""
-    parser = argparse.ArgumentParser(
-        prog="python -m decur_core.data.prepare", description="Convert, without a notebook."
-    )
+    parser = argparse.ArgumentParser(prog="python -m decur_core.data.prepare", description="Convert data sets.")
     parser.add_argument("profile", help="a file in notebooks/profiles, without .yaml")
     parser.add_argument("--pair", help="by default the profile's")
     parser.add_argument("--dataset", help="by default the one that the pair is pretrained on")
@@ -187,9 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     about = "share of the samples that may be quarantined in a finished store (default: 0.05)"
     parser.add_argument("--allowed", type=float, default=0.05, metavar="SHARE", help=about)
     parser.add_argument("--verify", action="store_true", help="re-read what is stored and say what is damaged")
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="e.g. data.processes=8"
-    )
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="data.processes=8")
     args = parser.parse_args(argv)
     try:
         settings = config.load(args.profile, config.overrides(args.set), pair=args.pair)

@@ -19,7 +19,7 @@ import numpy as np
 from decur_core.data import arrays
 from decur_core.data.arrays import QUARANTINED, STORED, TODO, digest, disk, load, maps, positions
 from decur_core.data.raster import DataError, repeated
-from decur_core.running.files import locked
+from decur_core.running.files import locked, seen
 
 _LARGEST = 2**37  # bytes of a file
 _BATCH, _PAUSE = 2**26, 10.0  # bytes or seconds after which rows are flushed and marked: a flush waits for the disk
@@ -49,6 +49,7 @@ class Store:
         self.ids = [index["ids"][row] for row in self._rows]
         self.labels = there["labels"][0].view(np.ndarray)[self._rows] if index["labels"] else None
         self.meta = index["meta"] | {key: index[key] for key in ("quarantined", "summary")}
+        seen.append({k: v for k, v in self.meta.get("data", {}).items() if k in ("name", "title", "drawn", "source")})
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -264,8 +265,7 @@ def _begin(path: Path, wanted: dict, *, retry: bool) -> None:
     elif unlike := arrays.unlike(index, wanted):
         raise DataError(f"{path}: holds another store, choose another path ({unlike})")
     elif index["parts"] != wanted["parts"]:
-        what = f"holds a store in {index['parts']} part(s), not {wanted['parts']}"
-        raise DataError(f"{path}: {what}; choose another path")
+        raise DataError(f"{path}: holds a store in {index['parts']} parts, not {wanted['parts']}; choose another path")
     elif retry and index["finished"] and index["quarantined"]:
         arrays.save(path, index | {"finished": False})
     if not (path / "state.npy").exists():

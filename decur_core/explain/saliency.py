@@ -18,7 +18,6 @@ from captum.attr import IntegratedGradients, LayerGradCam
 from torch import Tensor, nn
 
 from decur_core import config, pretrain
-from decur_core.data.modality import Modality
 from decur_core.data.store import Store
 from decur_core.explain.embeddings import blocks, embeddings, images
 from decur_core.model import MultimodalModel
@@ -61,9 +60,7 @@ class CommonUnique(nn.Module):
         return [m for m in self.model.backbones[self.modality].modules() if isinstance(m, nn.Conv2d)][-1]
 
 
-def targets(
-    folder: Path, store: Store, *, samples: int = 1024, device="cpu"
-) -> tuple[dict[str, CommonUnique], dict[str, Modality], dict]:
+def targets(folder: Path, store: Store, *, samples: int = 1024, device="cpu") -> tuple[dict, dict, dict]:
     """What attributions explain, a ``CommonUnique`` for each modality of a finished run; its modalities and settings.
 
     Common is what a modality shares with any other, unique what it shares with none (``embeddings.blocks``).

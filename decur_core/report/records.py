@@ -14,7 +14,9 @@ REFERENCE = "decur"  # the method that others are compared with
 PAIR = (("mean", ""), ("second", "second_"))  # of a row of `summary`: its numbers, and what is about each begins with
 # Kinds of images: what heads columns of their numbers, and how their name goes on.
 KINDS = {"published": ("ours", "{}"), "samples": ("real samples", "a handful of real samples of {}")}
+KINDS["small"] = ("ours, small networks", "{}, small networks on small images")  # not what the paper's tables hold
 KINDS["world"] = ("drawn world", "{}, a miniature world (not real data)")
+SMALL = ("small", "medium")  # backbones
 
 
 def choose(records: Iterable[dict], **wanted) -> list[dict]:
@@ -24,7 +26,9 @@ def choose(records: Iterable[dict], **wanted) -> list[dict]:
 
 def kind(record: Mapping) -> str:
     """One of KINDS."""
-    return "world" if record["drawn"] else record["world"]
+    backbone = record.get("settings", {}).get("pretraining", {}).get("backbone")
+    small = record["world"] == "published" and backbone in SMALL
+    return "world" if record["drawn"] else "small" if small else record["world"]
 
 
 def data_title(record: Mapping) -> str:

@@ -12,6 +12,8 @@ import time
 import warnings
 from pathlib import Path
 
+seen: list[dict] = []  # what the images are of every store that this process has opened
+
 
 def visible(folder: Path | str, pattern: str) -> list[Path]:
     """Files, or folders for a pattern that ends with a slash, in any order: the one rule for what belongs to the data.

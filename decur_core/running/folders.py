@@ -15,13 +15,14 @@ import tqdm.auto
 
 from decur_core import config
 from decur_core.losses import METHODS
-from decur_core.running.files import locked, remove_torn, replacing, visible, write_json, write_text  # noqa: F401
+from decur_core.running.files import locked, remove_torn, replacing, seen, visible, write_json, write_text  # noqa: F401
 
-SENTINEL = "decur: notebook finished"
+IMAGES, SENTINEL = "decur: images ", "decur: notebook finished"
 
 
 def finished() -> None:
-    """The last line of every notebook: the headless driver accepts a run only when it finds this line."""
+    """Ends every notebook: says what images it has seen, and the line without which the driver accepts no run."""
+    print(IMAGES + json.dumps([*{about["title"]: about for about in seen if about}.values()]))
     print(SENTINEL)
 
 

@@ -1,12 +1,16 @@
 """What a step of training needs in memory, from shapes alone: to refuse what cannot fit before it starts."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+
+from decur_core import losses
+from decur_core.config import ConfigError, Settings
+from decur_core.running import processes
 
 
 def peak(
@@ -53,3 +57,29 @@ def peak(
     held = sum(x.nbytes for x in given) + slots * trained
     backward = sum(forward) + 2 * max(forward, default=0) + (trained if processes > 1 else 0)
     return held + max(backward, 2 * trained)
+
+
+def check(settings: Settings, model: nn.Module, modalities: Iterable, device: torch.device) -> None:
+    """Refuse, with a ConfigError, a step of which this process's share cannot fit its GPU; ``model`` is on the CPU yet.
+
+    ``modalities``: those that are trained. Compiled backbones keep less than is counted, and are not judged.
+    """
+    method, world = losses.METHODS[settings.method], processes.place()[1]
+    if device.type != "cuda" or not method.loss or settings.compile != "off":
+        return
+    low, count, side = settings.precision != "float32", settings.batch_size // world, settings.crop_size
+    used = method.views(settings)
+    views = {m.name: [(count, m.channels, side, side)] * used + [None] * (2 - used) for m in modalities}
+
+    def loss(model: nn.Module, views: dict) -> Tensor:  # over the batch of all processes, as each of them computes it
+        z = {m: tuple(x if x is None else x.repeat(world, 1) for x in both) for m, both in model(views).items()}
+        own = model.scale() if method.scaled else None
+        return method.loss(z, settings, squares=losses.squares, scale=own)["total"]
+
+    card, slots = torch.cuda.get_device_properties(device), 2 if settings.optimizer == "adamw" else 1
+    need = peak(model, loss, views, low=low, slots=slots, processes=world)
+    if need > card.total_memory:
+        asked = f"batch_size = {settings.batch_size}, precision = {settings.precision!r}, processes = {world}"
+        state = f"a step needs {need / 1e9:.1f} GB in each, but {card.name} has {card.total_memory / 1e9:.1f} GB"
+        way = "lower batch_size, " + ("" if low else "choose precision: bfloat16, ") + "or use more processes (GPUs)"
+        raise ConfigError(f"{asked}: {state}; {way}")

@@ -5,6 +5,7 @@ Process r of w holds samples r * n to (r + 1) * n of w * n. In a process of its 
 
 import contextlib
 import ctypes
+import inspect
 import os
 import signal
 import sys
@@ -170,8 +171,10 @@ def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     for module in () if gpu else model.modules():
         if isinstance(module, nn.SyncBatchNorm):
             module.__class__ = _BatchNorm  # torch's refuses CPUs; same state, so the model's keys stay
-    options = {"forward_sync_buffers": False, "gradient_as_bucket_view": True, "static_graph": True}
-    return nn.parallel.DistributedDataParallel(model, [torch.cuda.current_device()] if gpu else None, **options)
+    replica, options = nn.parallel.DistributedDataParallel, {"gradient_as_bucket_view": True, "static_graph": True}
+    known = inspect.signature(replica).parameters
+    options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False  # older torch
+    return replica(model, [torch.cuda.current_device()] if gpu else None, **options)
 
 
 def tie(_=None) -> None:

@@ -1,8 +1,15 @@
 """Miniature worlds with known factors, and their files in the published layouts."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from decur_core.config import ConfigError
+from decur_core.data.raster import Reader
+from decur_core.worlds.sar_optical import factors
+
+OWN = 1000  # added to a world's stream: random numbers of the factors that its second sensor draws for itself
 
 
 @dataclass(frozen=True)
@@ -14,7 +21,7 @@ class Miniature:
     these items as files in the published layout, None where there is none. ``factors``: name -> who sees it, ``common``
     or names of modalities joined by ``+``, without those that the 8-bit mapping removes. ``whole``: items that share
     files; ``size``: (height, width) of stored images, where they are not stored as they are read. ``title``: for
-    readers.
+    readers. ``sensors``: names of both, then the keys of items that show the second; without, all stays common.
     """
 
     title: str
@@ -24,6 +31,41 @@ class Miniature:
     factors: dict[str, str]
     whole: int = 1
     size: Callable[..., tuple[int, int]] | None = None
+    sensors: tuple[str, str, tuple[str, ...]] = ("", "", ())
+
+    def unshared(self, world) -> dict[str, str]:
+        """The common factors that the sensors do not share, ``world.common`` being fewer: name -> of the second's."""
+        names = [name for name, who in self.factors.items() if who == "common"][world.common :]
+        if names and not self.sensors[0]:
+            raise ConfigError(f"world.common = {world.common}; the {self.title} shares what it shares: 2")
+        return {name: f"{name}, {self.sensors[1]}" for name in names}
+
+    def drawn(self, world, split: str) -> Reader:
+        """``make``, with as many factors in common as ``world.common`` says."""
+        names, made = self.unshared(world), self.make(world, split)
+        return Unshared(made, names, self.sensors[2]) if names else made
+
+    def seen_by(self, world) -> dict[str, str]:
+        """``factors`` of ``drawn``."""
+        own, (first, second, _) = self.unshared(world), self.sensors
+        return self.factors | dict.fromkeys(own, first) | dict.fromkeys(own.values(), second)
+
+
+class Unshared(Reader):
+    """A world whose sensors share less: of some common factors the second sensor, ``keys`` of the items, has its own.
+
+    Each sensor's images are those of the world with its factors; places and nuisance are drawn as before. What belongs
+    to both, labels and masks, follows the first sensor.
+    """
+
+    def __init__(self, world: Reader, names: dict[str, str], keys: tuple[str, ...]):
+        own = factors(len(world), seed=world.seed, stream=world.stream + OWN, names=names)
+        self.world, self.other, self.keys, self.ids = world, copy.copy(world), keys, world.ids
+        self.other.factors = world.factors | own
+        self.factors = world.factors | {names[name]: values for name, values in own.items()}
+
+    def __getitem__(self, i: int) -> dict:
+        return self.world[i] | {key: image for key, image in self.other[i].items() if key in self.keys}
 
 
 def apart(train: str) -> Callable[..., dict[str, range]]:

@@ -96,6 +96,7 @@ SSL4EO = Miniature(
     parts=lambda world: {"all": range(world.locations)},
     write=lambda root, world, parts: write_ssl4eo(root, SSL4EO.make(world, "all"), parts["all"]),
     factors=FACTORS,
+    sensors=("sar", "optical", ("optical",)),
 )
 BIGEARTHNET = Miniature(
     TITLE,
@@ -103,4 +104,5 @@ BIGEARTHNET = Miniature(
     parts=apart("train"),
     write=lambda root, world, parts: write_bigearthnet(root, BIGEARTHNET.make(world, "train"), parts),
     factors=FACTORS,
+    sensors=("sar", "optical", ("optical",)),
 )

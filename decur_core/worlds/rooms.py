@@ -285,6 +285,7 @@ SUNRGBD = Miniature(
     write=lambda root, world, parts: write_sunrgbd(root, _make(world, "train"), parts),
     factors=SEEN,
     size=lambda world: (world.tile, world.tile * 4 // 3),
+    sensors=("rgb", "hha", ("depth",)),
 )
 NYUV2 = replace(
     SUNRGBD,

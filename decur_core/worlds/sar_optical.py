@@ -199,9 +199,7 @@ def _by_field(values: np.ndarray, layout: Layout, elsewhere: float) -> np.ndarra
     return np.where((layout.cover == BARE) | (layout.cover == VEGETATED), spread, elsewhere).astype(np.float32)
 
 
-def _optical(
-    rng, layout: Layout, f: dict[str, float], seasons: int, woods: np.ndarray | None = None
-) -> dict[int, np.ndarray]:
+def _optical(rng, layout: Layout, f: dict[str, float], seasons: int, woods: np.ndarray | None = None) -> dict:
     """Optical views of one location: {k: uint16 (seasons, bands of GROUPS[k], tile/k, tile/k)} for k = 1, 2, 6.
 
     `woods`: bool (tile, tile), where crowns hide what lies below.

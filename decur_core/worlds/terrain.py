@@ -219,4 +219,5 @@ GEONRW = Miniature(
     write=_write_parts,
     factors={name: who for name, who in FACTORS.items() if name not in REMOVED},
     whole=16,  # patches of a tile
+    sensors=("rgb", "dem", ("dem",)),
 )
