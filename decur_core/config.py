@@ -142,7 +142,7 @@ class Settings(Section):
                 if (parts := name.split("+")) != [m for m in has if m in parts]:
                     allowed = ["both"] * (setting != "blocks") + has + ["+".join(has)]
                     yield f"{setting} = {name!r}, but pair = {self.pair!r} has: {', '.join(allowed)}"
-        widths = {sum(k for name, k in self.blocks.items() if m in name.split("+")) for m in has}
+        widths = {sum(own.values()) for own in losses.layout(self.blocks, has).values()}
         if self.blocks and (0 in widths or not self.projector or (self.shared_projector and len(widths) > 1)):
             yield f"blocks = {self.blocks}; each modality needs some, and a projector of its own if sums differ"
         decur, auto = self.method == "decur", self.dim_common == "auto"

@@ -4,7 +4,7 @@ Shapes: N samples, K embedding dimensions. C is the cross-correlation matrix of 
 Every loss takes embeddings in any float dtype and computes in float32 or better, outside autocast.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from itertools import combinations
 from typing import NamedTuple
@@ -121,30 +121,33 @@ def decur(
         return Terms(common + unique + intra1 + intra2, common, unique, intra1, intra2)
 
 
-def _layout(views: Mapping, blocks: Mapping[str, int], present: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
-    """The widths of each modality's blocks, in the order of its columns; ValueError for what does not fit together."""
-    names, layout = list(views), {m: {} for m in views}
+def layout(blocks: Mapping[str, int], modalities: Iterable[str]) -> dict[str, dict[str, int]]:
+    """Widths of the blocks of each modality, in the order of its columns: of those that name it (names joined by +)."""
+    return {m: {block: k for block, k in blocks.items() if m in block.split("+")} for m in modalities}
+
+
+def _checked(views: Mapping, blocks: Mapping[str, int], present: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
+    """The ``layout``; ValueError for what does not fit together."""
+    names, widths = list(views), layout(blocks, views)
     for block, width in blocks.items():
         members = block.split("+")
         if members != [m for m in names if m in members] or width < 0:
             form = f"some of {names}, in this order, joined by +, and a width of 0 or more"
             raise ValueError(f"block {block!r} of width {width}: expected {form}")
-        for m in members:
-            layout[m][block] = width
     shapes = {m: [None if z is None else tuple(z.shape) for z in pair] for m, pair in views.items()}
     n = max((shape[0] for pair in shapes.values() for shape in pair if shape), default=0)
     if len(names) < 2 or n < 2:
         raise ValueError(f"found N = {n} samples of the modalities {names}: expected 2 or more of each")
     for m, found in shapes.items():
-        wanted = (n, sum(layout[m].values()))
+        wanted = (n, sum(widths[m].values()))
         if found not in ([wanted, wanted], [wanted, None]):
-            form = f"two of {wanted}, the second may be None: N = {n}, and the widths of its blocks are {layout[m]}"
+            form = f"two of {wanted}, the second may be None: N = {n}, and the widths of its blocks are {widths[m]}"
             raise ValueError(f"views of {m!r} of shapes {found}: expected {form}")
     for m, mask in present.items():
         if m not in names or mask.dtype != torch.bool or mask.shape != (n,):
             form = f"torch.bool of shape {(n,)} for one of {names}"
             raise ValueError(f"present[{m!r}] is {mask.dtype} of shape {tuple(mask.shape)}: expected {form}")
-    return layout
+    return widths
 
 
 def decur_blocks(
@@ -170,7 +173,7 @@ def decur_blocks(
     ``ValueError`` for names, widths, shapes or masks that do not fit together.
     """
     present = present or {}
-    layout = _layout(views, blocks, present)
+    widths = _checked(views, blocks, present)
     first = precise(next(iter(views.values()))[0])
     zero = first.new_zeros(())
 
@@ -181,7 +184,7 @@ def decur_blocks(
     @cache
     def columns(m: str, view: int, masks: tuple[str, ...]) -> dict[str, Tensor]:
         z = standardise(views[m][view][rows(masks)] if masks else views[m][view])
-        return dict(zip(layout[m], z.split(list(layout[m].values()), 1), strict=True))
+        return dict(zip(widths[m], z.split(list(widths[m].values()), 1), strict=True))
 
     @cache
     def grams(m: str, view: int, masks: tuple[str, ...]) -> dict[str, Tensor]:
@@ -193,10 +196,10 @@ def decur_blocks(
         n = len(rows(masks)) if masks else len(first)
         if n < max(minimum, 2):
             return zero, zero
-        shared = [block for block in layout[m] if block in layout[o]]
+        shared = [block for block in widths[m] if block in widths[o]]
         a, b = columns(m, 0, masks), columns(o, view, masks)
         on = torch.cat([zero.expand(0), *((a[block] * b[block]).sum(0) for block in shared)])
-        k_a, k_b = (sum(layout[name].values()) for name in (m, o))
+        k_a, k_b = (sum(widths[name].values()) for name in (m, o))
         if n * (k_a + k_b) < k_a * k_b:  # the squares of several blocks are the product of sums of Gram matrices
             a, b, join, multiply = grams(m, 0, masks), grams(o, view, masks), sum, lambda g, h: (g * h).sum()
         else:

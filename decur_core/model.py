@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from decur_core import backbones
-from decur_core.losses import METHODS
+from decur_core.losses import METHODS, layout
 from decur_core.running.checkpoints import read_weights
 
 
@@ -89,8 +89,8 @@ class MultimodalModel(nn.Module):
 def build(settings: Mapping, in_channels: Mapping[str, int]) -> MultimodalModel:
     """The randomly initialised model of a run, whose settings are as in ``config.identity`` and ``final.pt``."""
     blocks = settings.get("blocks") or {}
-    widths = {m: sum(k for subset, k in blocks.items() if m in subset.split("+")) for m in in_channels}
-    options = {"shared_projector": settings.get("shared_projector", False), "dimensions": widths if blocks else {}}
+    widths = {m: sum(own.values()) for m, own in layout(blocks, in_channels).items() if blocks}
+    options = {"shared_projector": settings.get("shared_projector", False), "dimensions": widths}
     options["scaled"] = METHODS[settings["method"]].scaled
     return MultimodalModel(settings["backbone"], in_channels, settings["projector"], **options)
 

@@ -53,7 +53,7 @@ class ThisPython(KernelSpecManager):
 
 
 class Client(PapermillNotebookClient):
-    """papermill's client, with a kernel that never outlives the driver, merged streams and a log of progress."""
+    """papermill's client, with a kernel that never outlives the driver and a log of progress."""
 
     def create_kernel_manager(self):
         # Encrypted: other users of a node can connect to the kernel's ports.
@@ -97,14 +97,14 @@ class Client(PapermillNotebookClient):
             if "\r" in output.text and line.strip() and time.monotonic() - self.shown > REFRESH:
                 done, self.shown = [*done, line], time.monotonic()
             print(*(f"    | {text.rstrip()}\n" for text in done), sep="", end="", flush=True)
-            merge_last(cell.outputs)
         return output
 
 
 class Engine(NBClientEngine):
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, *, state, **kwargs):
-        client = Client(nb_man, timeout=None, startup_timeout=300, iopub_timeout=60, shutdown_kernel="immediate")
+        options = {"startup_timeout": 300, "iopub_timeout": 60, "shutdown_kernel": "immediate"}
+        client = Client(nb_man, timeout=None, coalesce_streams=True, **options)
         client.state = state
         return client.execute()
 
@@ -116,19 +116,6 @@ def overwrite(text: str, more: str) -> str:
     """``text + more`` as a terminal shows it: what follows a carriage return replaces its line."""
     head, newline, line = text.rpartition("\n")
     return head + newline + re.sub(r"[^\n]*\r(?=[^\r\n])", "", line + more).replace("\r\n", "\n")
-
-
-def merge_last(outputs: list) -> None:
-    """Fold the stream chunk at the end of ``outputs`` into its stream's text since the last figure or value."""
-    chunk = outputs.pop()
-    for earlier in reversed(outputs):
-        if earlier.output_type != "stream":
-            break
-        if earlier.name == chunk.name:
-            earlier.text = overwrite(earlier.text, chunk.text)
-            return
-    chunk.text = overwrite("", chunk.text)
-    outputs.append(chunk)
 
 
 def send(kernel: int | None, number: int, how=os.kill) -> None:

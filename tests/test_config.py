@@ -138,7 +138,7 @@ REFUSED = [  # overrides; what the message must hold: the name, the value, what 
     ({"lambd": ".nan"}, ["lambd = '.nan'", "a number"]),
     ({"lambd": math.nan}, ["lambd = nan", "0 or more"]),
     ({"lambd": "inf"}, ["lambd = inf", "finite"]),
-    ({"momentum": 1}, ["momentum = 1.0", "0 to 0.999999"]),
+    ({"momentum": 1}, ["momentum = 1;", "0 to 0.999999"]),
     ({"backbone": "vgg"}, ["backbone = 'vgg'", ", ".join(config.TABLES["backbone"]())]),
     ({"backbone": 50}, ["backbone = 50", "text"]),
     ({"method": "moco"}, ["method = 'moco'", "random, supervised, simclr, clip, barlow_twins, vicreg"]),
@@ -154,7 +154,7 @@ REFUSED = [  # overrides; what the message must hold: the name, the value, what 
     ({"world.layout": "free"}, ["world.layout = 'free'", "coregistered, redrawn"]),
     ({"data": {"source": "web"}}, ["data.source = 'web'", "published, world, samples"]),
     ({"transfer.exclude": "yes"}, ["transfer.exclude = 'yes'", "true or false"]),
-    ({"transfer.fractions": [0]}, ["transfer.fractions = 0.0", "above 0 and at most 1"]),
+    ({"transfer.fractions": [0]}, ["transfer.fractions = 0;", "above 0 and at most 1"]),
     ({"transfer.fractions": [1.5]}, ["transfer.fractions = 1.5", "above 0 and at most 1"]),
     ({"transfer.inputs": ["lidar"]}, ["transfer.inputs = 'lidar'", "both, sar, optical"]),
     ({"sweep": ["method"]}, ["sweep = ['method']", "section"]),
@@ -511,8 +511,8 @@ def test_a_setting_is_what_was_typed(tmp_path, text, name, value):
         ("name: [1]", "name = ['1']; expected text"),
         ("world: ", "world = ''; expected a section"),
         ("vicreg_weights: [1, 1]", "vicreg_weights = ['1', '1']; allowed: at least 3 in the list and at most 3"),
-        ("vicreg_weights: [1, -1, 1]", "vicreg_weights = -1.0; allowed: 0 or more"),
-        ("auto_share: 1", "auto_share = 1.0; allowed: above 0 and below 1"),
+        ("vicreg_weights: [1, -1, 1]", "vicreg_weights = -1; allowed: 0 or more"),
+        ("auto_share: 1", "auto_share = 1; allowed: above 0 and below 1"),
     ],
 )
 def test_what_only_looks_like_a_value_is_refused(profile, text, message):

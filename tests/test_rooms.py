@@ -224,7 +224,7 @@ def test_items_have_the_form_of_the_readers(size):
         ({"stream": -1}, "stream = -1"),
         ({"height": 46}, "height = 46.*3:4"),
         ({"height": 50, "width": 50}, "height = 50.*3:4"),
-        ({"height": 12, "width": 16}, "height = 12.*24"),
+        ({"height": 12, "width": 16}, "tile = 12.*24"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook, new_output
+from nbformat.v4 import new_code_cell, new_notebook
 
 from decur_core import run
 from decur_core.running.folders import SENTINEL
@@ -153,18 +153,6 @@ def test_a_foreign_kernelspec_does_not_hijack(tmp_path, monkeypatch):
     assert drive(tmp_path, "10_here.ipynb") == 0
     notebook = nbformat.read(tmp_path / "executed" / "10_here.ipynb", 4)
     assert notebook.cells[2].outputs[0].text.strip() == sys.executable
-
-
-def test_streams_merge_as_a_terminal_shows_them():
-    outputs = []
-    for text in ("a 1%", "x\n", "\ra 9%\r", "a 100%\n", "y"):
-        outputs.append(new_output("stream", name="stdout" if text[0] in "xy" else "stderr", text=text))
-        run.merge_last(outputs)
-    assert [(out.name, out.text) for out in outputs] == [("stderr", "a 100%\n"), ("stdout", "x\ny")]
-    outputs.append(new_output("display_data", {"text/plain": "figure"}))
-    outputs.append(new_output("stream", name="stdout", text="z\r\n"))
-    run.merge_last(outputs)
-    assert len(outputs) == 4 and outputs[-1].text == "z\n"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import rasterio
 
 from decur_core.data.modality import OPTICAL, SAR
 from decur_core.data.raster import DataError
-from decur_core.data.samples import RealPairs
+from decur_core.data.ssl4eo import RealPairs
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} with the sample data is missing")

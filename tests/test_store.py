@@ -491,15 +491,3 @@ def test_committed_ids_survive_a_kill(tmp_path):
     with writer(tmp_path / "killed") as target:
         assert target.done == set(IDS[:3])
     assert content(fill(tmp_path / "killed")) == content(fill(tmp_path / "whole"))
-
-
-def test_labels_of_another_number_of_classes_are_refused(tmp_path):
-    with writer(tmp_path / "five", labels=5, meta={"preprocessing": {}}) as target:
-        for id in IDS:
-            target.put(id, arrays(id), (0, 1, 0, 1, 1))
-    found = Store(tmp_path / "five")
-    found.check({}, classes=5)
-    with pytest.raises(DataError, match="labels of 5 classes, expected 19"):
-        found.check({}, classes=19)
-    with pytest.raises(DataError, match="labels of 0 classes, expected 19"):
-        Store(fill(tmp_path / "without")).check({}, classes=19)

@@ -124,8 +124,8 @@ def test_items_have_the_form_of_the_readers_and_realistic_values():
         ({"seasons": 5}, "seasons = 5.*1 to 4"),
         ({"seed": -1}, "seed = -1"),
         ({"stream": 1.5}, "stream = 1.5"),
-        ({"tile": 32}, "tile = 32.*multiple of 6"),
-        ({"tile": 6}, "tile = 6.*at least 12"),
+        ({"tile": 32}, "tile = 32.*steps of 6"),
+        ({"tile": 6}, "tile = 6: .*, 12 to"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):

@@ -5,18 +5,17 @@ import multiprocessing
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from decur_core.data import arrays
 from decur_core.data.arrays import TODO, digest, load, positions
-from decur_core.data.encode import Encoder
+from decur_core.data.encode import GUARD, Encoder, Job, results
 from decur_core.data.modality import Modality
 from decur_core.data.raster import DataError
 from decur_core.data.store import Store, StoreWriter, too_many
-from decur_core.data.workers import GUARD, Job, results
 from decur_core.running import folders as runs
 
 
@@ -33,16 +32,6 @@ class Report:
     sha256: str  # of the content, whatever the number of workers, shards and interruptions
     converted: int = 0  # samples, stored or quarantined, of this run
     seconds: float = 0.0  # wall time of this run
-
-    @classmethod
-    def of(cls, store: Store) -> "Report":
-        """The report on a finished store."""
-        return cls._of(store.meta, store.meta["summary"] | {"quarantined": store.meta["quarantined"]})
-
-    @classmethod
-    def _of(cls, meta: dict, summary: dict) -> "Report":
-        bands = {name: mapping["bands"] for name, mapping in meta["preprocessing"].items()}
-        return cls(bands=bands, published=meta["published"], **summary)
 
     def far(self, name: str) -> list[str]:
         """Bands of a modality whose mean is over half a deviation, or deviation a factor 1.5, off the published one."""
@@ -138,8 +127,9 @@ def convert(
                     if reason and bad > allowed * len(dataset.ids):
                         raise DataError(too_many(path, bad, len(dataset.ids), allowed, f"{dataset.ids[row]}: {reason}"))
             span = writer.span if shard[1] > 1 else range(len(dataset.ids))
-    report = Report._of(meta, arrays.summary(path, writer.index, span))
-    return replace(report, converted=converted, seconds=time.perf_counter() - start)
+    known = {"bands": {name: list(m.bands) for name, m in chosen.items()}, "published": meta["published"]}
+    how = {"converted": converted, "seconds": time.perf_counter() - start}
+    return Report(**known, **arrays.summary(path, writer.index, span), **how)
 
 
 def verify(path: Path | str, *, workers: int = 1, progress: bool = True) -> dict[str, str]:

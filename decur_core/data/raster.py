@@ -143,24 +143,23 @@ def read_bands(
     *,
     steps: Sequence[int],
     kinds: Sequence[str],
-    size: tuple[int, int] | None = None,
     pixel: float | None = None,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
     """Read one-band files of one place and bring them to the finest grid: float32 (len(paths), H, W), `out` if given.
 
     `paths`: one per band, None for a row of zeros; `steps`: pixel size of each band in units of the finest one (1, 2
-    and 6 for Sentinel-2), at least one is 1; `kinds`: one per band as in `read`; `size`: (H, W) of the finest grid,
-    None takes that of the first band with step 1; `pixel`: side of its pixels in metres if all files lie on one
-    projected grid, to half a pixel (a coarse band may then have come resampled to the finest grid), None if each has
-    corners of its own, and the files only have to lie within a quarter of a side of each other.
+    and 6 for Sentinel-2), at least one is 1, and the first of these has the size (H, W) for all; `kinds`: one per band
+    as in `read`; `pixel`: side of its pixels in metres if all files lie on one projected grid, to half a pixel (a
+    coarse band may then have come resampled to the finest grid), None if each has corners of its own, and the files
+    only have to lie within a quarter of a side of each other.
 
-    A DataError as in `read`, for a file of another size than `size` / step, and for one at another place.
+    A DataError as in `read`, for a file of another size than (H, W) / step, and for one at another place.
     """
     with _gdal() as warned:
         files = [path and _read(path, warned, count=1, kind=kind) for path, kind in zip(paths, kinds, strict=True)]
     first = next(row for row, file in enumerate(files) if file and steps[row] == 1)
-    size = tuple(size or files[first].values.shape[1:]) if out is None else out.shape[1:]
+    size = files[first].values.shape[1:] if out is None else out.shape[1:]
     out = np.empty((len(paths), *size), dtype=np.float32) if out is None else out
     coarse = {}  # bands of one step are resized in one call
     for row, (path, file, step) in enumerate(zip(paths, files, steps, strict=True)):

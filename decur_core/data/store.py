@@ -62,17 +62,12 @@ class Store:
         """Of the content, whatever the number of workers, parts and interruptions that made it."""
         return self.meta["summary"]["sha256"]
 
-    def check(self, preprocessing: dict[str, dict], *, classes: int | None = None) -> None:
-        """Refuse, with a DataError, a store made with another preprocessing than this (`mapping()` by modality).
-
-        `classes`: how many of them its labels have to tell apart.
-        """
+    def check(self, preprocessing: dict[str, dict]) -> None:
+        """Refuse, with a DataError, a store made with another preprocessing than this (`mapping()` by modality)."""
         for name, needed in preprocessing.items():
             if (found := self.meta["preprocessing"].get(name)) != needed:
                 other = f"was converted with another preprocessing, {found}; needed is {needed}"
                 raise DataError(f"{self.path}: {name} {other}. Convert the data again.")
-        if classes is not None and classes != (found := 0 if self.labels is None else self.labels.shape[1]):
-            raise DataError(f"{self.path}: labels of {found} classes, expected {classes}; are they of this data set?")
 
     def read(self, i: int, modality: str, season: int) -> np.ndarray:
         """Image of the i-th id: uint8 (C, H, W), a read-only view of the file, valid as long as it is held."""

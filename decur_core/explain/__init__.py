@@ -3,9 +3,17 @@
 ``explain.embeddings``, the function, stays in its module, whose name it has.
 """
 
-from decur_core.explain import split
-from decur_core.explain.embeddings import alignment, blocks, effective_rank, embed_members, neighbours, retrieval, tsne
-from decur_core.explain.saliency import (
+from decur_core.explain import split  # noqa: F401
+from decur_core.explain.embeddings import (  # noqa: F401
+    alignment,
+    blocks,
+    effective_rank,
+    embed_members,
+    neighbours,
+    retrieval,
+    tsne,
+)
+from decur_core.explain.saliency import (  # noqa: F401
     PARTS,
     CommonUnique,
     example_maps,
@@ -15,22 +23,3 @@ from decur_core.explain.saliency import (
     statistics,
     targets,
 )
-
-__all__ = [
-    "PARTS",
-    "CommonUnique",
-    "alignment",
-    "blocks",
-    "effective_rank",
-    "embed_members",
-    "example_maps",
-    "gradcam",
-    "integrated_gradients",
-    "neighbours",
-    "overlap",
-    "retrieval",
-    "split",
-    "statistics",
-    "targets",
-    "tsne",
-]

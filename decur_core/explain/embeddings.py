@@ -3,7 +3,7 @@
 Shapes: N samples, K embedding dimensions (K_m of modality m). Embeddings go by the name of their modality.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +23,6 @@ def images(store: Store, modalities: Mapping[str, Modality], rows: Sequence[int]
     return dict(zip(modalities, found, strict=True))
 
 
-def batches(count: int, size: int) -> Iterator[range]:
-    """Positions 0 to ``count`` - 1, ``size`` at a time."""
-    return (range(k, min(k + size, count)) for k in range(0, count, size))
-
-
 @torch.inference_mode()
 def embeddings(
     folder: Path, store: Store, *, samples: int, batch_size: int = 256, device: str | torch.device = "cpu"
@@ -39,8 +34,10 @@ def embeddings(
     model, modalities, settings = load_pretrained(folder)
     model.eval().to(device)
     found: dict[str, list[Tensor]] = {name: [] for name in modalities}
-    for rows in batches(min(samples, len(store)), batch_size):
-        for name, x in images(store, modalities, rows, settings["crop_size"], device).items():
+    rows = range(min(samples, len(store)))
+    for start in rows[::batch_size]:
+        seen = images(store, modalities, rows[start : start + batch_size], settings["crop_size"], device)
+        for name, x in seen.items():
             found[name].append(model.embed(name, x).float().cpu())
     return {name: torch.cat(parts) for name, parts in found.items()}
 
@@ -59,13 +56,13 @@ def blocks(settings: Mapping, widths: Mapping[str, int]) -> dict[str, dict[str, 
     ``blocks``, embedding m holds, in their order, those whose name contains m. Otherwise DeCUR's first ``dim_common``
     dimensions are common; those of other methods all are. Own blocks are always named, even if without dimensions.
     """
-    declared, whole, made = settings.get("blocks") or {}, "+".join(widths), {}
-    decoupled = settings["method"] == "decur" and settings.get("decoupling", True) and not declared
+    declared, whole, made = losses.layout(settings.get("blocks") or {}, widths), "+".join(widths), {}
+    decoupled = settings["method"] == "decur" and settings.get("decoupling", True) and not settings.get("blocks")
     if decoupled and settings["dim_common"] == "auto":
         raise ValueError("dim_common = 'auto'; the split that the run found is needed in its place (split.json)")
     for m, width in widths.items():
         common = settings["dim_common"] if decoupled else width
-        sizes = {b: k for b, k in declared.items() if m in b.split("+")} or {whole: common, m: width - common}
+        sizes = declared[m] or {whole: common, m: width - common}
         sizes.setdefault(m, 0)
         if sum(sizes.values()) != width or min(sizes.values()) < 0:
             raise ValueError(f"the embedding of {m} has {width} dimensions; its blocks have {sizes}")

@@ -22,6 +22,7 @@ from decur_core.data.store import Store
 from decur_core.explain.embeddings import blocks, embeddings, images
 from decur_core.model import MultimodalModel
 from decur_core.running import folders as runs
+from decur_core.running import history
 from decur_core.transfer.encoders import load_pretrained
 
 PARTS = ("common", "unique")
@@ -125,14 +126,8 @@ def overlap(map1: Tensor, map2: Tensor) -> Tensor:
 
 def _stream(file: Path, about: dict, rows: range, size: int, compute: Callable[[range], dict]) -> list[dict]:
     """Results of ``compute`` over all rows, kept line by line in ``file``: a killed call goes on there."""
-    lines: list[dict] = []
-    if file.exists():
-        for line in file.read_text().splitlines():
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                break  # torn by a kill
-    if not lines or lines[0] != about:
+    lines = history.read(file.parent, file.name)
+    if lines[:1] != [about]:
         lines = [about]
     runs.write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
     starts = rows[(len(lines) - 1) * size :: size]

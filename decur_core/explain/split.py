@@ -22,6 +22,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from decur_core.losses import layout
+
 REPRODUCIBLE = 0.5  # correlation c costs (1 - c)^2 as a common and c^2 as a unique dimension: from 1/2 on it pays
 FLOOR = 0.05  # correlations below it are not worth a dimension, however many samples prove them
 RIDGE = 0.01  # added to variances, in units of the mean variance of the features
@@ -70,9 +72,8 @@ class Splits:
         largest, everyone = max(self.ranks.values()), "+".join(self.ranks)
         blocks = {everyone: _share(width, self.joint, largest)}
         blocks |= {pair: width * (r - self.joint) // largest for pair, r in self.shared.items() if pair != everyone}
-        for m, rank in self.ranks.items():
-            taken = sum(k for block, k in blocks.items() if m in block.split("+"))
-            blocks[m] = _share(width, rank, largest) - taken
+        for m, taken in layout(blocks, self.ranks).items():
+            blocks[m] = _share(width, self.ranks[m], largest) - sum(taken.values())
         return {block: k for block, k in blocks.items() if k}
 
 
@@ -166,7 +167,7 @@ def found(views: Mapping[str, tuple[ArrayLike | Tensor, ArrayLike | Tensor]], wi
         split = {"dim_common": _share(width, splits.joint, max(splits.ranks.values()))}
     else:
         blocks = {block: k for block, k in splits.blocks(width).items() if "+" in block}
-        own = {m: width - sum(k for block, k in blocks.items() if m in block.split("+")) for m in views}
+        own = {m: width - sum(taken.values()) for m, taken in layout(blocks, views).items()}
         split = {"blocks": blocks | {m: k for m, k in own.items() if k}}
     about = {"ranks": splits.ranks, "shared": splits.shared, "joint": splits.joint, "thresholds": splits.thresholds}
     return split | about | {"spectra": {name: values.tolist() for name, values in splits.spectra.items()}}

@@ -10,9 +10,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from decur_core.data import datasets
-from decur_core.losses import METHODS
 from decur_core.report import styles
-from decur_core.report.styles import WAYS, colour, figure, grid, legend, method_of, plain_ticks, title
+from decur_core.report.styles import WAYS, colour, figure, grid, legend, method_of, plain_ticks, rank, title
 
 ORDER = ("first", "second", "third", "fourth", "fifth")  # modality of a panel, where panels have different ones
 MARKS = (("#D62728", "x"), ("#1F77B4", "s"), ("#2CA02C", "^"), ("#9467BD", "D"), ("#8C564B", "P"))
@@ -108,7 +107,7 @@ def scores(rows: Sequence[dict], *, reference: float | None = None, unit: str = 
     """
     panels = list(dict.fromkeys(r["inputs"] for r in rows))
     groups = list(dict.fromkeys((r["fraction"], r["protocol"]) for r in rows))
-    methods = sorted({r["method"] for r in rows}, key=_rank)
+    methods = sorted({r["method"] for r in rows}, key=rank)
     made, axes = figure(len(panels), 1, height=2 * len(panels) + 0.8, width=7, sharex=True, sharey=True)
     width = 0.8 / max(1, len(methods))
     offset = {method: (k - (len(methods) - 1) / 2) * width for k, method in enumerate(methods)}
@@ -133,11 +132,6 @@ def _scenes(dataset: str = "bigearthnet") -> Sequence[str]:
     return datasets.find(dataset).task.classes
 
 
-def _rank(method: str) -> tuple:
-    """Place of a method in the order of the paper's tables; others come last."""
-    return ([*METHODS].index(method), "") if method in METHODS else (len(METHODS), method)
-
-
 def per_class(
     rows: dict[str, Sequence[float | None]],
     *,
@@ -149,7 +143,7 @@ def per_class(
     kept = [i for i in range(len(classes)) if any(v[i] is not None for v in rows.values())]
     made, axis = _classes([classes[i] for i in kept], height=0.42 * len(kept) + 1)
     height = 0.8 / len(rows)
-    for k, method in enumerate(sorted(rows, key=_rank)):
+    for k, method in enumerate(sorted(rows, key=rank)):
         at = np.arange(len(kept)) + (k + 0.5) * height - 0.4
         axis.barh(at, [rows[method][i] or 0 for i in kept], height, color=colour(method), label=title(method))
     axis.set_xlabel(unit)

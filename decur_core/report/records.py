@@ -6,8 +6,7 @@ Drawn images are called by their world's name and never by that of the data set 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from decur_core.losses import METHODS
-from decur_core.report.styles import modalities
+from decur_core.report.styles import modalities, rank
 from decur_core.transfer.evaluation import ONLY
 
 KEYS = ("method", "protocol", "inputs", "fraction")  # what tells one measurement from another, seeds aside
@@ -73,7 +72,7 @@ def by_seed(records: Iterable[Mapping], number: int = 0) -> dict[int, float]:
 
 def place(method: str) -> tuple:
     """Of a row: the reference first, then in the order of the paper's tables, then what it does not have."""
-    return method != REFERENCE, [*METHODS].index(method) if method in METHODS else len(METHODS), method
+    return method != REFERENCE, rank(method)
 
 
 def order(inputs: str) -> tuple:

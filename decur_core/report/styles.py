@@ -68,6 +68,11 @@ def colour(name: str) -> str:
     return declared or plt.matplotlib.colors.to_hex(plt.get_cmap("tab10")(zlib.crc32(name.encode()) % 10))
 
 
+def rank(method: str) -> tuple[int, str]:
+    """Place of a method in the order of the paper's tables; others come last."""
+    return [*METHODS].index(method) if method in METHODS else len(METHODS), method
+
+
 def method_of(label: str) -> str | None:
     """The method that a run's label (``folders.label``) begins with, None for other texts."""
     found = [name for name, m in METHODS.items() if label == m.title or label.startswith(f"{m.title}, ")]

@@ -40,10 +40,10 @@ def keep(folder: Path, start: int) -> None:
     runs.write_text(folder / "history.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
 
-def read(folder: Path) -> list[dict]:
-    """Every step's loss terms and rates, in order, from ``history.jsonl``; a torn last line is left out."""
+def read(folder: Path, name: str = "history.jsonl") -> list[dict]:
+    """Every step's loss terms and rates, in order, or other lines of JSON; a torn last line is left out."""
     lines = []
-    with contextlib.suppress(FileNotFoundError), open(folder / "history.jsonl") as f:
+    with contextlib.suppress(FileNotFoundError), open(folder / name) as f:
         for line in f:
             with contextlib.suppress(json.JSONDecodeError):
                 lines.append(json.loads(line))

@@ -33,22 +33,12 @@ def _whole(value):
     return value
 
 
-def _real(value):
-    value = _plain(value)
-    whole = isinstance(value, int) and not isinstance(value, bool) and value.bit_length() < 1024
-    return float(value) if whole else value
-
-
 def _path(text: str, info: ValidationInfo) -> str:
     """A path with ``~`` and ``$VARIABLES`` filled in; a relative one starts at the context's ``base``."""
     base = (info.context or {}).get("base", ROOT)
-
-    def variable(match: re.Match) -> str:
-        if (name := match[1] or match[2]) not in os.environ:
-            raise ValueError(f"the variable {name} is not set")
-        return os.environ[name]
-
-    found = os.path.expanduser(re.sub(r"\$(?:(\w+)|\{(.*?)\})", variable, text))
+    found = os.path.expanduser(os.path.expandvars(text))
+    if unset := re.search(r"\$(\w+|\{.*?\})", found):
+        raise ValueError(f"the variable {unset[1].strip('{}')} is not set")
     if not found or found.startswith("~"):
         raise ValueError("there is no such home folder" if found else "expected a path")
     path = os.path.abspath(base / found)
@@ -64,11 +54,11 @@ def meant(path: Path | str) -> str:
 
 
 T = TypeVar("T")
-_as_whole, _as_real = BeforeValidator(_whole), BeforeValidator(_real)
-Flag, Int, Real = Annotated[bool, BeforeValidator(_plain)], Annotated[int, _as_whole], Annotated[float, _as_real]
+_as_whole, _as_plain = BeforeValidator(_whole), BeforeValidator(_plain)
+Flag, Int, Real = Annotated[bool, _as_plain], Annotated[int, _as_whole], Annotated[float, _as_plain]
 Natural, Positive = Annotated[int, Field(ge=0), _as_whole], Annotated[int, Field(ge=1), _as_whole]
-Weight, Scale = Annotated[float, Field(ge=0), _as_real], Annotated[float, Field(ge=0.1), _as_real]
-Share = Annotated[float, Field(gt=0, le=1), _as_real]
+Weight, Scale = Annotated[float, Field(ge=0), _as_plain], Annotated[float, Field(ge=0.1), _as_plain]
+Share = Annotated[float, Field(gt=0, le=1), _as_plain]
 Folder = Annotated[str, AfterValidator(_path)]  # or file; absolute in settings
 Listed = Annotated[tuple[T, ...], Strict(False)]
 # Of a declaration, whose reader takes text for numbers. True and false have to be told from text beforehand.

@@ -4,9 +4,9 @@ import difflib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal, Self, get_args, get_origin
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from decur_core.running.kinds import ROOT
@@ -165,17 +165,12 @@ def _limits(schema: dict) -> str:
     return found.replace(" or more and at most", " to")
 
 
-def _choices(kind) -> tuple[str, ...]:
-    """The texts that a setting of this annotation, or an element of its list, is one of; () for any other."""
-    kind = get_args(kind)[0] if get_origin(kind) is tuple else kind
-    return get_args(kind) if get_origin(kind) is Literal else ()
-
-
 def describe(model: type[Section], tables: Mapping[str, Callable]) -> list[tuple[str, object, str]]:
     """(name, default, meaning) of every setting; ``tables``: its choices, where they are no part of its type."""
     rows = []
     for name, field in model.fields():
-        known = ", ".join(tables[name]() if name in tables else _choices(field.annotation))
+        schema = TypeAdapter(field.annotation).json_schema()
+        known = ", ".join(tables[name]() if name in tables else schema.get("items", schema).get("enum", ()))
         rows.append((name, field.default, f"{field.description}{': ' if known else ''}{known}"))
     return rows
 

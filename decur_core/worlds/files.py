@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable
-from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from decur_core.data.modality import OPTICAL, SAR
 from decur_core.worlds import Miniature, apart
 from decur_core.worlds.sar_optical import FACTORS, GROUPS, BigEarthNetWorld, World
 
-_TIME = "%Y%m%dT%H%M%S"
 _LONLAT, _UTM = CRS.from_epsg(4326), CRS.from_epsg(32633)
 _PIXEL = {_LONLAT: 9e-5, _UTM: 10.0}  # 10 m in the units of the reference system
 
@@ -41,9 +39,8 @@ def _bands(native: dict, season: int) -> tuple[dict[str, tuple], dict[str, tuple
 
 
 def _scene(platform: str, time: str, code: int) -> str:
-    """Name of a Sentinel-1 scene that starts at `time`: 25 s long, with invented orbit, take and checksum."""
-    stop = (datetime.strptime(time, _TIME) + timedelta(seconds=25)).strftime(_TIME)
-    return f"{platform}_IW_GRDH_1SDV_{time}_{stop}_{code % 60000:06d}_{code * 7 % 2**24:06X}_{code * 31 % 2**16:04X}"
+    """Name of a Sentinel-1 scene, with invented end, orbit, take and checksum."""
+    return f"{platform}_IW_GRDH_1SDV_{time}_{time}_{code % 60000:06d}_{code % 2**24:06X}_{code % 2**16:04X}"
 
 
 def write_ssl4eo(root: Path | str, world: World, indices: Iterable[int]) -> None:
@@ -74,34 +71,19 @@ def write_bigearthnet(root: Path | str, world: BigEarthNetWorld, splits: dict[st
         lines = []
         for i in indices:
             s2, s1 = world.ids[i], world.sar_name(i)
-            dates = {name: times[0] for name, times in world.dates(i).items()}
             column, row = (int(part) for part in s2.split("_")[-2:])
-            west, north = 300000 + side * column, 5400000 - side * row
-            place = {"crs": _UTM, "west": west, "north": north}
-            corners = {"ulx": west, "uly": north, "lrx": west + side}
-            common = {"labels": world.corine(i), "projection": _UTM.to_wkt()}
-            acquired = {name: datetime.strptime(time, _TIME) for name, time in dates.items()}
-
+            place = {"crs": _UTM, "west": 300000 + side * column, "north": 5400000 - side * row}
             sar, optical = _bands(world.native(i), 0)
-            files = zip(OPTICAL.bands, BAND_FILES, strict=True)
-            folder = root / "BigEarthNet-v1.0" / s2
-            _write(folder, {f"{s2}_{file}": optical[name] for name, file in files if file}, **place)
-            metadata = common | {
-                "coordinates": corners | {"lry": north - side},
-                "tile_source": f"S2A_MSIL1C_{dates['optical']}_N0205_R022_T33UUP_{dates['optical']}.SAFE",
-                "acquisition_date": str(acquired["optical"]),
+            there = {
+                f"{s2}_{file}": optical[name] for name, file in zip(OPTICAL.bands, BAND_FILES, strict=True) if file
             }
-            (folder / f"{s2}_labels_metadata.json").write_text(json.dumps(metadata))
-
-            folder = root / "BigEarthNet-S1-v1.0" / s1
-            _write(folder, {f"{s1}_{name}": band for name, band in sar.items()}, **place)
-            metadata = common | {
-                "coordinates": corners | {"lly": north - side},
-                "corresponding_s2_patch": s2,
-                "scene_source": _scene("S1A", dates["sar"], i + 1),
-                "acquisition_time": acquired["sar"].isoformat(),
-            }
-            (folder / f"{s1}_labels_metadata.json").write_text(json.dumps(metadata))
+            patches = {("BigEarthNet-v1.0", s2): (there, {})}
+            there = {f"{s1}_{name}": band for name, band in sar.items()}
+            patches["BigEarthNet-S1-v1.0", s1] = there, {"corresponding_s2_patch": s2}
+            for (folder, name), (bands, more) in patches.items():
+                _write(root / folder / name, bands, **place)
+                metadata = {"labels": world.corine(i)} | more
+                (root / folder / name / f"{name}_labels_metadata.json").write_text(json.dumps(metadata))
             lines.append(f"{s2},{s1}\n")
         root.mkdir(parents=True, exist_ok=True)
         (root / f"bigearthnet-{split}.csv").write_text("".join(lines))

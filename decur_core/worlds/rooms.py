@@ -15,6 +15,7 @@ sensors that carry it, depth as HHA, and not at all from the other one. The size
 import io
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,10 +105,11 @@ class RoomWorld(Locations):
     """
 
     def __init__(self, locations: int, *, height: int = 48, width: int = 64, seed: int = 0, stream: int = 0):
-        super().__init__(FACTORS, locations, seed=seed, stream=stream)
-        if not isinstance(height, (int, np.integer)) or height < 24 or height % 6 or 4 * height != 3 * width:
-            raise ValueError(f"height = {height!r}, width = {width!r}: 3:4 with a height of 24, 30, 36, … is needed")
-        self.size = int(height), int(width)
+        if 4 * height != 3 * width:
+            raise ValueError(f"height = {height!r}, width = {width!r}: 3:4 is needed")
+        given = {"locations": locations, "tile": height, "seed": seed, "stream": stream}
+        super().__init__(FACTORS, **given, sizes=range(24, 10_000, 6))
+        self.size = self.tile, int(width)
         self.intrinsics = intrinsics(*self.size)
         v, u = np.indices(self.size).reshape(2, -1) + 1  # the first pixel has its centre at (1, 1)
         self._pixels = np.linalg.solve(self.intrinsics, np.stack([u, v, np.ones(u.size)])).astype(np.float32)
@@ -236,7 +238,6 @@ def write_sunrgbd(root: Path | str, world: RoomWorld, splits: dict[str, Iterable
                 Image.fromarray(millimetres << 3 | millimetres >> 13).save(folder / f"{part}/{depth}.png")
             np.savetxt(folder / "intrinsics.txt", world.intrinsics, "%.17g", newline=" " if image[0] == "i" else "\n")
             np.savetxt(folder / "extrinsics/20150101000000.txt", np.c_[native["tilt"], np.zeros(3)], "%.17g")
-            (folder / "scene.txt").write_text("office")
             lines.append(f"SUNRGBD/{world.ids[i]}/image/{image}.jpg\n")
             masks.append(native["mask"])
         (root / name).write_text("".join(lines))
@@ -274,10 +275,7 @@ def _make(world, split: str, *, locations: str = "locations", stream: int = 0) -
     return RoomWorld(getattr(world, locations) + world.test, **size, seed=world.seed, stream=stream)
 
 
-def _make_nyuv2(world, split: str) -> RoomWorld:
-    return _make(world, split, locations="train", stream=1)
-
-
+_make_nyuv2 = partial(_make, locations="train", stream=1)
 TITLE = "drawn world of rooms in colour and depth"
 SEEN = {name: "hha" if who == "depth" else who for name, who in FACTORS.items()}
 SUNRGBD = Miniature(

@@ -82,28 +82,29 @@ def factors(n: int, *, seed: int, stream: int = 0, names: Iterable[str] = FACTOR
     return dict(zip(names, values.T, strict=True))
 
 
-def integers(**limits: tuple[object, float, float]) -> None:
-    """Refuse, with a ValueError, settings that are no integers within limits: name=(value, lowest, highest)."""
-    for name, (value, low, high) in limits.items():
-        if not isinstance(value, (int, np.integer)) or not low <= value <= high:
-            limit = "on" if high == inf else f"to {high}"
-            raise ValueError(f"{name} = {value!r}: an integer from {low} {limit} is needed")
-
-
-def check_views(tile: int, seasons: int) -> None:
-    """Refuse, with a ValueError, views that cannot be drawn in bands of 10, 20 and 60 m."""
-    integers(seasons=(seasons, 1, 4))
-    if not isinstance(tile, (int, np.integer)) or tile < 12 or tile % 6:
-        raise ValueError(f"tile = {tile!r}: a multiple of 6, at least 12, is needed (60 m bands: tile / 6 pixels)")
-
-
 class Locations(Reader):
     """What miniature worlds have in common: `.factors` that are known, and random numbers for each location alone."""
 
-    def __init__(self, names: Iterable[str], locations: int, *, seed: int, stream: int, most: float = inf):
-        integers(locations=(locations, 1, most), seed=(seed, 0, inf), stream=(stream, 0, inf))
-        self.seed, self.stream = int(seed), int(stream)
-        self.factors = factors(locations, seed=self.seed, stream=self.stream, names=names)
+    def __init__(
+        self,
+        names: Iterable[str],
+        *,
+        sizes=range(12, 10_000, 6),
+        most: int = 10_000_000,
+        seasons: int = 1,
+        **given: int,
+    ):
+        """``given``: locations, of which there are at most ``most``, tile, one of ``sizes``, seed and stream."""
+        allowed = {"locations": range(1, most + 1), "tile": sizes, "seasons": range(1, 5)}
+        for name, value in (given | {"seasons": seasons}).items():
+            known = allowed.get(name, range(2**63))
+            if not isinstance(value, (int, np.integer)) or int(value) not in known:
+                steps = f", in steps of {known.step}" * (known.step > 1)
+                raise ValueError(f"{name} = {value!r}: an integer, {known[0]} to {known[-1]}{steps}, is needed")
+        self.tile, self.seasons, self.seed, self.stream = (
+            int(n) for n in (given["tile"], seasons, given["seed"], given["stream"])
+        )
+        self.factors = factors(given["locations"], seed=self.seed, stream=self.stream, names=names)
 
     def _draw(self, i: int, part: int) -> tuple[np.random.Generator, dict[str, float]]:
         """Random numbers for one part of location i, and its factors scaled to 0..1."""
@@ -262,11 +263,10 @@ class World(Locations):
     stream = 0  # random numbers apart from those of other worlds of the same seed
 
     def __init__(self, locations: int, *, tile: int = 36, seasons: int = 4, layout: str = LAYOUTS[0], seed: int = 0):
-        super().__init__(FACTORS, locations, seed=seed, stream=self.stream, most=10_000_000)
-        check_views(tile, seasons)
+        super().__init__(FACTORS, locations=locations, tile=tile, seasons=seasons, seed=seed, stream=self.stream)
         if layout not in LAYOUTS:
             raise ValueError(f"layout = {layout!r}: one of {', '.join(LAYOUTS)} is needed")
-        self.tile, self.seasons, self.layout = int(tile), int(seasons), layout
+        self.layout = layout
         self.ids = [f"{i:07d}" for i in range(locations)]
 
     def _layouts(self, rng, f: dict[str, float]) -> list[Layout]:

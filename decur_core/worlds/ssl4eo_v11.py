@@ -14,7 +14,7 @@ from zarr.storage import MemoryStore
 from decur_core.data.raster import Reader
 from decur_core.data.ssl4eo_v11 import B10, FOLDERS, FORMS, OFFSET
 from decur_core.worlds import Miniature, three
-from decur_core.worlds.files import _TIME, TITLE, _scene
+from decur_core.worlds.files import TITLE, _scene
 from decur_core.worlds.sar_optical import FACTORS, World
 
 PER_FILE = 64  # places
@@ -67,7 +67,9 @@ def _stored(item: dict, folder: str, form: str) -> dict[str, np.ndarray]:
     if key == "dem":
         return {"bands": item["dem"][:1]} | ({} if form == ".zarr.zip" else {"time": np.zeros(1, np.int64)})
     images, dates = item[key], item["dates"][key]
-    times = {"time": np.array([datetime.strptime(d, _TIME) for d in dates], "datetime64[ns]").astype(np.int64)}
+    times = {
+        "time": np.array([datetime.strptime(d, "%Y%m%dT%H%M%S") for d in dates], "datetime64[ns]").astype(np.int64)
+    }
     if form == ".zarr.zip":
         scenes = [_scene("S1A", d, int(item["id"])) if key == "sar" else f"{d}_{d}_T33UUP" for d in dates]
         times = {"file_id": np.array(scenes)}
@@ -76,7 +78,7 @@ def _stored(item: dict, folder: str, form: str) -> dict[str, np.ndarray]:
     if folder == "S2L2A":  # without the atmosphere, which is why the darkest pixel of a band is not dark, and B10
         images = np.delete(images - images.min(axis=(2, 3), keepdims=True) + 1, B10, axis=1)
     bands = (images + OFFSET * (form == ".zarr.zip")).astype(np.int16)
-    return {"bands": bands, "cloud_mask": np.zeros_like(bands[..., 0, :, :], np.uint8)} | times
+    return {"bands": bands} | times
 
 
 def archive(arrays: dict[str, np.ndarray], folder: str) -> bytes:

@@ -26,7 +26,7 @@ from rasterio.enums import ColorInterp
 
 from decur_core.data.geonrw import SPLITS
 from decur_core.worlds import Miniature
-from decur_core.worlds.sar_optical import Locations, _blocks, _lowest, _smooth, integers
+from decur_core.worlds.sar_optical import Locations, _blocks, _lowest, _smooth
 
 # name: who sees it. What each one does is written where it is used, in `draw_scene`, `_rgb` and `_dem`.
 FACTORS = {
@@ -152,21 +152,13 @@ class TerrainWorld(Locations):
     `factors`: name -> float32 (locations,). A ValueError names a setting that is impossible.
     """
 
-    def __init__(
-        self,
-        locations: int,
-        *,
-        tile: int = 36,
-        seed: int = 0,
-        stream: int = 0,
-        cities: tuple[str, ...] = SPLITS["train"],
-    ):
+    def __init__(self, locations: int, *, tile: int = 36, seed: int = 0, stream: int = 0, cities=SPLITS["train"]):
         # 320,000: what 200 km x 100 km hold, about North Rhine-Westphalia
-        super().__init__(FACTORS, locations, seed=seed, stream=stream, most=320_000)
-        integers(tile=(tile, 16, 250))
+        given = {"locations": locations, "tile": tile, "seed": seed, "stream": stream}
+        super().__init__(FACTORS, **given, sizes=range(16, 251), most=320_000)
         if not cities or list(cities) != sorted(set(cities)):
             raise ValueError(f"cities = {cities!r}: at least one is needed, in alphabetical order, none twice")
-        self.tile, self.ids = int(tile), []
+        self.ids = []
         for i in range(locations):
             city, number = cities[min(i // PER_CITY, len(cities) - 1)], i // 16
             self.ids.append(f"{city}/{300 + number // 100}_{5600 + number % 100}_{i % 16 + 1}")

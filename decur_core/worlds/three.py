@@ -34,7 +34,6 @@ from decur_core.worlds.sar_optical import (
     _optical,
     _sar,
     _smooth,
-    check_views,
     to_10m,
 )
 
@@ -89,9 +88,7 @@ class ThreeWorld(Locations):
     dates = World.dates
 
     def __init__(self, locations: int, *, tile: int = 36, seasons: int = 4, seed: int = 0, stream: int = 2):
-        super().__init__(FACTORS, locations, seed=seed, stream=stream, most=10_000_000)
-        check_views(tile, seasons)
-        self.tile, self.seasons = int(tile), int(seasons)
+        super().__init__(FACTORS, locations=locations, tile=tile, seasons=seasons, seed=seed, stream=stream)
         self.ids = [f"{i:07d}" for i in range(locations)]
 
     def __getitem__(self, i: int) -> dict:
