@@ -211,20 +211,11 @@ def check_dim_common(settings: Settings, width: int) -> None:
 def members(settings: Settings) -> list[Settings]:
     """One ``Settings`` for each combination of the ``sweep`` lists; without a sweep, the settings themselves."""
     base, made, every = to_dict(settings) | {"sweep": {}}, [], [*profiles.combinations(settings.sweep)]
-    of: dict[str, dict] = {}  # setting: its values, as text, by method
     for chosen in every:
-        for k, v in chosen.items():
-            of.setdefault(k, {}).setdefault(chosen.get("method"), set()).add(str(v))
-    named = {chosen.get("method") for chosen in every}
-    # Method and seed are in every run's name, and with them a number of that method alone; whatever else is varied has
-    # to tell the runs' folders apart.
-    alone = {
-        k
-        for k, by in of.items()
-        if max(map(len, by.values())) == 1 and (len(by) < len(named) or len({*map(str, by.values())}) > 1)
-    }
-    for chosen in every:
-        parts = [f"{k.split('.')[-1]}{v}" for k, v in chosen.items() if k not in alone | {"method", "seed"}]
+        # Method and seed are in every run's name; what else varies within a method has to tell the runs' folders apart.
+        alike = [other for other in every if other.get("method") == chosen.get("method")]
+        varied = [k for k in chosen if k not in ("method", "seed") and len({str(o.get(k)) for o in alike}) > 1]
+        parts = [f"{k.split('.')[-1]}{chosen[k]}" for k in varied]
         about = {"variant": re.sub(r"[^\w.-]+", "_", "-".join(filter(None, [settings.variant, *parts])))}
         made.append(Settings.made(Settings.over(base, chosen, "sweep") | about, "sweep"))
     return made

@@ -778,4 +778,4 @@ def test_a_number_of_one_method_alone_is_no_part_of_a_runs_name(tmp_path):
     assert {m.variant for m in found} == {""} and [m.lambd for m in found[2:4]] == [0.02, 0.02]
     assert [m.temperature for m in found[::2]] == [0.1, 0.1, 0.5]
     grid = config.members(config.load(path, variant="grid"))
-    assert [m.variant for m in grid] == ["grid-lambd1.0", "grid-lambd2.0", "grid-lambd1.0"]
+    assert [m.variant for m in grid] == ["grid-lambd1.0", "grid-lambd2.0", "grid"]
