@@ -1,5 +1,7 @@
 """The headless driver on throw-away notebooks: what is published, what is refused, and what a signal does."""
 
+import base64
+import io
 import json
 import os
 import signal
@@ -10,8 +12,10 @@ import time
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
+from PIL import Image
 
 from decur_core import run
 from decur_core.running.folders import SENTINEL
@@ -173,3 +177,15 @@ def test_a_page_counts_the_seconds_of_every_attempt(tmp_path):
     assert drive(tmp_path, "10_late.ipynb") == 0
     note = nbformat.read(tmp_path / "executed" / "10_late.ipynb", 4).metadata.decur
     assert first > 1 and note.seconds > first + 1
+
+
+def test_published_figures_have_few_colours_and_their_size():
+    noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    noise[:20] = 255
+    whole = io.BytesIO()
+    Image.fromarray(noise).save(whole, "PNG")
+    text = base64.b64encode(whole.getvalue()).decode()
+    small = Image.open(io.BytesIO(base64.b64decode(run.lighter(text))))
+    found = np.asarray(small.convert("RGB"))
+    assert small.size == (80, 60) and (found[:20] == 255).all() and len(run.lighter(text)) < len(text) / 2
+    assert np.abs(found.astype(int) - noise).mean() < 30
