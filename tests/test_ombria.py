@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from decur_core.data.ombria import CLASSES, DATASETS, EVENTS, OPTICAL, SAR, Ombria
+from decur_core.data.ombria import CLASSES, DATASETS, EVENTS, OPTICAL, SAR, Ombria, simple_rules
 from decur_core.data.raster import DataError
+from decur_core.worlds.floods import FloodWorld
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 REAL = SHARED / "ombria_half"
@@ -157,3 +158,42 @@ def test_real_water_after_the_flood_is_dark_in_both_sensors():
         index.append(near_infrared[flooded].mean() - near_infrared[~flooded].mean())
         radar.append(item["sar"][1, 0][flooded].mean() - item["sar"][1, 0][~flooded].mean())
     assert np.median(index) < -5 and np.median(radar) < -5
+
+
+class Places:
+    """As a ``Store``: four places, of which the left part is flooded; dark in the radar, or wet, after the flood."""
+
+    shapes = {"sar": (1, 8, 8), "optical": (3, 8, 8), "mask": (1, 8, 8)}
+
+    def __init__(self, columns, bright=0):
+        self.columns, self.bright = columns, bright
+
+    def __len__(self):
+        return 4
+
+    def read(self, i, name, season):
+        flooded = np.arange(8) < self.columns
+        rows = {"sar": [np.where(flooded & (season == 1), 20, 90)], "mask": [np.where(flooded, 2, 1)]}
+        rows["optical"] = [np.full(8, 50), np.where(flooded, 20, 80), np.where(flooded, 60, 40)]
+        image = np.array(rows[name])[:, None].repeat(8, 1)
+        return (image + self.bright * (name == "sar")).astype(np.uint8)
+
+
+def test_simple_rules_take_their_thresholds_from_training_places():
+    rules = simple_rules({"train": Places(2), "2021": Places(4, bright=100)})
+    assert rules["every pixel"] == {"train": 25, "2021": 50}
+    assert rules["NDWI"] == {"train": 100, "2021": 100}
+    assert rules["dark radar"] == {"train": 100, "2021": 0}, "nothing there is as dark as the threshold"
+
+
+def test_the_drawn_floods_are_read_as_the_published_ones_and_lie_where_the_mask_says():
+    world = FloodWorld(8, seed=3)
+    for i in (5, 1):
+        item, again = world[i], FloodWorld(6, seed=3)[i]
+        assert all(np.array_equal(item[name], again[name]) for name in ("sar", "optical", "mask"))
+        assert item["sar"].shape == (2, 1, 36, 36) and item["optical"].shape == (2, 3, 36, 36)
+        assert {x.dtype for k, x in item.items() if k != "id"} == {np.dtype(np.uint8)}
+        flooded = item["mask"] == 2
+        assert 0.02 < flooded.mean() < 0.46 and set(np.unique(item["mask"])) == {1, 2}
+        before, after = item["sar"][:, 0].astype(float)
+        assert (after - before)[flooded].mean() < (after - before)[~flooded].mean() - 30, "water is dark"
