@@ -202,13 +202,14 @@ def _real(app, profile: str) -> dict[tuple[str, str], list[dict]]:
 
 
 def findings(app, _: str) -> str:
-    """What records of real data sets allow to say: of each kind of score in the last place that was scored, all labels
-    and everything given, a sentence for each protocol."""
+    """What records of real data sets allow to say: of each kind of score, where most was given and in the place that is
+    furthest from training (whose name is the longest), with all labels, a sentence for each protocol."""
     from decur_core.report import records, sentences
 
     lines = []
     for profile in app.config.decur_profiles:
-        last = {metric: (name, rows) for (metric, name), rows in _real(app, profile).items()}
+        found = sorted(_real(app, profile).items(), key=lambda item: len(item[0][1]))
+        last = {metric: (name, rows) for (metric, name), rows in found}
         for name, rows in last.values():
             rows = [r for r in rows if r["inputs"] == "both"]
             for protocol in sorted({r["protocol"] for r in rows if r["method"] == records.REFERENCE}, reverse=True):
