@@ -16,7 +16,6 @@ PAIR = (("mean", ""), ("second", "second_"))  # of a row of `summary`: its numbe
 KINDS = {"published": ("ours", "{}"), "samples": ("real samples", "a handful of real samples of {}")}
 KINDS["small"] = ("ours, small networks", "{}, small networks on small images")  # not what the paper's tables hold
 KINDS["world"] = ("drawn world", "{}, a miniature world (not real data)")
-SMALL = ("small", "medium")  # backbones
 
 
 def choose(records: Iterable[dict], **wanted) -> list[dict]:
@@ -26,8 +25,8 @@ def choose(records: Iterable[dict], **wanted) -> list[dict]:
 
 def kind(record: Mapping) -> str:
     """One of KINDS."""
-    backbone = record.get("settings", {}).get("pretraining", {}).get("backbone")
-    small = record["world"] == "published" and backbone in SMALL
+    small = record.get("settings", {}).get("pretraining", {}).get("backbone") in ("small", "medium")
+    small = small and record["world"] == "published"
     return "world" if record["drawn"] else "small" if small else record["world"]
 
 

@@ -41,6 +41,9 @@ def compare(values: Mapping[str, Mapping[int, float]], what: str, *, digits: int
     means = {name: spread([*seeds.values()]) for name, seeds in values.items()}
     first = max(means, key=lambda name: means[name][0])
     count = len(values[first])
+    if len(values) > 1 and max(map(len, values.values())) == 1:
+        listed = _listed([f"{n} {_text(*means[n], digits)}" for n in sorted(means, key=lambda n: -means[n][0])])
+        return f"{what}, one seed, which tells nobody from anybody: {listed}."
     about = f"{_text(*means[first], digits)} ({count} seed{'s' if count > 1 else ''})"
     groups: dict[bool, list[str]] = {True: [], False: []}
     for name in values:

@@ -35,10 +35,8 @@ class FloodWorld(World):
 
 
 def _parts(world) -> dict[str, range]:
-    ends = [world.train, *(world.train + k * world.test for k in (1, 2))]
-    return dict(
-        zip(("train", "test", "2021"), (range(a, b) for a, b in zip([0, *ends], ends, strict=False)), strict=True)
-    )
+    a, b = world.train, world.train + world.test
+    return {"train": range(a), "test": range(a, b), "2021": range(b, b + world.test)}
 
 
 FLOODS = Miniature(
