@@ -23,7 +23,7 @@ from decur_core.model import backbone_state
 from decur_core.running import checkpoints
 from decur_core.running import folders as runs
 
-RESULTS = ("dataset", "protocol", "inputs", "fraction", "metric", "micro", "macro", "miou", "accuracy")
+RESULTS = "dataset protocol inputs seasons fraction metric micro macro flood miou accuracy".split()
 
 
 def write(folder: Path | str, target: Path | str, modality: str) -> Path:
@@ -53,7 +53,7 @@ def write(folder: Path | str, target: Path | str, modality: str) -> Path:
         "data": saved.get("data") or {},
         "preprocessing": saved["preprocessing"][modality],
         "provenance": about["provenance"],
-        "evaluations": [{k: r[k] for k in RESULTS if k in r} for r in records if r.get("run") == folder.name],
+        "evaluations": [{k: r[k] for k in RESULTS if r.get(k, "") != ""} for r in records if r.get("run") == folder.name],
     }
     state = backbone_state(saved["model"], modality)
     _check(state, metadata, folder / "final.pt")
