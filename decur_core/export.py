@@ -23,7 +23,8 @@ from decur_core.model import backbone_state
 from decur_core.running import checkpoints
 from decur_core.running import folders as runs
 
-RESULTS = "dataset protocol inputs seasons fraction metric micro macro flood miou accuracy".split()
+RESULTS = ("dataset", "protocol", "inputs", "seasons", "fraction", "metric")
+RESULTS += ("micro", "macro", "flood", "miou", "accuracy")
 
 
 def write(folder: Path | str, target: Path | str, modality: str) -> Path:
@@ -53,7 +54,7 @@ def write(folder: Path | str, target: Path | str, modality: str) -> Path:
         "data": saved.get("data") or {},
         "preprocessing": saved["preprocessing"][modality],
         "provenance": about["provenance"],
-        "evaluations": [{k: r[k] for k in RESULTS if r.get(k, "") != ""} for r in records if r.get("run") == folder.name],
+        "evaluations": [{k: r[k] for k in RESULTS if k in r} for r in records if r.get("run") == folder.name],
     }
     state = backbone_state(saved["model"], modality)
     _check(state, metadata, folder / "final.pt")
@@ -177,7 +178,7 @@ def _section(metadata: dict) -> str:
         code += [f"network.conv1 = torch.nn.Conv2d({channels}, 64, 7, 2, 3, bias=False)"] * (channels != 3)
     code += [f'network.load_state_dict(safetensors.torch.load_file("{name}"))']
     labels = "" if settings["method"] == "supervised" else ", no labels"
-    results = ["; ".join(f"{k} {_number(v)}" for k, v in each.items()) for each in metadata["evaluations"]]
+    results = ["; ".join(f"{k} {_number(v)}" for k, v in each.items() if v != "") for each in metadata["evaluations"]]
     return f"""
 ## {name}
 
