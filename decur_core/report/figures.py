@@ -318,15 +318,15 @@ def curves(series: dict[str, dict[float, Sequence[float]]], *, xlabel: str, ylab
     return made
 
 
-def curve_panels(panels: dict[str, dict], *, xlabel: str, ylabel: str, own: str = "") -> Figure:
-    """``curves`` side by side on one scale from 0 on: title -> series, which are the same in every panel.
-
-    ``own``: "linear" or "log" for panels that have a scale of their own in y, and this one in x.
-    """
-    made, (axes,) = figure(1, len(panels), height=3.2, width=4 * len(panels), sharey=not own)
+def curve_panels(panels: dict[str, dict], *, xlabel: str, ylabel: str, zero: bool = True) -> Figure:
+    """``curves`` side by side: title -> series, the same in every panel; on one scale from 0 on, or each on its own."""
+    made, (axes,) = figure(1, len(panels), height=3.2, width=4 * len(panels), sharey=zero)
     for axis, (name, series) in zip(axes, panels.items(), strict=True):
         _curves(axis, series)
-        axis.set(xlabel=xlabel, **({"xscale": own} if own else {"ylim": (-0.03, None)}))
+        axis.set(xlabel=xlabel, **({"ylim": (-0.03, None)} if zero else {"xscale": "log"}))
+        if not zero:
+            axis.set_xticks(at := sorted({x for points in series.values() for x in points}), [f"{x:g}" for x in at])
+            axis.minorticks_off()
         axis.set_title(name, fontsize=9)
     axes[0].set_ylabel(ylabel)
     legend(made, columns=2)
