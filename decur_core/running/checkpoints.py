@@ -121,7 +121,7 @@ def read_weights(path: Path | str) -> dict:
         reason = f"({type(error).__name__}: {text.strip()})"
         if isinstance(error, pickle.UnpicklingError) and _MORE.search(text):
             way = "if you trust it, open it with weights_only=False elsewhere and save its state dict ('model') alone"
-            raise ValueError(f"{path}: holds more than tensors, and loading that can run code; {way} {reason}") from error
+            raise ValueError(f"{path}: holds more than tensors, and that can run code; {way} {reason}") from error
         if any("/code/" in name for name in names):
             way = "open it with torch.jit.load and save its state_dict() with torch.save"
             raise ValueError(f"{path}: is a TorchScript program, not weights; {way}") from error
