@@ -204,9 +204,9 @@ def results(job: Job, todo: Sequence[int], workers: int, chunk: int) -> Iterator
             if not ready:
                 why = f"ended before they could begin; their own message stands above. {GUARD}. Or use workers=0"
                 raise ChildProcessError(f"{job.writer.path}: the worker processes {why}") from error
-            first = job.encoder.dataset.ids[(ahead or [(groups[0],)])[0][0][0]]
+            at = job.encoder.dataset.ids[(ahead or [(groups[0],)])[0][0][0]]
             why = "It was killed, for want of memory perhaps, or a library crashed: workers=0 shows on which sample"
-            raise ChildProcessError(f"a worker process died, at work on {first} or after it. {why}. {STOPPED}") from error
+            raise ChildProcessError(f"a worker process died, at work on {at} or after it. {why}. {STOPPED}") from error
         finally:
             pool.shutdown(cancel_futures=True)
 
