@@ -23,12 +23,7 @@ from decur_core.transfer import fitting
 from decur_core.transfer.encoders import given, load_pretrained
 from decur_core.transfer.networks import NETWORKS, labels_of, samples
 
-SWEPT = (
-    "protocols",
-    "inputs",
-    "fractions",
-    "seasons",
-)  # lists in the settings, of which an evaluation is one combination
+SWEPT = ("protocols", "inputs", "fractions", "seasons")  # lists in settings; an evaluation is one combination of them
 EXAMPLES = 8  # test images whose predicted masks are kept for pictures
 # A run without pretraining is one protocol: the frozen random encoder, or everything trained from scratch.
 ONLY = {"random": "linear", "supervised": "finetune"}
