@@ -324,8 +324,8 @@ def curve_panels(panels: dict[str, dict], *, xlabel: str, ylabel: str, zero: boo
     for axis, (name, series) in zip(axes, panels.items(), strict=True):
         _curves(axis, series)
         axis.set(xlabel=xlabel, **({"ylim": (-0.03, None)} if zero else {"xscale": "log"}))
-        if not zero:
-            axis.set_xticks(at := sorted({x for points in series.values() for x in points}), [f"{x:g}" for x in at])
+        if not zero and len(at := sorted({x for points in series.values() for x in points})) <= 6:  # more collide
+            axis.set_xticks(at, [f"{x:g}" for x in at])
             axis.minorticks_off()
         axis.set_title(name, fontsize=9)
     axes[0].set_ylabel(ylabel)
