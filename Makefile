@@ -21,7 +21,7 @@ book: environment
 test: environment
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
-	OMP_NUM_THREADS=1 $(RUN) pytest -q -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 look: environment
 	$(RUN) pytest -q -rs tests/test_browser.py tests/test_live.py::test_every_notebook_can_be_stepped_through

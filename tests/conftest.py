@@ -70,3 +70,9 @@ def tiny(tmp_path):
         return config.load("start", {**TINY, "runs": str(tmp_path / "runs"), **overrides})
 
     return make
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that with several workers none of them is left for the end, when the others idle."""
+    longest = ("test_notebooks.py", "test_distributed.py", "test_live.py", "test_convert.py")
+    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
