@@ -101,6 +101,27 @@ def test_what_was_found_on_real_images_is_told_and_nothing_else(app, tmp_path):
     assert "is ahead of Random initialisation (by 10.0 ± 0.0)" in text and "11.0" not in text
 
 
+def test_what_the_paper_says_is_judged_by_paired_differences_of_trained_runs(app, tmp_path):
+    assert records.claims(app, "") == records.NOT_RUN
+    by_method = {"decur": (60.0, 62.0, 61.0), "barlow_twins": (50.0, 51.0, 52.0), "random": (70.0, 71.5, 69.0)}
+    found = [
+        record(micro=micro) | {"method": method, "seed": seed}
+        for method, several in by_method.items()
+        for seed, micro in enumerate(several)
+    ]
+    publish(tmp_path, "mini", *found)
+    assert records.claims(app, "") == records.NOT_RUN, "mini shows that pages run, and nothing else"
+    noisy = [
+        r | {"inputs": "sar", "micro": r["micro"] + 30 * (r["seed"] == 1) * (r["method"] == "decur")} for r in found
+    ]
+    publish(tmp_path, "report", *found, *noisy)
+    text = records.claims(app, "")
+    assert "| 1, sar+optical, 100 % linear | Barlow Twins | +2.2 | +10.0 ± 1.0 | agrees |" in text
+    assert "| 1, sar+optical, 100 % linear | Random initialisation | +15.3 | -9.2 ± 1.0 | does not |" in text
+    assert "| 1, sar, 100 % linear | Random initialisation | +24.1 | +0.8 ± 17.1 | cannot be told here |" in text
+    assert "Of 4 differences: agrees 2, does not 1, cannot be told here 1." in text
+
+
 def test_the_front_page_shows_blocks_of_runs_that_were_trained(app, tmp_path):
     kinds = [f"{f} factors, {b} block" for f in ("common", "own") for b in ("common", "unique")]
     of = {

@@ -6,6 +6,7 @@ that has the kind of data asked for supplies a table. Those of benchmarks are in
 imported where a table needs it: it brings torch, and most pages have no table.
 """
 
+import collections
 import itertools
 import json
 import re
@@ -23,6 +24,7 @@ BLOCKS = """<figure class="sketch" id="fig-blocks">
 row): R² of a linear probe as a share of what a supervised network reads from the images, mean over pairs and seeds.
 Drawn worlds, profile {profile}; chapter 60 has all of it.</figcaption>
 </figure>"""
+CLAIMS = {1: ("table1_bigearthnet_map_micro", "bigearthnet"), 2: ("table2_geonrw_miou", "geonrw")}
 TRUTH = "60_ground_truth.ipynb"
 NOT_RUN = "*Not run yet.*"
 DATES = {"1": ", images after the flood", "0+1": ", images before and after the flood"}  # of OMBRIA
@@ -45,12 +47,15 @@ TARGETS = (  # what, at least (at most with a minus sign), record, its row, its 
 )
 
 
-def measured(app, kind: str) -> list[dict]:
-    """Records of the preferred profile whose images are of ``kind``: world (drawn), samples or published."""
+def measured(app, *, trained: bool = False, **wanted) -> list[dict]:
+    """Records with these values, such as ``dataset="GeoNRW"`` or ``kind="world"`` (world is drawn, else samples, small
+    or published), of the first profile that has any; ``trained``: the last one aside, which only shows that pages run.
+    """
     from decur_core.report import records
 
-    for profile in app.config.decur_profiles:
-        if found := [record for record in _records(app, profile) if records.kind(record) == kind]:
+    for profile in app.config.decur_profiles[: -1 if trained else None]:
+        every = [record | {"kind": records.kind(record)} for record in _records(app, profile)]
+        if found := records.choose(every, **wanted):
             return found
     return []
 
@@ -65,7 +70,7 @@ def summary(app, argument: str) -> str:
     from decur_core.report import records, tables
 
     kind, _, dataset = argument.partition(" ")
-    found = [r for r in records.choose(measured(app, kind), dataset=dataset) if not r.get("variant")]
+    found = measured(app, kind=kind, dataset=dataset, variant="")
     return f"{tables.markdown(records.summary(found))}\n\n{records.source(found)}" if found else NOT_RUN
 
 
@@ -76,12 +81,46 @@ def table(app, argument: str) -> str:
 
     number, part, kind = argument.split()
     name = {"1": "bigearthnet", "2": "geonrw", "3": part}.get(number)
-    found = measured(app, kind)
-    if name:
-        found = records.choose(found, dataset=datasets.find(name).title)
-    else:
-        found = [r for r in found if r["pair"] == part.replace("+", "_") and r["variant"].startswith("terms")]
+    about = {"dataset": datasets.find(name).title} if name else {"pair": part.replace("+", "_"), "variant": "terms"}
+    found = measured(app, kind=kind, **about)
     return f"{tables.table(int(number), found, part)}\n\n{records.source(found)}"
+
+
+def claims(app, _: str) -> str:
+    """DeCUR against other methods in the paper's first two tables, and in trained runs on drawn worlds."""
+    from decur_core.data import datasets
+    from decur_core.report import records, sentences, styles, tables
+    from decur_core.transfer.evaluation import ONLY
+
+    rows, every, said = [], [], collections.Counter()
+    without = {protocol: method for method, protocol in ONLY.items()}
+    for number, (key, name) in CLAIMS.items():
+        found = measured(app, trained=True, kind="world", dataset=datasets.find(name).title, variant="")
+        every += found
+        for part in (p for p in tables.PAPER[key] if p != "columns" and found):
+            inputs, paper = "both" if "+" in part else part, tables.PAPER[key][part]
+            for k, (column, (fraction, protocol)) in enumerate(tables.COLUMNS.items()):
+                seeds = {
+                    r["method"]: records.by_seed(records.choose(found, method=r["method"], **task))
+                    for task in [{"inputs": inputs, "fraction": fraction, "protocol": protocol}]
+                    for r in records.choose(found, **task)
+                }
+                for other in ("barlow_twins", without[protocol]):
+                    if not seeds.get(records.REFERENCE) or not seeds.get(other):
+                        continue
+                    theirs = paper[records.REFERENCE][k] - paper[other][k]
+                    ours = records.paired(seeds[records.REFERENCE], seeds[other])
+                    same = (ours[0] > 0) == (theirs > 0)
+                    verdict = ("agrees" if same else "does not") if sentences.told(ours) else "cannot be told here"
+                    said[verdict] += 1
+                    spread = "" if ours[1] is None else f" ± {ours[1]:.1f}"
+                    cells = (f"{theirs:+.1f}", f"{ours[0]:+.1f}{spread}", verdict)
+                    rows.append((f"{number}, {part}, {column}", styles.title(other), *cells))
+    if not rows:
+        return NOT_RUN
+    header = ("table, inputs, labels", "DeCUR against", "paper", "trained networks on drawn scenes", "")
+    counts = ", ".join(f"{verdict} {n}" for verdict, n in said.items())
+    return f"{tables.grid(header, rows)}\n\nOf {len(rows)} differences: {counts}. {records.source(every)}"
 
 
 def settings(app, _: str) -> str:
@@ -289,6 +328,7 @@ def _held(notebook: dict) -> dict:
 
 
 TABLES = {
+    "claims": claims,
     "findings": findings,
     "real": real,
     "blocks": blocks,
