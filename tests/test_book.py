@@ -152,6 +152,13 @@ def test_a_page_says_on_top_whether_its_images_are_real(images, said, caption):
     assert ("synthetic" in source.cells[0].source) == (images == [DRAWN])
 
 
+def test_a_drawn_page_does_not_deny_the_real_images_that_it_begins_with():
+    source, ran = pair(DRAWN)
+    source.cells.insert(1, new_markdown_cell("![Six rooms](../book/real/rgb_depth.jpg)"))
+    executed.lay(source, ran)
+    assert "But for the real images of the first figure, all pictures and numbers" in source.cells[0].source
+
+
 def test_a_caption_that_says_it_is_left_alone():
     source, ran = pair(REAL)
     source.cells[2].metadata["mystnb"] = {"figure": {"caption": "Miniature world (not real data): rooms."}}

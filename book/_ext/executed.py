@@ -27,6 +27,7 @@ MATHJAX_SHA256 = "d4295dc33744836935c1399feece5159577b34c5c8ffb9f1c6324cd82e03a8
 # Of images, in margin notes and captions; and captions that say it themselves.
 WORDS = {"real": "real images", "drawn": "drawn world", "none": "no images"}
 SAYS_SO = re.compile(r"not real|drawn|real images|miniature world", re.IGNORECASE)
+REAL = "](../book/real/"  # a figure of real images that lies in the book
 
 BAR = re.compile(r"\d+%\|.*\|")  # tqdm's
 
@@ -99,8 +100,11 @@ def cited(about: dict) -> str:
     return f"{about['title']} {{cite:p}}`{key}`" if key else about["title"]
 
 
-def banner(found: list[dict]) -> tuple[str, str]:
-    """Whether images (of ``images``) are real or drawn: in a word or two, and as it stands on top of a page."""
+def banner(found: list[dict], real_first: bool = False) -> tuple[str, str]:
+    """Whether images (of ``images``) are real or drawn: in a word or two, and as it stands on top of a page.
+
+    ``real_first``: the page begins with a figure of real images that lies in the book.
+    """
     drawn, real = ([about for about in found if about["drawn"] == kind] for kind in (True, False))
     word = " and ".join(filter(None, (WORDS["real"] if real else "", WORDS["drawn"] if drawn else "")))
     worlds, sets = "; ".join(about["title"] for about in drawn), "; ".join(map(cited, real))
@@ -109,8 +113,8 @@ def banner(found: list[dict]) -> tuple[str, str]:
     if real and drawn:
         text = f"{text} Beside them stand drawn images ({worlds}); captions and tables say which is which."
     elif drawn:
-        text = "All pictures and numbers on this page are synthetic, drawn from known factors: "
-        text += f"{worlds}."
+        but = "But for the real images of the first figure, all" if real_first else "All"
+        text = f"{but} pictures and numbers on this page are synthetic, drawn from known factors: {worlds}."
     elif not real:
         text = "No image is looked at on this page: its numbers are made up in its cells."
     kind = "real" if real else "drawn" if drawn else "none"
@@ -142,7 +146,7 @@ def lay(source, executed, links: str = "") -> None:
         if tagged(page, "parameters"):
             injected = [cell.source for cell in executed.cells if tagged(cell, "injected-parameters")]
             page.source = "\n".join(injected or [page.source]).removeprefix("# Parameters\n").strip()
-    word, top = banner(images(executed))
+    word, top = banner(images(executed), any(REAL in c.source for c in source.cells if c.cell_type == "markdown"))
     for page in pages if word in (WORDS["real"], WORDS["drawn"]) else ():
         about = page.metadata.get("mystnb", {}).get("figure", {})
         if about and not SAYS_SO.search(about["caption"]):
