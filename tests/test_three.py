@@ -155,7 +155,7 @@ def test_scenes_are_drawn_and_never_read(tmp_path):
     assert [len(stores[k]) for k in ("train", "test")] == [5, 4] and not set(stores["train"].ids) & set(
         stores["test"].ids
     )
-    world = prepare.world(settings, "three_scenes")
+    world = prepare.world(settings, "three_scenes").reader
     for split, first in (("train", 0), ("test", 5)):
         assert np.array_equal(stores[split].labels, world.labels[first : first + len(stores[split])])
         assert np.array_equal(stores[split].read(1, "dem", 0), DEM.encode(world[first + 1]["dem"]))

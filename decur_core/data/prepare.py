@@ -33,12 +33,19 @@ def _stores(settings: config.Settings) -> Path:
     return Path(settings.data.stores) / settings.profile
 
 
-def world(settings: config.Settings, dataset: str | None = None, split: str = "train") -> Reader:
-    """The miniature world that stands in for a split of a data set, by default of the one the pair is pretrained on.
+class Told(Reader):
+    """What is drawn, told as such: ids and dates, which the published layouts of its files need, would look real."""
 
-    Its ``.factors`` are known.
-    """
-    return miniature(datasets.find(dataset or _pretraining(settings)[0])).drawn(settings.world, split)
+    def __init__(self, reader: Reader):
+        self.reader, self.ids, self.factors = reader, reader.ids, getattr(reader, "factors", {})
+
+    def __getitem__(self, i: int) -> dict:
+        return {k: v for k, v in self.reader[i].items() if k != "dates"} | {"id": f"drawn {i + 1}"}
+
+
+def world(settings: config.Settings, dataset: str | None = None, split: str = "train") -> Reader:
+    """The drawn world, with its ``.factors``, that stands in for a data set's split; by default the pretraining's."""
+    return Told(miniature(datasets.find(dataset or _pretraining(settings)[0])).drawn(settings.world, split))
 
 
 def reader(settings: config.Settings, dataset: str, split: str) -> Reader:
@@ -72,8 +79,9 @@ def reader(settings: config.Settings, dataset: str, split: str) -> Reader:
 
 
 def pairs(settings: config.Settings) -> Reader:
-    """Reader of the pretraining pairs."""
-    return reader(settings, *_pretraining(settings))
+    """Reader of the pretraining pairs, to look at them."""
+    found = reader(settings, *_pretraining(settings))
+    return Told(found) if settings.data.source == "world" else found
 
 
 def _pretraining(settings: config.Settings) -> tuple[str, str]:
