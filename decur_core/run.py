@@ -34,6 +34,7 @@ from decur_core.running import folders as runs
 
 # Bars as rare text lines. Threads that wait must sleep: spinning ones make a shared machine many times slower.
 ENVIRONMENT = {"DECUR_HEADLESS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+FIGURES = [f"--InlineBackend.figure_formats={kind}" for kind in ("svg", "retina")]  # ``publish`` keeps one
 REFRESH = 10.0  # seconds between two log lines of the same progress bar
 
 
@@ -50,7 +51,7 @@ class ThisPython(KernelSpecManager):
     """Kernels of the interpreter that runs the driver, whatever else is installed under the name python3."""
 
     def get_kernel_spec(self, kernel_name):
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", *FIGURES]
         known = {"language": "python", "metadata": {"supported_encryption": "curve"}}
         return KernelSpec(argv=argv, env=ENVIRONMENT, **known)
 
@@ -169,18 +170,21 @@ def find(numbers: list[str], notebooks: Path) -> list[Path]:
     return [path for path in paths if path.name[:2] in (numbers or known)]
 
 
-def lighter(png: str) -> str:
-    """A figure (PNG in base64) in at most 256 colours: a third of the weight where it holds photographs."""
-    image, made = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), io.BytesIO()
-    image.quantize(256).save(made, "PNG", optimize=True)
-    return base64.b64encode(made.getvalue()).decode()
+def lighter(data: dict) -> None:
+    """Of a figure, keep lines as SVG, and images as PNG (base64) in 256 colours: a third of the weight."""
+    if "<image" not in (svg := data.pop("image/svg+xml", "<image")):
+        data["image/svg+xml"] = svg
+        del data["image/png"]
+    elif "image/png" in data:
+        image, made = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB"), io.BytesIO()
+        image.quantize(256).save(made, "PNG", optimize=True)
+        data["image/png"] = base64.b64encode(made.getvalue()).decode()
 
 
 def publish(notebook, target: Path, note: dict) -> None:
     """Write the executed ``notebook`` with ``note`` in its metadata and figures made ``lighter``."""
     for out in (out for cell in notebook.cells for out in cell.get("outputs", ())):
-        if "image/png" in out.get("data", {}):
-            out["data"]["image/png"] = lighter(out["data"]["image/png"])
+        lighter(out.get("data", {}))
     for part in (notebook, *notebook.cells):
         part.metadata.pop("papermill", None)  # holds paths of this machine
     notebook.metadata["decur"] = note

@@ -155,7 +155,7 @@ def test_pictures_of_any_modality(random):
     assert grey.shape == (8, 8, 3) and np.ptp(grey, axis=2).max() == 0
     seasons = {"dem": np.stack([sample["dem"]] * 3), "rgb": np.stack([sample["rgb"]] * 3)}
     titles = [axis.get_title() for axis in pictures.seasons(seasons | {"dates": {"rgb": ["20200101", "b", "c"]}}).axes]
-    assert titles == ["RGB 20200101", "RGB b", "RGB c", *["elevation (no date given)"] * 3]
+    assert titles == ["RGB 20200101", "RGB b", "RGB c", *(f"elevation season {k}" for k in (1, 2, 3))]
     scenes = pictures.scenes(
         [sample | {"mask": np.eye(8, dtype=np.uint8)}], ["rgb", "dem", "mask"], classes=["none", "some"]
     )

@@ -179,13 +179,18 @@ def test_a_page_counts_the_seconds_of_every_attempt(tmp_path):
     assert first > 1 and note.seconds > first + 1
 
 
-def test_published_figures_have_few_colours_and_their_size():
+def test_published_figures_are_lines_or_few_colours():
     noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
     noise[:20] = 255
     whole = io.BytesIO()
     Image.fromarray(noise).save(whole, "PNG")
     text = base64.b64encode(whole.getvalue()).decode()
-    small = Image.open(io.BytesIO(base64.b64decode(run.lighter(text))))
+    photographs = {"image/png": text, "image/svg+xml": "<svg><image/></svg>"}
+    lines, words = {"image/png": text, "image/svg+xml": "<svg><path/></svg>"}, {"text/plain": "1"}
+    for data in (photographs, lines, words):
+        run.lighter(data)
+    assert (list(photographs), list(lines), words) == (["image/png"], ["image/svg+xml"], {"text/plain": "1"})
+    small = Image.open(io.BytesIO(base64.b64decode(photographs["image/png"])))
     found = np.asarray(small.convert("RGB"))
-    assert small.size == (80, 60) and (found[:20] == 255).all() and len(run.lighter(text)) < len(text) / 2
+    assert small.size == (80, 60) and (found[:20] == 255).all() and len(photographs["image/png"]) < len(text) / 2
     assert np.abs(found.astype(int) - noise).mean() < 30

@@ -15,6 +15,7 @@ from decur_core.report.styles import WAYS, colour, figure, grid, legend, method_
 
 ORDER = ("first", "second", "third", "fourth", "fifth")  # modality of a panel, where panels have different ones
 MARKS = (("#D62728", "x"), ("#1F77B4", "s"), ("#2CA02C", "^"), ("#9467BD", "D"), ("#8C564B", "P"))
+SCENES = datasets.find("bigearthnet").task.classes
 DASHES = ("-", "--", ":", "-.")
 
 
@@ -120,26 +121,16 @@ def scores(rows: Sequence[dict], *, reference: float | None = None, unit: str = 
         axis.set_title(title(inputs), fontsize=9, loc="left")
         axis.set_ylabel(unit, fontsize=8)
     if reference is not None:
-        guessing = [axis.axhline(reference, color="black", ls=":", lw=1, label="guessing") for axis in axes.flat]
-        handles.append(guessing[0])
+        handles += [axis.axhline(reference, color="black", ls=":", lw=1, label="guessing") for axis in axes.flat][:1]
     axis.set_xticks(range(len(groups)), [f"{p}\n{100 * f:g} % labels" for f, p in groups], fontsize=8)
     legend(made, handles, side="upper")
     return made
 
 
-def _scenes(dataset: str = "bigearthnet") -> Sequence[str]:
-    """The classes of scenes, those of BigEarthNet unless others are asked for."""
-    return datasets.find(dataset).task.classes
-
-
 def per_class(
-    rows: dict[str, Sequence[float | None]],
-    *,
-    classes: Sequence[str] | None = None,
-    unit: str = "average precision (%)",
+    rows: dict[str, Sequence], *, classes: Sequence[str] = SCENES, unit: str = "average precision (%)"
 ) -> Figure:
     """Score of each class that occurs, a bar per method; the 19 classes of BigEarthNet unless others are given."""
-    classes = _scenes() if classes is None else classes
     kept = [i for i in range(len(classes)) if any(v[i] is not None for v in rows.values())]
     made, axis = _classes([classes[i] for i in kept], height=0.42 * len(kept) + 1)
     height = 0.8 / len(rows)
@@ -152,9 +143,9 @@ def per_class(
     return made
 
 
-def prevalence(labels: np.ndarray, *, classes: Sequence[str] | None = None) -> Figure:
+def prevalence(labels: np.ndarray, *, classes: Sequence[str] = SCENES) -> Figure:
     """Share of patches that carry each class, of BigEarthNet unless given; ``labels``: N x classes of 0 and 1."""
-    return shares(dict(zip(_scenes() if classes is None else classes, labels.mean(0), strict=True)), of="patches")
+    return shares(dict(zip(classes, labels.mean(0), strict=True)), of="patches")
 
 
 def shares(classes: dict[str, float], *, of: str) -> Figure:
@@ -192,8 +183,7 @@ def alignment(losses: dict[str, np.ndarray]) -> Figure:
     made, ((axis,),) = figure(1, 1, height=3, width=6)
     for k, (name, values) in enumerate(losses.items()):
         paint = colour(method) if (method := method_of(name)) else plt.get_cmap("tab10")(k)
-        options = {"histtype": "step", "lw": 1.5, "color": paint, "label": name}
-        axis.hist(np.clip(values, 0, 1), bins=np.linspace(0, 1, 41), **options)
+        axis.hist(np.clip(values, 0, 1), bins=np.linspace(0, 1, 41), histtype="step", lw=1.5, color=paint, label=name)
     axis.set(xlabel="alignment loss of a dimension, $(1 - C_{ii})^2$", ylabel="dimensions", yscale="symlog")
     axis.set_xticks(np.linspace(0, 1, 6), ["0", "0.2", "0.4", "0.6", "0.8", "≥ 1"])
     plain_ticks(axis)
@@ -238,9 +228,8 @@ def spectra(found: dict[str, dict], *, shown: int = 40) -> Figure:
             shared = "+" in which
             paint = colour("common") if shared else colour(which)
             label = "shared" if shared else title(which)
-            axis.plot(
-                range(1, len(values[:shown]) + 1), values[:shown], color=paint, lw=2 if shared else 1, label=label
-            )
+            first = values[:shown]
+            axis.plot(range(1, len(first) + 1), first, color=paint, lw=2 if shared else 1, label=label)
             if shared:
                 axis.axhline(about["thresholds"][which], color=paint, ls=":", lw=1)
         axis.axhline(0.5, color="black", lw=0.5)

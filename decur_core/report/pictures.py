@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from decur_core.data.modality import Modality
-from decur_core.report.styles import figure, legend, modalities, named, title
+from decur_core.report.styles import WIDEST, figure, legend, modalities, named, title
 
 COLOURS = (("red", "green", "blue"), ("B4", "B3", "B2"))  # names of bands that make a picture
 LABELS = ("mask", "predicted")  # classes of pixels in a reader's item
@@ -39,10 +39,11 @@ def picture(image: np.ndarray, name: str = "") -> np.ndarray:
     return found if found.shape[2] == 3 else found.repeat(3, 2)
 
 
-def _mosaic(rows: Sequence[Sequence[tuple]], labels: Sequence[str], *, height: float, width: float, cmap="gray"):
-    """A figure of rows of (image H x W (x 3), title), ``height`` x ``width`` inches each, and its axes."""
-    size = {"height": height * len(rows) + 0.2, "width": max(4.5, width * len(rows[0]) + 0.2)}
-    made, axes = figure(len(rows), len(rows[0]), **size)
+def _mosaic(rows: Sequence[Sequence[tuple]], labels: Sequence[str], *, width: float, cmap="gray"):
+    """A figure of rows of (image H x W (x 3), title), at most ``width`` inches wide each, and its axes."""
+    width = min(width, (WIDEST - 0.2) / len(rows[0]))
+    heights = [0.05 + 0.2 * bool(row[0][1]) + width * np.divide(*row[0][0].shape[:2]) for row in rows]
+    made, axes = figure(len(rows), len(rows[0]), height=sum(heights) + 0.2, width=max(4.5, width * len(rows[0]) + 0.2))
     for line, row, label in zip(axes, rows, labels, strict=True):
         for axis, (image, text) in zip(line, row, strict=True):
             axis.imshow(image, interpolation="nearest", cmap=cmap)
@@ -72,8 +73,7 @@ def pairs(samples: Sequence[dict], *, season: int = 0) -> Figure:
     for m in _sensors(samples[0]):
         images = [s[m.name][season] if s[m.name].ndim == 4 else s[m.name] for s in samples]
         if len(several := chosen(m.bands)) == 3:
-            whole = m.scheme == "bytes"
-            rows.append([(picture(x) if whole else stretch(x[several]), "") for x in images])
+            rows.append([(picture(x) if m.scheme == "bytes" else stretch(x[several]), "") for x in images])
             labels.append(" ".join(m.bands[k] for k in several))
             continue
         for k, band in enumerate(m.bands):
@@ -81,10 +81,8 @@ def pairs(samples: Sequence[dict], *, season: int = 0) -> Figure:
             texts = [f"{low:.0f} to {high:.0f} {_unit(m)}" for low, high in ends]
             rows.append([(stretch(x[k : k + 1]), text) for x, text in zip(images, texts, strict=True)])
             labels.append(band)
-    rows[0] = [
-        (image, "\n".join(filter(None, (_short(s), text)))) for s, (image, text) in zip(samples, rows[0], strict=True)
-    ]
-    return _mosaic(rows, labels, height=1.7, width=1.5)[0]
+    rows[0] = [(x, f"{_short(s)}\n{text}".strip()) for s, (x, text) in zip(samples, rows[0], strict=True)]
+    return _mosaic(rows, labels, width=1.5)[0]
 
 
 def _unit(m: Modality | None) -> str:
@@ -111,10 +109,10 @@ def scenes(samples: Sequence[dict], kinds: Sequence[str], *, classes: Sequence[s
 
     rows = [[cell(kind, s[kind]) for s in samples] for kind in kinds]
     rows[0] = [(image, text or _short(s)) for s, (image, text) in zip(samples, rows[0], strict=True)]
-    made, _ = _mosaic(rows, [named(kind) for kind in kinds], height=1.6, width=1.6, cmap="cividis")
+    made, _ = _mosaic(rows, [named(kind) for kind in kinds], width=1.6, cmap="cividis")
     seen = sorted({k for s in samples for kind in kinds if kind in LABELS for k in np.unique(s[kind]).tolist()})
     if seen and classes:
-        legend(made, [Patch(color=colours[k], label=classes[k]) for k in seen], columns=6)
+        legend(made, [Patch(color=colours[k], label=classes[k]) for k in seen])
     return made
 
 
@@ -124,19 +122,16 @@ def seasons(sample: dict) -> Figure:
     for m in _sensors(sample):
         several, images = chosen(m.bands), sample[m.name]
         label = title(m.name) if len(several) == 3 or len(m.bands) == 1 else f"{title(m.name)} {m.bands[0]}"
-        dates = sample.get("dates", {}).get(m.name, ["(no date given)"] * len(images))
+        dates = sample.get("dates", {}).get(m.name) or [f"season {k + 1}" for k in range(len(images))]
         rows.append([(stretch(x[several]), f"{label} {date[:15]}") for x, date in zip(images, dates, strict=True)])
-    return _mosaic(rows, [""] * len(rows), height=2.2, width=2.2)[0]
+    return _mosaic(rows, [""] * len(rows), width=2.2)[0]
 
 
 def bands(image: np.ndarray, names: Sequence[str], unit: str) -> Figure:
     """Each band of one image (C x H x W) on its own grey scale, with its mean in ``unit``."""
     cells = [(stretch(b[None]), f"{name}: mean {b.mean():.4g}") for b, name in zip(image, names, strict=True)]
-    empty = -len(cells) % 5
-    cells += [(np.ones((*image.shape[1:], 3)), "")] * empty
-    made, axes = _mosaic(
-        [cells[k : k + 5] for k in range(0, len(cells), 5)], [""] * (len(cells) // 5), height=2, width=1.8
-    )
+    cells += [(np.ones((*image.shape[1:], 3)), "")] * (-len(cells) % 5)
+    made, axes = _mosaic([cells[k : k + 5] for k in range(0, len(cells), 5)], [""] * (len(cells) // 5), width=1.8)
     for axis in axes.flat:
         axis.set_axis_off()
     made.suptitle(unit, fontsize=9)
@@ -146,7 +141,7 @@ def bands(image: np.ndarray, names: Sequence[str], unit: str) -> Figure:
 def views(rows: dict[str, np.ndarray]) -> Figure:
     """Augmented views: one row per entry, images N x C x H x W in [0, 1], in colour where they have any."""
     cells = [[(picture(x, name), "") for x in images] for name, images in rows.items()]
-    return _mosaic(cells, [named(name) for name in rows], height=1.25, width=1.2)[0]
+    return _mosaic(cells, [named(name) for name in rows], width=1.2)[0]
 
 
 def saliency(rows: Sequence[dict[str, np.ndarray]], columns: Sequence[str]) -> Figure:
@@ -161,7 +156,7 @@ def saliency(rows: Sequence[dict[str, np.ndarray]], columns: Sequence[str]) -> F
         [(picture(image, n.split(", ")[0]), text) for (image, _), n, text in zip(row, columns, line, strict=True)]
         for row, line in zip(pairs, texts, strict=True)
     ]
-    made, axes = _mosaic(cells, [""] * len(rows), height=1.5, width=1.5)
+    made, axes = _mosaic(cells, [""] * len(rows), width=1.5)
     for axis, (_, heat) in zip(axes.flat, (cell for row in pairs for cell in row), strict=True):
         if heat is not None and np.ptp(heat) == 0:
             box = {"facecolor": "white", "edgecolor": "none", "pad": 2}

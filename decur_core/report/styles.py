@@ -31,6 +31,7 @@ COLOURS = {
 }
 # Of benchmarks; what is not listed has DeCUR's colour.
 WAYS = {"published": "#999999", "tuned": "#DDAA33", "ours, gravity given": "#88CCEE"}
+WIDEST = 7  # inches of a figure: the column of a page in a window of 1280 px, where 7 points are then 9 px
 TERMS = {"intra": "intra-modal", "anchor": "anchors"}  # loss terms of one modality, `intra/sar`
 
 
@@ -79,8 +80,8 @@ def method_of(label: str) -> str | None:
     return max(found, key=lambda name: len(METHODS[name].title), default=None)
 
 
-def figure(rows: int, columns: int, *, width: float = 9, height: float, **options) -> tuple[Figure, np.ndarray]:
-    made = plt.figure(figsize=(width, height), dpi=90, layout="constrained")
+def figure(rows: int, columns: int, *, width: float = WIDEST, height: float, **options) -> tuple[Figure, np.ndarray]:
+    made = plt.figure(figsize=(min(width, WIDEST), height), dpi=96, layout="constrained")
     axes = made.subplots(rows, columns, squeeze=False, **options)
     plt.close(made)  # a notebook shows it once: as the value of its cell
     return made, axes
