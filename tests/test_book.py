@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +55,8 @@ def test_table_of_contents_is_complete():
         assert any((ROOT / f"{page}{end}").is_file() for end in (".md", ".ipynb")), page
     listed = [page for page in PAGES if page.startswith("notebooks/")]
     assert sorted(listed) == [f"notebooks/{path.stem}" for path in NOTEBOOKS]
-    prose = {f"book/{path.stem}" for path in (ROOT / "book").glob("*.md")}
+    pages = [*(ROOT / "book").glob("*.md"), *(ROOT / "book/weights").glob("*/*.md")]
+    prose = {str(path.relative_to(ROOT).with_suffix("")) for path in pages}
     assert prose == {page for page in PAGES if page.startswith("book/")}
 
 
@@ -208,6 +210,40 @@ def test_copies_of_other_code_or_unfinished_ones_are_refused():
     del ran.cells[3]
     with pytest.raises(executed.Unusable, match="2 code cells, the page has 3"):
         executed.lay(source, ran)
+
+
+def test_buttons_lead_to_the_repository_whose_address_is_set(tmp_path):
+    """A book of one page, with the settings, the extension and the theme of this one."""
+    address = "https://github.com/someone/decur"
+    settings = CONFIG | {"repository": {"url": address, "branch": "v1"}}
+    (tmp_path / "_config.yml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: notebooks/20_page\n")
+    (tmp_path / "book").mkdir()
+    for part in ("_ext", "asset", "references.bib"):
+        (tmp_path / "book" / part).symlink_to(ROOT / "book" / part)
+    for folder, notebook in zip(("notebooks", "book/executed/mini"), pair(DRAWN), strict=True):
+        (tmp_path / folder).mkdir(parents=True)
+        notebook.metadata["language_info"] = {"name": "python"}
+        nbformat.write(notebook, tmp_path / folder / "20_page.ipynb")
+    command = [Path(sys.executable).with_name("jupyter-book"), "build", tmp_path, "-W", "--keep-going"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    page = (tmp_path / "_build/html/notebooks/20_page.html").read_text()
+    links = (
+        f"{address}/blob/v1/notebooks/20_page.ipynb",
+        f"{address}/issues/new",
+        "https://mybinder.org/v2/gh/someone/decur/v1?urlpath=lab/tree/notebooks/20_page.ipynb",
+        "https://colab.research.google.com/github/someone/decur/blob/v1/notebooks/20_page.ipynb",
+        f"!git clone --quiet --depth 1 --branch v1 {address} /content/decur",
+    )
+    assert done.returncode == 0, done.stderr
+    assert [link for link in links if link not in page] == []
+
+
+def test_without_an_address_there_are_no_buttons():
+    app = App(ROOT)
+    app.html_theme_options = {"repository_url": ""}
+    executed.buttons(app, app)
+    assert app.html_theme_options == {"repository_url": ""} and executed.in_colab(app) == ""
 
 
 class App:

@@ -27,6 +27,16 @@ MATHJAX_SHA256 = "d4295dc33744836935c1399feece5159577b34c5c8ffb9f1c6324cd82e03a8
 # Of images, in margin notes and captions; and captions that say it themselves.
 WORDS = {"real": "real images", "drawn": "drawn world", "none": "no images"}
 SAYS_SO = re.compile(r"not real|drawn|real images|miniature world", re.IGNORECASE)
+COLAB = """
+````{{dropdown}} To run this page in Colab, put this into a first cell
+```
+!git clone --quiet --depth 1 --branch {branch} {address} /content/decur
+%cd /content/decur
+%pip install --quiet --editable .
+```
+If Colab asks for a restart, run the line with `%cd` again after it.
+````
+"""
 REAL = "](../book/real/"  # a figure of real images that lies in the book
 
 BAR = re.compile(r"\d+%\|.*\|")  # tqdm's
@@ -166,9 +176,14 @@ def sources(app, docname: str, copy: Path) -> str:
 
 
 def read_source(app, docname: str, content: list[str]) -> None:
-    """Handler of Sphinx's ``source-read``: replaces a notebook's text by the same notebook with outputs."""
+    """Handler of Sphinx's ``source-read``: replaces a notebook's text by the same notebook with outputs.
+
+    Of prose only the title of a model card changes, as ``decur_core.export`` gives the same to all.
+    """
     path = Path(app.env.doc2path(docname))
     if path.suffix != ".ipynb":
+        if path.name == "README.md":  # a model card, of which the book has several
+            content[0] = content[0].replace("# Pretrained encoders", f"# Model card: {path.parent.name}", 1)
         return
     folder, number = Path(app.srcdir) / app.config.decur_executed, path.name[:2]
     copies = [folder / profile / path.name for profile in app.config.decur_profiles]
@@ -181,7 +196,7 @@ def read_source(app, docname: str, content: list[str]) -> None:
         notebook, profile = nbformat.reads(content[0], as_version=4), copy.parent.name
         try:
             lay(notebook, nbformat.read(copy, as_version=4), sources(app, docname, copy))
-            notebook.cells[0].source = f"# {number}. {notebook.cells[0].source.removeprefix('# ')}"
+            notebook.cells[0].source = f"# {number}. {notebook.cells[0].source.removeprefix('# ')}{in_colab(app)}"
             content[0] = nbformat.writes(notebook)
             return
         except Unusable as error:
@@ -200,6 +215,13 @@ def serve_mathjax(app, config) -> None:
     config.mathjax_path = file.name
 
 
+def in_colab(app) -> str:
+    """What installs the library where a notebook is opened alone; Binder reads ``environment.yml``."""
+    options = getattr(app.config, "html_theme_options", {})
+    address, branch = options.get("repository_url", ""), options.get("repository_branch") or "main"
+    return COLAB.format(address=address, branch=branch) if address.startswith("https://github.com/") else ""
+
+
 def spare_mathjax(app, page, template, context, doctree) -> None:
     """Handler of ``html-page-context``: no script for formulas, which is large, where there are none.
 
@@ -215,7 +237,8 @@ def buttons(app, config) -> None:
     if config.html_theme_options.get("repository_url"):
         names = ("use_source_button", "use_repository_button", "use_issues_button")
         config.html_theme_options |= dict.fromkeys(names, True)
-        config.html_theme_options.setdefault("launch_buttons", {})["binderhub_url"] = "https://mybinder.org"
+        services = {"binderhub_url": "https://mybinder.org", "colab_url": "https://colab.research.google.com"}
+        config.html_theme_options["launch_buttons"] = {"notebook_interface": "jupyterlab", **services}
 
 
 def setup(app) -> dict:
