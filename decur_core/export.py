@@ -152,10 +152,6 @@ def in_words(p: Modality) -> str:
     return f"{p.unit}, bands in the order {', '.join(p.bands)}: {steps[p.scheme]}; then divided by 255{copies}."
 
 
-def _number(value) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _data(data: dict) -> str:
     """What a run has seen, by what its store says of itself."""
     title = data.get("title") or data.get("name") or "not on record"
@@ -178,7 +174,11 @@ def _section(metadata: dict) -> str:
         code += [f"network.conv1 = torch.nn.Conv2d({channels}, 64, 7, 2, 3, bias=False)"] * (channels != 3)
     code += [f'network.load_state_dict(safetensors.torch.load_file("{name}"))']
     labels = "" if settings["method"] == "supervised" else ", no labels"
-    results = ["; ".join(f"{k} {_number(v)}" for k, v in each.items() if v != "") for each in metadata["evaluations"]]
+    scored = metadata["evaluations"]
+    columns = [k for k in RESULTS if any(each.get(k, "") != "" for each in scored)]
+    values = [[f"{v:.4g}" if isinstance(v := each.get(k, ""), float) else str(v) for k in columns] for each in scored]
+    table = [f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *values)]
+    results = "\n".join(["as follows.", "", *table]) if scored else "none."
     return f"""
 ## {name}
 
@@ -188,15 +188,19 @@ def _section(metadata: dict) -> str:
 - Data: {_data(metadata.get("data") or {})}.
 - Input: {in_words(Modality.from_mapping(metadata["preprocessing"]))}
 - Use: a start for models of such images, or frozen as a feature extractor; untested on other sensors, units or bands.
-- Evaluations: {" | ".join(results) or "none"}.
+- Evaluations: {results}
 
 ```python
 {chr(10).join(code)}
 ```
 
+<details><summary>Settings of the run</summary>
+
 | setting | value |
 |---|---|
 {chr(10).join(f"| {k} | {v} |" for k, v in settings.items())}
+
+</details>
 """
 
 

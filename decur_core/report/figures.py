@@ -127,9 +127,7 @@ def scores(rows: Sequence[dict], *, reference: float | None = None, unit: str = 
     return made
 
 
-def per_class(
-    rows: dict[str, Sequence], *, classes: Sequence[str] = SCENES, unit: str = "average precision (%)"
-) -> Figure:
+def per_class(rows: dict[str, Sequence], *, classes: Sequence[str] = SCENES, unit="average precision (%)") -> Figure:
     """Score of each class that occurs, a bar per method; the 19 classes of BigEarthNet unless others are given."""
     kept = [i for i in range(len(classes)) if any(v[i] is not None for v in rows.values())]
     made, axis = _classes([classes[i] for i in kept], height=0.42 * len(kept) + 1)
