@@ -34,7 +34,7 @@ SOURCES = (
 )
 CHROMIUM = shutil.which("chromium")
 WIDTHS, THEMES = (390, 1280), ("light", "dark")
-FIRST_BYTES, PAGE_BYTES = 1_000_000, 2_000_000  # of all that a page loads, compressed as servers send it
+FIRST_BYTES, PAGE_BYTES = 1_000_000, 1_500_000  # of all that a page loads, compressed as servers send it
 
 CONTENT = r"""(() => {
   const prose = document.querySelector("article, main").cloneNode(true);
@@ -75,6 +75,12 @@ SMALLEST = """[...document.querySelectorAll("article svg[viewBox] text")].map(e 
   const svg = e.ownerSVGElement;
   return parseFloat(getComputedStyle(e).fontSize) * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
 })"""
+
+# Figures that are shown at less than the size they were made for, at which their text has 9 px or more: PNGs of twice
+# that size say it in their style.
+SHRUNK = """[...document.querySelectorAll("article figure img")].map(e => [e, e.src.endsWith(".svg") ? e.naturalWidth
+  : parseFloat(e.style.width)]).filter(([e, made]) => e.getBoundingClientRect().width < 0.96 * made)
+  .map(([e, made]) => `${e.alt.slice(0, 40)}: ${made} in ${Math.round(e.getBoundingClientRect().width)}`)"""
 
 # Contrast of every visible text and formula with what lies behind it; colours may be translucent. WCAG 2.1, 1.4.3:
 # at least 4.5, for large type 3.
@@ -140,6 +146,7 @@ def survey(browser):
             )
             found[width] = browser.evaluate(OVERFLOW)
             found["tables", width], found["smallest", width] = browser.evaluate(TABLES), browser.evaluate(SMALLEST)
+            found["shrunk", width] = browser.evaluate(SHRUNK)
         for theme in THEMES:
             feature = {"name": "prefers-color-scheme", "value": theme}
             browser.ask("Emulation.setEmulatedMedia", features=[feature])
@@ -231,6 +238,11 @@ def test_tables_are_as_wide_as_the_column(survey):
 def test_text_of_drawings_is_legible(survey):
     assert min(survey[PAGES[1]]["smallest", 390]) >= 9, "the sketches of the primer"
     assert wrong(survey, lambda found: [each for each in found["smallest", 390] if each < 9]) == {}
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_figures_have_the_size_at_which_their_text_is_legible(survey, width):
+    assert wrong(survey, lambda found: found["shrunk", width]) == {}
 
 
 def test_a_page_of_a_run_says_truly_whether_its_images_are_real(survey):
