@@ -1,5 +1,8 @@
 """Figures say what they show: names of the tables, legends beside the data, marks for what is missing."""
 
+import re
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -127,6 +130,13 @@ def test_empty_saliency_and_the_range_of_radar_are_written_in(random):
 def test_what_is_not_a_number_is_a_dash_and_zero_has_no_sign():
     axis = plots.matrix({"a": {"row": {"x": np.nan, "y": -0.001, "z": 0.5}}}, unit="R2").axes[0]
     assert [text.get_text() for text in axis.texts] == ["–", "0.00", "0.50"]
+
+
+def test_no_text_of_a_figure_is_smaller_than_7_points():
+    """At 7 inches, the page's column, that is 9 px."""
+    sources = [Path(module.__file__).read_text() for module in (plots, pictures, styles)]
+    sizes = [int(size) for text in sources for size in re.findall(r'fontsize"?[=:] ?(\d+)', text)]
+    assert len(sizes) > 20 and min(sizes) >= 7 and styles.WIDEST == 7
 
 
 def test_ways_of_a_benchmark_differ_in_colour():

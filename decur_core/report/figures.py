@@ -56,7 +56,7 @@ def correlation(matrices: dict[str, np.ndarray], *, dim_common: int | None = Non
 
     A matrix whose name is the label of a run of another method than DeCUR has none, and no lines.
     """
-    made, axes = grid(len(matrices), 4, width=2.3, height=2.6)
+    made, axes = grid(len(matrices), 3, width=2.2, height=2.2)
     for axis, (name, c) in zip(axes, matrices.items(), strict=True):
         shown = axis.imshow(c, vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
         axis.set_title(textwrap.fill(name, 24), fontsize=8)
@@ -195,7 +195,7 @@ def dimensions(points: dict[str, np.ndarray], *, blocks: dict[str, Mapping[str, 
     Marks of outlines: common dimensions, in another shape for each modality; dots: unique ones. ``blocks``: which are
     which, by run, of ``explain.blocks``. The name of a pair becomes a title that says which modality is the first.
     """
-    made, axes = grid(len(points), 3, width=3.4, height=3.6)
+    made, axes = grid(len(points), 3, width=3.4, height=2.8)
     for axis, (name, place) in zip(axes, points.items(), strict=True):
         start, layout = 0, blocks[name]
         for (m, there), who, (paint, mark) in zip(layout.items(), ORDER, MARKS, strict=False):
@@ -239,7 +239,7 @@ def spectra(found: dict[str, dict], *, shown: int = 40) -> Figure:
 
 def places(points: dict[str, np.ndarray]) -> Figure:
     """Maps of samples, a panel per modality: N x 2 points, coloured alike in all panels by their place in the first."""
-    made, axes = grid(len(points), 3, width=3.4, height=3.4)
+    made, axes = grid(len(points), 3, width=3.4, height=2.5)
     first = next(iter(points.values()))
     hue = np.arctan2(*(first - first.mean(0)).T[::-1])
     for axis, (name, place) in zip(axes, points.items(), strict=True):
