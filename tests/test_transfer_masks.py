@@ -249,7 +249,7 @@ def test_a_store_without_masks_is_refused_before_any_work(settings, stores, pair
 def test_presence_tells_from_masks_which_classes_cover_enough_of_an_image():
     mask = torch.zeros(2, 10, 10, dtype=torch.uint8)  # 0 is unlabelled
     mask[0, 0, :2], mask[0, 1, :1], mask[1] = 1, 2, 3
-    task = tasks.Presence(("a", "b", "c"), tasks.Masks(("a", "b", "c")))
+    task = tasks.Presence(("a", "b", "c"))
     assert task.target(mask).tolist() == [[1, 0, 0], [0, 0, 1]], "2 % and all of it, not 1 %"
     assert task.numbers == ("micro", "macro") and task.outputs == 3 and not task.dense
     with pytest.raises(DataError, match="value 4"):

@@ -21,7 +21,7 @@ import numpy as np
 
 from decur_core.data.datasets import DataSet
 from decur_core.data.modality import OPTICAL, SAR
-from decur_core.data.raster import DataError, Part, Reader, read_pair, reading, visible
+from decur_core.data.raster import MISSING, DataError, Part, Reader, one_of, read_pair, reading, visible
 from decur_core.data.tasks import Scene
 
 # The 19 classes of BigEarthNet-MM in index order, each with its CORINE level-3 names, the labels in the files.
@@ -118,8 +118,7 @@ class _Patches(Reader):
     def _choose(self, partners: dict, unwanted: set, here: dict[str, set], labels, missing: str, split) -> None:
         """Set `ids` and what belongs to each of them; `partners`: S2 patch -> S1 patch as listed; `here`: names on
         disk of each sensor; `labels`: S2 patch -> bool (19,)."""
-        if missing not in ("error", "skip"):
-            raise ValueError(f"missing is {missing!r}; allowed are 'error' and 'skip'")
+        one_of(MISSING, missing=missing)
         wanted = {s2: s1 for s2, s1 in partners.items() if s2 not in unwanted}
         present = {s2: s1 for s2, s1 in wanted.items() if s2 in here["S2"] and s1 in here["S1"]}
         if missing == "error" and (absent := [s2 for s2 in wanted if s2 not in present]):
@@ -140,16 +139,13 @@ class BigEarthNetMM(_Patches):
     """SAR-optical patches with 19 labels.
 
     `root` holds the two patch folders (also under the names of the published example) and the split lists; `split`:
-    "train", "val" or "test" (list in `root`), a path to a list, or None for every patch found; `exclude`: lists of
-    patches to leave out (snow, clouds and shadow); `missing`: "error" refuses a list with patches that are not there,
-    "skip" uses those that are.
+    "train", "val" or "test" (list in `root`), or a path to a list; `exclude`: lists of patches to leave out (snow,
+    clouds and shadow).
 
     Items: {"id": S2 patch, "sar": float32 (2, H, W) in dB, "optical": float32 (13, H, W) in reflectance x 10000 with a
-    zero row for B10, "labels": bool (19,)}. `.labels` is bool (n, 19); `.left_out` counts what was left out and why;
-    patches without any of the 19 classes always are. S1 partners come from the list, else from the S1 patches' JSON.
+    zero row for B10, "labels": bool (19,)}. `.labels` is bool (n, 19). Patches without any of the 19 classes are always
+    left out. S1 partners come from the list, else from the S1 patches' JSON.
     `.statistics`: the published mean and standard deviation, modality -> (mean per band, std per band), 0 for B10.
-
-    A DataError names the file or folder that is missing, damaged, of another form or at another place.
     """
 
     def __init__(self, root: Path | str, split: str | Path | None = None, *, exclude=(), missing: str = "error"):
@@ -202,8 +198,7 @@ class BigEarthNetV2(_Patches):
     `root` holds `BigEarthNet-S2`, `BigEarthNet-S1` and `metadata.parquet`, whose column `s1_name` alone pairs the
     patches: their numbers differ. `split`: "train", "val" (also "validation"), "test" or None for all; `exclude`: leave
     out patches with snow, clouds or shadow, which are those in the second table, as it is published, and those that the
-    first one marks (one of them has to say so). `missing`, the items, `.labels`, `.left_out` and errors are as with
-    `BigEarthNetMM`.
+    first one marks (one of them has to say so). Items and `.labels` are as with `BigEarthNetMM`.
     """
 
     def __init__(self, root: Path | str, split: str | None = None, *, exclude: bool = False, missing: str = "error"):

@@ -23,7 +23,7 @@ from rasterio.transform import array_bounds
 from rasterio.warp import Resampling, reproject
 
 from decur_core.data.modality import Modality
-from decur_core.data.raster import DataError, Reader, reading, repeated, visible
+from decur_core.data.raster import MISSING, DataError, Reader, one_of, reading, repeated, visible
 
 DRIVERS = {".tif": "GTiff", ".tiff": "GTiff", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".npy": ""}
 MASK = Modality(name="mask", bands=("class",), unit="number of a class", valid_range=(0.0, 255.0), scheme="bytes")
@@ -94,22 +94,21 @@ class Folders(Reader):
 
     `root` holds a folder per name in `modalities`; `split`: name of a list `<split>.txt` beside them, None or "all" for
     every id, sorted; `resample`: bring images of another size or grid to that of the first modality (bilinear, masks
-    nearest), refused otherwise; `missing`: "error" refuses ids that not every modality has, "skip" leaves them out;
+    nearest), refused otherwise; `missing` is about ids that not every modality has;
     `classes`: names that labels may have, in the order of the columns, () for those found, sorted; `masks`: names of
     the classes 1, 2, … of masks, () for any.
 
     Items: {"id", <modality>: ((S,) C, H, W), uint8 if its files have 8 bits, else float32 in the unit of the files,
     "labels": bool (classes,), "mask": uint8 (H, W)}. Seasons are in the order of their names; the k-th of one modality
     goes with the k-th of another, and an image without seasons (elevation) with all of them.
-    `.left_out`: how many files of other types and ids were left out; a warning says so, and another of hidden files.
+    A warning tells of `.left_out`, files of other types and ids; another of hidden files.
 
     A DataError names the id or file: an id missing in a modality or in labels, or unknown to them; another size or
     grid; another number of bands or seasons; a band of one value; more than 8 bits where `modality.scheme` is bytes.
     """
 
     def __init__(self, root, modalities, split=None, *, resample=False, missing="error", classes=(), masks=()):
-        if missing not in ("error", "skip"):
-            raise ValueError(f"missing is {missing!r}; allowed are 'error' and 'skip'")
+        one_of(MISSING, missing=missing)
         self.root, self.modalities, self.resample, self.masks = Path(root), tuple(modalities), resample, tuple(masks)
         self.left_out, self.classes, self._labels = Counter(), tuple(classes), {}
         self._files = {modality.name: self._scan(modality.name) for modality in modalities}

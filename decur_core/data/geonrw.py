@@ -14,7 +14,7 @@ import numpy as np
 
 from decur_core.data.datasets import DataSet
 from decur_core.data.modality import DEM, RGB
-from decur_core.data.raster import DataError, Reader, read, visible
+from decur_core.data.raster import MISSING, DataError, Reader, one_of, read, visible
 from decur_core.data.tasks import Masks
 
 SPLITS = {
@@ -46,23 +46,22 @@ _NAME = re.compile(rf"(\d+_\d+)_(?:.*_)?({'|'.join(map(re.escape, _FILES))})")
 class GeoNRW(Reader):
     """RGB-DEM patches with land-cover masks.
 
-    `root` holds a folder per city; `split`: "train", "test" or None for every city found; `parts`: every tile is cut
-    into parts x parts patches (4: 250 x 250 pixels), numbered row by row; `missing`: "error" refuses a split of which
-    cities are not there, "skip" uses those that are.
+    `root` holds a folder per city; `split`: "train" or "test"; `parts`: every tile is cut into parts x parts patches
+    (4: 250 x 250 pixels), numbered row by row; `missing` is about cities.
 
     Items: {"id": "<city>/<E>_<N>_<number from 1>", "rgb": uint8 (3, H, W), "dem": float32 (1, H, W) in metres, "mask":
     uint8 (H, W), index into CLASSES, 0 = unlabelled}. `.chunk`: that many consecutive patches share a tile; the last
     tile is kept, so that it is decoded once. A flat DEM is a patch like any other (a lake).
 
-    A DataError names what is missing, damaged or of another form; for an item also: a partner file missing, a label
-    above 10, a pixel without elevation (not finite, or marked in the file), a photograph that is black all over.
+    A DataError also for a label above 10, a pixel without elevation (not finite, or marked in the file), a photograph
+    that is black all over.
     """
 
     def __init__(self, root: Path | str, split: str | None = None, *, parts: int = 4, missing: str = "error"):
-        if missing not in ("error", "skip") or parts < 1:
-            raise ValueError(f"missing is {missing!r}, parts {parts}; allowed are 'error' and 'skip', 1 and more")
-        if split is not None and split not in SPLITS:
-            raise DataError(f"split is {split!r}; allowed are {', '.join(SPLITS)} and None for every city found")
+        one_of(MISSING, missing=missing)
+        one_of([*SPLITS, None], split=split)
+        if parts < 1:
+            raise ValueError(f"parts is {parts}; allowed are 1 and more")
         self.root, self.parts, self.chunk, self._files, self._last = Path(root), parts, parts**2, {}, ("", {})
         if not self.root.is_dir():
             raise DataError(f"{self.root}: missing; the root of GeoNRW holds a folder per city")

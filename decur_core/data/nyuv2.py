@@ -20,7 +20,7 @@ import scipy.io
 
 from decur_core.data.datasets import DataSet
 from decur_core.data.modality import INDOORS
-from decur_core.data.raster import DataError, Reader, reading, repeated, visible
+from decur_core.data.raster import MISSING, DataError, Reader, one_of, reading, repeated, visible
 from decur_core.data.sunrgbd import CLASSES_37, AsHHA, checked, read_image
 from decur_core.data.tasks import Masks, Presence
 
@@ -57,9 +57,9 @@ def _millimetres(path: Path) -> np.ndarray:
 class NYUv2(Reader):
     """RGB-depth images with masks.
 
-    `root` holds the tree, or else the .mat and its two companions; `split`: "train", "test" or None for every image;
-    `hha`: read the tree's HHA/ too; `missing`: "error" refuses a list with images that are not in RGB/, "skip" uses
-    those that are. No image may be in two lists, and where splits.mat is there, it and the lists must agree.
+    `root` holds the tree, or else the .mat and its two companions; `split`: "train" or "test"; `hha`: read the tree's
+    HHA/ too; `missing` is about images of a list that are not in RGB/. No image may be in two lists, and where
+    splits.mat is there, it and the lists must agree.
 
     Items: {"id": i, "rgb": uint8 (3, H, W), "depth": float32 (1, H, W) in metres, 0 = hole, "intrinsics": float64 (3,
     3), "gravity": float64 (3,), unit vector pointing down in camera coordinates x right, y down, z forward, or None
@@ -68,13 +68,11 @@ class NYUv2(Reader):
 
     The rotations turn coordinates x right, y forward, z up until z is up, so their third row is up as the camera sees
     it: gravity is its negative, with the axes of the camera.
-
-    A DataError names the file or folder that is missing, damaged or of another form.
     """
 
     def __init__(self, root: Path | str, split: str | None = None, *, hha: bool = False, missing: str = "error"):
-        if split not in (None, "train", "test") or missing not in ("error", "skip"):
-            raise ValueError(f"split {split!r}, missing {missing!r}; allowed: 'train', 'test', None; 'error', 'skip'")
+        one_of(("train", "test", None), split=split)
+        one_of(MISSING, missing=missing)
         self.root, self._hha, self._down, self._to_40 = Path(root), hha, None, None
         if hha and not ((self.root / "RGB").is_dir() and (self.root / "HHA").is_dir()):
             raise DataError(f"{self.root}: no tree with RGB and HHA; leave hha=False, and use depth_to_hha")
@@ -162,5 +160,5 @@ NYUV2 = DataSet(
     world="decur_core.worlds.rooms:NYUV2",
     cite="silberman2012nyuv2",
 )
-PRESENCE = replace(NYUV2, name="nyuv2_presence", task=Presence(CLASSES_40, NYUV2.task), pretrain="")
+PRESENCE = replace(NYUV2, name="nyuv2_presence", task=Presence(CLASSES_40), pretrain="")
 DATASETS = (NYUV2, PRESENCE)

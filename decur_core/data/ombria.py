@@ -19,7 +19,7 @@ import numpy as np
 from decur_core.data import modality
 from decur_core.data.datasets import DataSet
 from decur_core.data.modality import RGB
-from decur_core.data.raster import DataError, Reader, visible
+from decur_core.data.raster import MISSING, DataError, Reader, one_of, visible
 from decur_core.data.sunrgbd import read_image
 from decur_core.data.tasks import Masks
 
@@ -70,20 +70,18 @@ def simple_rules(stores: Mapping) -> dict[str, dict[str, float]]:
 class Ombria(Reader):
     """SAR-optical pairs before and after a flood, with masks.
 
-    `root` holds the tree; `split`: "train", "test", "2021", one of its EVENTS, or None for all; `missing`: "error"
-    refuses events, or patches of them, of which a file is not there, "skip" uses the others (`.left_out` counts them).
+    `root` holds the tree; `split`: "train", "test", "2021" or one of its EVENTS; `missing` is about events, and patches
+    of them, of which a file is not there.
 
     Items: {"id": such as "train/0001" or "france/12", "sar": uint8 (2, 1, H, W), "optical": uint8 (2, 3, H, W) of
     `OPTICAL.bands`, both before and after, "mask": uint8 (H, W), 1 dry, 2 flooded, index into CLASSES plus 1}.
 
-    A DataError names a file that is missing, damaged, of another size or with other values, and masks of the two
-    sensors that are not the same.
+    A DataError also for masks of the two sensors that are not the same.
     """
 
     def __init__(self, root: Path | str, split: str | None = None, *, missing: str = "error"):
-        if split not in (None, *SPLITS) or missing not in ("error", "skip"):
-            known = f"{', '.join(SPLITS)}, None; 'error', 'skip'"
-            raise ValueError(f"split {split!r}, missing {missing!r}; allowed are {known}")
+        one_of([*SPLITS, None], split=split)
+        one_of(MISSING, missing=missing)
         self.root, self._files, absent = Path(root), {}, []
         for event in SPLITS[split] if split else ("train", "test", *EVENTS):
             place = f"2021/{event.upper()}/Sentinel{{}}/{{}}" if event in EVENTS else f"OmbriaS{{}}/{event}/{{}}"

@@ -19,6 +19,7 @@ from decur_core.running.files import visible as visible  # part of what readers 
 
 # Pixel size of the 13 Sentinel-2 bands B1..B8, B8A, B9..B12 in units of 10 m.
 OPTICAL_STEPS = (6, 1, 1, 1, 2, 2, 2, 1, 2, 6, 6, 2, 2)
+MISSING = ("error", "skip")  # what a reader can do about what is not there
 _KINDS = {"f": "floating-point numbers", "ui": "integers", "fui": "real numbers"}
 
 
@@ -27,7 +28,13 @@ class DataError(ValueError):
 
 
 class Reader:
-    """A data set: `.ids`, in its order, and by position the sample of each."""
+    """A data set: `.ids`, in its order, and by position the sample of each.
+
+    Readers of files take `root`; maybe `split`, None for all that is there; and `missing`: "error" refuses a data set,
+    or a split of it, of which something is not there, "skip" uses the rest, and `.left_out` counts what was not used.
+    A DataError names what is missing, damaged, of another form or at another place: of the whole when a reader is
+    made, of one sample when that is asked for.
+    """
 
     ids: list[str]
 
@@ -55,6 +62,14 @@ class Joined(Reader):
     def __getitem__(self, i: int) -> dict:
         reader, place = self.places[i]
         return reader[place]
+
+
+def one_of(allowed: Sequence, **given: object) -> None:
+    """Refuse options of a reader that are none of those it knows."""
+    for name, value in given.items():
+        if value not in allowed:
+            known = " and ".join([", ".join(map(str, allowed[:-1])), str(allowed[-1])])
+            raise DataError(f"{name} is {value!r}; allowed are {known}")
 
 
 def repeated(names: Iterable[str]) -> list[str]:

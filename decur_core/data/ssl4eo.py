@@ -42,8 +42,6 @@ class SSL4EOS12(Reader):
     differences. (Names do not sort by date: S1A comes before S1B.)
 
     `.statistics`: the published mean and standard deviation, modality -> (mean per band, std per band).
-
-    A DataError names the file or folder that is missing, damaged, of another form or at another place.
     """
 
     statistics = {"sar": (SAR.mean, SAR.std), "optical": (_OPTICAL_MEAN, _OPTICAL_STD)}

@@ -25,7 +25,7 @@ import numpy as np
 
 from decur_core.data.datasets import DataSet
 from decur_core.data.modality import DEM, OPTICAL, SAR
-from decur_core.data.raster import DataError, Reader, reading, visible
+from decur_core.data.raster import MISSING, DataError, Reader, one_of, reading, visible
 
 B10 = OPTICAL.bands.index("B10")
 OFFSET = 1000  # of processing baseline 04.00
@@ -85,9 +85,8 @@ def find_offset(places: Iterable[np.ndarray]) -> int:
 class SSL4EOS12v11(Reader):
     """SAR, optical images and elevation of one place, all four times of it per item.
 
-    `root` holds train/ and val/; `split`: "train", "val", or None for both; `folders`: products to read, keys of
-    FOLDERS, not both S2L1C and S2L2A; `missing`: "error" refuses a split of which files are not there (those of the
-    split list, or else as many as were published) or whose products differ in their places, "skip" uses the places that
+    `root` holds train/ and val/; `split`: "train" or "val"; `folders`: products, keys of FOLDERS, not both S2L1C
+    and S2L2A; `missing` is about files (of the split list, or else as many as were published) and about places that not
     every product has; `offset`: what was added to Sentinel-2, None to tell it from the data with `find_offset`.
 
     Items: {"id": str, "sar": float32 (4, 2, H, W) in dB, "optical": float32 (4, 13, H, W) in reflectance x 10000
@@ -95,16 +94,15 @@ class SSL4EOS12v11(Reader):
     H, W) in metres, four times the same, "dates": {"sar": [...], "optical": [...]} as YYYYMMDDThhmmss}, by date.
 
     `.chunk`: so many consecutive places share a file; the last block of it is kept, as Zarr archives are compressed
-    over all of their places. `.statistics`: as published, modality -> (mean, std). `.left_out`: what was skipped.
+    over all of their places. `.statistics`: as published, modality -> (mean, std).
 
-    A DataError names what is missing, damaged or of another form, a place that one product lacks, and one whose B10
-    shows another offset than the rest.
+    A DataError also for a place whose B10 shows another offset than the rest.
     """
 
     def __init__(self, root: Path | str, split=None, folders=("S1GRD", "S2L1C"), *, missing="error", offset=None):
         names = [FOLDERS[folder][0].name for folder in folders if folder in FOLDERS]
-        if split not in (None, "train", "val") or missing not in ("error", "skip"):
-            raise ValueError(f"split {split!r}, missing {missing!r}; allowed: 'train', 'val', None; 'error', 'skip'")
+        one_of(("train", "val", None), split=split)
+        one_of(MISSING, missing=missing)
         if not len(folders) == len(set(names)) > 0:
             raise ValueError(f"folders {folders}: some of {', '.join(FOLDERS)} are needed, one of S2L1C and S2L2A")
         self.root, self.folders, self.left_out = Path(root), tuple(folders), {}

@@ -21,7 +21,7 @@ from PIL import Image
 from decur_core.data.datasets import DataSet
 from decur_core.data.hha import depth_to_hha
 from decur_core.data.modality import INDOORS
-from decur_core.data.raster import DataError, Reader, reading, repeated, resize, visible
+from decur_core.data.raster import MISSING, DataError, Reader, one_of, reading, repeated, resize, visible
 from decur_core.data.tasks import Masks
 
 _NAMES = """\
@@ -73,9 +73,8 @@ class SUNRGBD(Reader):
     """RGB-depth frames, with masks where they are there.
 
     `root` holds SUNRGBD/, or is it; `split`: "train", "test" (text lists beside SUNRGBD/, else the toolbox's
-    allsplit.mat) or None for every frame found, sorted; `depth`: "depth_bfx" (filled in) or "depth"; `missing`: "error"
-    refuses a list with frames that are not there, "skip" uses those that are; `labels`: True asks for masks, False
-    leaves them out, None takes them if their file is in the toolbox.
+    allsplit.mat) or None for every frame found, sorted; `depth`: "depth_bfx" (filled in) or "depth"; `missing` is about
+    frames; `labels`: True asks for masks, False leaves them out, None takes them if their file is in the toolbox.
 
     Items: {"id": path of the frame below SUNRGBD/, "rgb": uint8 (3, H, W), "depth": float32 (1, H, W) in metres, 0 =
     hole, "intrinsics": float64 (3, 3), the first pixel having its centre at (1, 1), "gravity": float64 (3,), unit
@@ -85,14 +84,12 @@ class SUNRGBD(Reader):
 
     Masks: SUNRGBD2Dseg(k).seglabel is that of the k-th frame of the test list followed by the training list, as
     published; the text lists, allsplit.mat and SUNRGBDMeta are in one order.
-
-    A DataError names the file or folder that is missing, damaged or of another form.
     """
 
     def __init__(self, root: Path | str, split: str | None = None, *, depth="depth_bfx", missing="error", labels=None):
-        if split not in (None, *_LISTS) or depth not in ("depth_bfx", "depth") or missing not in ("error", "skip"):
-            known = "'train', 'test', None; 'depth_bfx', 'depth'; 'error', 'skip'"
-            raise ValueError(f"split {split!r}, depth {depth!r}, missing {missing!r}; allowed are {known}")
+        one_of([*_LISTS, None], split=split)
+        one_of(("depth_bfx", "depth"), depth=depth)
+        one_of(MISSING, missing=missing)
         root = Path(root).absolute()
         self.root = root.parent if root.name == "SUNRGBD" and not (root / "SUNRGBD").is_dir() else root
         self._top, self._depth, self._rows = self.root / "SUNRGBD", depth, {}

@@ -120,22 +120,19 @@ class Masks(Task):
         return (predicted + (predicted >= self.ignore)).to(torch.uint8)
 
 
-@dataclass(frozen=True)
 class Presence(Scene):
-    """Which classes cover more than ``share`` of an image, told from its mask (of ``masks``); scored by mAP."""
+    """Which classes cover more than ``share`` of an image, told from its mask (as of ``Masks``); scored by mAP."""
 
-    masks: Masks = None
-    share: float = 0.01
+    share = 0.01
     field = "mask"
 
     def check(self, labels: Tensor) -> None:
-        self.masks.check(labels)
+        Masks(self.classes).check(labels)
 
     def target(self, labels: Tensor) -> Tensor:
-        found = self.masks.target(labels)
-        return torch.stack(
-            [(found == k).flatten(1).float().mean(1) > self.share for k in range(self.outputs)], 1
-        ).float()
+        found = Masks(self.classes).target(labels).flatten(1)
+        covered = [(found == k).float().mean(1) > self.share for k in range(self.outputs)]
+        return torch.stack(covered, 1).float()
 
 
 def mean_average_precision(scores: Tensor, labels: Tensor) -> dict:
