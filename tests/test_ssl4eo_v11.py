@@ -343,9 +343,9 @@ def test_a_mixture_of_forms_and_bad_settings_are_refused(written, tmp_path):
     shutil.copytree(written[TAR] / "train", root / "train", dirs_exist_ok=True)
     with pytest.raises(DataError, match="S1GRD: both forms of the data set, .zarr.zip and .tar; keep one"):
         SSL4EOS12v11(root, "train")
-    with pytest.raises(ValueError, match="split 'test', missing 'error'; allowed: 'train'"):
+    with pytest.raises(ValueError, match="split is 'test'; allowed are train"):
         SSL4EOS12v11(root, "test")
-    with pytest.raises(ValueError, match="missing 'ignore'; allowed: 'train'"):
+    with pytest.raises(ValueError, match="missing is 'ignore'; allowed are error"):
         SSL4EOS12v11(root, missing="ignore")
     for folders in ((), ("S1GRD", "S2RGB"), ("S2L1C", "S2L2A")):
         with pytest.raises(ValueError, match="some of S1GRD, S2L1C, S2L2A, DEM are needed, one of S2L1C and S2L2A"):
@@ -367,15 +367,15 @@ def test_hidden_members_are_no_places(written, tmp_path):
 def test_the_worlds_are_those_of_other_pairs_as_files_hold_them():
     settings = SimpleNamespace(locations=5, test=2, tile=TILE, layout="coregistered", seed=0)
     for twin, plain in ((worlds.SSL4EO_V11, World(5, tile=TILE)), (worlds.SSL4EO_V11_DEM, ThreeWorld(5, tile=TILE))):
-        world, val = twin.make(settings, "train"), twin.make(settings, "val")
+        world, val = twin.behind(settings, "train"), twin.behind(settings, "val")
         item, other = world[3], plain[3]
         assert item["dates"] == other["dates"] and item["id"] == other["id"] and item.keys() == other.keys()
         assert abs(item["sar"] - other["sar"]).max() < 0.02 and abs(item["optical"] - other["optical"]).max() <= 0.5
         assert np.array_equal(item.get("dem"), other.get("dem")) and world.factors is not val.factors
         assert not set(world.ids) & set(val.ids) and len(val) == 2
         assert not np.array_equal(world.factors["water"][:2], val.factors["water"])
-    redrawn = worlds.SSL4EO_V11.make(SimpleNamespace(**vars(settings) | {"layout": "redrawn"}), "train")
-    assert not np.array_equal(redrawn[1]["sar"], worlds.SSL4EO_V11.make(settings, "train")[1]["sar"])
+    redrawn = worlds.SSL4EO_V11.behind(SimpleNamespace(**vars(settings) | {"layout": "redrawn"}), "train")
+    assert not np.array_equal(redrawn[1]["sar"], worlds.SSL4EO_V11.behind(settings, "train")[1]["sar"])
 
 
 @pytest.mark.parametrize("dataset", DATASETS, ids=[d.name for d in DATASETS])
@@ -387,10 +387,10 @@ def test_the_twins_stand_in_for_the_data_sets(dataset, tmp_path):
     parts = twin.parts(settings)
     twin.write(tmp_path, settings, parts)
     for split in dataset.splits:
-        data, made = dataset.read(tmp_path, split, missing="skip"), twin.make(settings, split)
+        data, made = dataset.read(tmp_path, split, missing="skip"), twin.behind(settings, split)
         assert data.ids == made.ids and [len(parts[split])] == [len(made)]
         same(data[1], {**made[1]}, [m.name for m in dataset.modalities])
-    assert twin.make(settings, "train").factors.keys() == twin.factors.keys()
+    assert twin.behind(settings, "train").factors.keys() == twin.factors.keys()
 
 
 def test_encoders_are_scored_on_bigearthnet(pair_store, tiny):

@@ -73,7 +73,7 @@ def reader(settings: config.Settings, dataset: str, split: str) -> Reader:
     made = twin.drawn(settings.world, split)
     if not written[split]:
         return Part(made, parts[split])
-    root = _written(settings, dataset, lambda folder: twin.write(folder, settings.world, written))
+    root = _written(settings, dataset, lambda folder: twin.files(folder, settings.world, written))
     files = found.read(root, part, missing="skip")
     return Joined(files, Part(made, parts[split][len(files) :]))
 

@@ -1,4 +1,11 @@
-"""Miniature worlds with known factors, and their files in the published layouts."""
+"""Miniature worlds with known factors, and their files in the published layouts.
+
+Factors (`FACTORS` of each world: name -> who sees it) are independent, uniform in [-1, 1], and statistics of a scene
+that is stationary, so that crops and flips keep them. Everything else is nuisance, drawn for every location. Tests
+decide which factors may be used: a supervised network must read each with R2 >= 0.85 from the sensors that carry it,
+and not at all from the others. A location depends on seed, stream, its number and the settings of its world, never on
+how many there are or in which order they are asked for; worlds of other streams have other locations.
+"""
 
 import copy
 from collections.abc import Callable
@@ -16,19 +23,21 @@ OWN = 1000  # added to a world's stream: random numbers of the factors that its 
 class Miniature:
     """The drawn twin of a data set; ``world`` below: the section of the settings.
 
-    ``make(world, split)``: a reader of the whole world behind a split, whose ``.factors`` are known (name -> float32
-    (n,), uniform in [-1, 1]); ``parts(world)``: which of its items make up each split; ``write(root, world, parts)``:
-    these items as files in the published layout, None where there is none. ``factors``: name -> who sees it, ``common``
-    or names of modalities joined by ``+``, without those that the 8-bit mapping removes. ``whole``: items that share
-    files; ``size``: (height, width) of stored images, where they are not stored as they are read. ``title``: for
-    readers. ``sensors``: names of both, then the keys of items that show the second; without, all stays common.
+    ``make(world, split, count)``: a reader of so many items, whose ``.factors`` are known (name -> float32 (n,));
+    ``splits``: name -> setting that says how many items it has. They follow one another in one world or, where they are
+    ``alone``, each has a world of its own. ``write(root, made, parts)``: some items of splits of one world as files in
+    the published layout, None where there is none. ``factors``: name -> who sees it, ``common`` or names of modalities
+    joined by ``+``, without those that the 8-bit mapping removes. ``whole``: items that share files; ``size``: (height,
+    width) of stored images, where they are not stored as they are read. ``title``: for readers. ``sensors``: names of
+    both, then the keys of items that show the second; without, all stays common.
     """
 
     title: str
-    make: Callable
-    parts: Callable[..., dict[str, range]]
-    write: Callable[[Path, object, dict[str, range]], None] | None
+    make: Callable[..., Reader]
+    splits: dict[str, str]
+    write: Callable[[Path, Reader, dict[str, range]], None] | None
     factors: dict[str, str]
+    alone: bool = False
     whole: int = 1
     size: Callable[..., tuple[int, int]] | None = None
     sensors: tuple[str, str, tuple[str, ...]] = ("", "", ())
@@ -40,9 +49,27 @@ class Miniature:
             raise ConfigError(f"world.common = {world.common}; the {self.title} shares what it shares: 2")
         return {name: f"{name}, {self.sensors[1]}" for name in names}
 
+    def parts(self, world) -> dict[str, range]:
+        """Which items of the world behind a split make it up."""
+        found: dict[str, range] = {}
+        for split, setting in self.splits.items():
+            start = 0 if self.alone else sum(map(len, found.values()))
+            found[split] = range(start, start + getattr(world, setting))
+        return found
+
+    def behind(self, world, split: str) -> Reader:
+        """The whole world behind a split."""
+        parts = self.parts(world)
+        return self.make(world, split, len(parts[split]) if self.alone else sum(map(len, parts.values())))
+
+    def files(self, root: Path, world, parts: dict[str, range]) -> None:
+        """``write`` some items of every split."""
+        for chosen in [{split: part} for split, part in parts.items()] if self.alone else [parts]:
+            self.write(root, self.behind(world, next(iter(chosen))), chosen)
+
     def drawn(self, world, split: str) -> Reader:
-        """``make``, with as many factors in common as ``world.common`` says."""
-        names, made = self.unshared(world), self.make(world, split)
+        """``behind``, with as many factors in common as ``world.common`` says."""
+        names, made = self.unshared(world), self.behind(world, split)
         return Unshared(made, names, self.sensors[2]) if names else made
 
     def seen_by(self, world) -> dict[str, str]:
@@ -66,13 +93,3 @@ class Unshared(Reader):
 
     def __getitem__(self, i: int) -> dict:
         return self.world[i] | {key: image for key, image in self.other[i].items() if key in self.keys}
-
-
-def apart(train: str) -> Callable[..., dict[str, range]]:
-    """``parts`` of a world whose test items follow those of training, whose number is a setting called ``train``."""
-
-    def parts(world) -> dict[str, range]:
-        count = getattr(world, train)
-        return {"train": range(count), "test": range(count, count + world.test)}
-
-    return parts

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from rasterio.crs import CRS
 
 from decur_core.data.bigearthnet import BAND_FILES
 from decur_core.data.modality import OPTICAL, SAR
-from decur_core.worlds import Miniature, apart
+from decur_core.worlds import Miniature
 from decur_core.worlds.sar_optical import FACTORS, GROUPS, BigEarthNetWorld, World
 
 _LONLAT, _UTM = CRS.from_epsg(4326), CRS.from_epsg(32633)
@@ -92,17 +93,15 @@ def write_bigearthnet(root: Path | str, world: BigEarthNetWorld, splits: dict[st
 TITLE = "drawn world of radar and optical images"
 SSL4EO = Miniature(
     TITLE,
-    make=lambda world, split: World(world.locations, tile=world.tile, layout=world.layout, seed=world.seed),
-    parts=lambda world: {"all": range(world.locations)},
-    write=lambda root, world, parts: write_ssl4eo(root, SSL4EO.make(world, "all"), parts["all"]),
+    make=lambda world, split, count: World(count, tile=world.tile, layout=world.layout, seed=world.seed),
+    splits={"all": "locations"},
+    write=lambda root, made, parts: write_ssl4eo(root, made, parts["all"]),
     factors=FACTORS,
     sensors=("sar", "optical", ("optical",)),
 )
-BIGEARTHNET = Miniature(
-    TITLE,
-    make=lambda world, split: BigEarthNetWorld(world.train + world.test, tile=world.tile, seed=world.seed),
-    parts=apart("train"),
-    write=lambda root, world, parts: write_bigearthnet(root, BIGEARTHNET.make(world, "train"), parts),
-    factors=FACTORS,
-    sensors=("sar", "optical", ("optical",)),
+BIGEARTHNET = replace(
+    SSL4EO,
+    make=lambda world, split, count: BigEarthNetWorld(count, tile=world.tile, seed=world.seed),
+    splits={"train": "train", "test": "test"},
+    write=write_bigearthnet,
 )

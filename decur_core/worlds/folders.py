@@ -7,7 +7,7 @@ import numpy as np
 
 from decur_core.data.bigearthnet import CLASSES_19
 from decur_core.data.modality import OPTICAL
-from decur_core.worlds import Miniature, apart
+from decur_core.worlds import Miniature
 from decur_core.worlds.sar_optical import FACTORS, BigEarthNetWorld
 
 BANDS = ("B2", "B3", "B4", "B8")  # of the camera
@@ -47,14 +47,10 @@ def write_folders(root: Path | str, world: OwnWorld, parts: dict[str, range]) ->
             (root / f"{split}.txt").write_text("".join(f"{world.ids[i]}\n" for i in part))
 
 
-def _make(world, split: str) -> OwnWorld:
-    return OwnWorld(world.locations + world.test, tile=world.tile, seed=world.seed)
-
-
 OWN = Miniature(
     "drawn world of radar and a camera, in folders",
-    make=_make,
-    parts=apart("locations"),
-    write=lambda root, world, parts: write_folders(root, _make(world, "train"), parts),
+    make=lambda world, split, count: OwnWorld(count, tile=world.tile, seed=world.seed),
+    splits={"train": "locations", "test": "test"},
+    write=write_folders,
     factors={name: {"sar": "radar", "optical": "camera"}.get(who, who) for name, who in FACTORS.items()},
 )

@@ -2,14 +2,12 @@
 
 A location is one view into a room of planes and boxes, through the pinhole of the NYUv2 colour camera scaled to the
 size of the image, 1.4 to 1.5 m above the floor and looking about 10 degrees down. Depth is exact; the sensor adds its
-flaws and stores whole millimetres. Seven independent factors, uniform in [-1, 1] (`FACTORS`): two that both sensors
-see, three for the photograph alone, two for depth alone. Each is a statistic of the view, not a position.
-Nuisance, drawn for every location: the room's width and height, where furniture stands and its size, what hangs on the
+flaws and stores whole millimetres.
+Nuisance: the room's width and height, where furniture stands and its size, what hangs on the
 walls, colours of single pieces, lamp, exposure, noise of the photograph, and where the raw depth has holes.
 Masks have SUN RGB-D's values and need both sensors: furniture of one height differs by colour, of one colour by height
 (`FURNITURE`); doors, windows and pictures are paint, which depth cannot see; 3 % of the furniture is unlabelled, 0.
-`tests/test_rooms.py` decides which factors may be used: a supervised network must read each with R2 >= 0.85 from the
-sensors that carry it, depth as HHA, and not at all from the other one. The size of furniture was tried, and failed.
+Factors of depth are read from HHA. The size of furniture was tried as one, and failed.
 """
 
 import io
@@ -24,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from decur_core.data.nyuv2 import intrinsics
-from decur_core.worlds import Miniature, apart
+from decur_core.worlds import Miniature
 from decur_core.worlds.sar_optical import Locations
 
 # name: who sees it. What each one does is written where it is used, in `scene`, `_photograph` and `_sensed`.
@@ -100,8 +98,7 @@ def _furniture(rng, yaw: float, room: np.ndarray) -> tuple[np.ndarray, ...]:
 class RoomWorld(Locations):
     """Views of the miniature world, as `SUNRGBD` and `NYUv2` read them from the written files.
 
-    Location i depends on (seed, stream, i) and on the size only, never on how many there are or on the order of asking.
-    `height`, `width`: of the image in pixels, 3:4 with a height of 24, 30, 36, …; `seed`, `stream`: integers >= 0.
+    `height`, `width`: of the image in pixels, 3:4 with a height of 24, 30, 36, …
     """
 
     def __init__(self, locations: int, *, height: int = 48, width: int = 64, seed: int = 0, stream: int = 0):
@@ -270,26 +267,17 @@ def write_nyuv2(root: Path | str, world: RoomWorld, splits: dict[str, Iterable[i
     np.savetxt(root / "camera_rotations_NYU.txt", turns.reshape(-1, 3), "%.17g")
 
 
-def _make(world, split: str, *, locations: str = "locations", stream: int = 0) -> RoomWorld:
-    size = {"height": world.tile, "width": world.tile * 4 // 3}
-    return RoomWorld(getattr(world, locations) + world.test, **size, seed=world.seed, stream=stream)
+def _make(world, split: str, count: int, *, stream: int = 0) -> RoomWorld:
+    return RoomWorld(count, height=world.tile, width=world.tile * 4 // 3, seed=world.seed, stream=stream)
 
 
-_make_nyuv2 = partial(_make, locations="train", stream=1)
-TITLE = "drawn world of rooms in colour and depth"
-SEEN = {name: "hha" if who == "depth" else who for name, who in FACTORS.items()}
 SUNRGBD = Miniature(
-    TITLE,
+    "drawn world of rooms in colour and depth",
     make=_make,
-    parts=apart("locations"),
-    write=lambda root, world, parts: write_sunrgbd(root, _make(world, "train"), parts),
-    factors=SEEN,
+    splits={"train": "locations", "test": "test"},
+    write=write_sunrgbd,
+    factors={name: "hha" if who == "depth" else who for name, who in FACTORS.items()},
     size=lambda world: (world.tile, world.tile * 4 // 3),
     sensors=("rgb", "hha", ("depth",)),
 )
-NYUV2 = replace(
-    SUNRGBD,
-    make=_make_nyuv2,
-    parts=apart("train"),
-    write=lambda root, world, parts: write_nyuv2(root, _make_nyuv2(world, "train"), parts),
-)
+NYUV2 = replace(SUNRGBD, make=partial(_make, stream=1), splits={"train": "train", "test": "test"}, write=write_nyuv2)

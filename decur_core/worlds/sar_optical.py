@@ -1,11 +1,7 @@
 """A miniature SAR-optical world with known factors: what both sensors see, and what only one of them sees.
 
-Every location has seven independent factors, uniform in [-1, 1]: two that both sensors see, three for the optical
-sensor only and two for the SAR only (`FACTORS`). Each is a statistic of a stationary scene, so crops and flips keep it.
-Drawn afresh for every season, as nuisance: brightness of single fields, VH of the houses, where the haze lies, gain,
-offset, calibration, sensor noise and speckle; with layout "redrawn" also where things lie, for every sensor and season.
-`tests/test_synthetic.py` decides which factors may be used: a supervised network must read each with R2 >= 0.85 from
-the sensors that carry it, and not at all from the other one.
+Nuisance, drawn for every season: brightness of single fields, VH of the houses, where the haze lies, gain, offset,
+calibration, sensor noise and speckle; with layout "redrawn" also where things lie, for every sensor and season.
 """
 
 from collections.abc import Iterable
@@ -83,7 +79,11 @@ def factors(n: int, *, seed: int, stream: int = 0, names: Iterable[str] = FACTOR
 
 
 class Locations(Reader):
-    """What miniature worlds have in common: `.factors` that are known, and random numbers for each location alone."""
+    """What miniature worlds have in common: `.factors` that are known, and random numbers for each location alone.
+
+    `tile`: height of an image in pixels, one of `sizes`; `most`: locations that there can be; `seasons`: views of each.
+    A ValueError names a setting that is impossible.
+    """
 
     def __init__(
         self,
@@ -91,20 +91,19 @@ class Locations(Reader):
         *,
         sizes=range(12, 10_000, 6),
         most: int = 10_000_000,
+        locations: int,
+        tile: int,
         seasons: int = 1,
-        **given: int,
+        seed: int,
+        stream: int,
     ):
-        """``given``: locations, of which there are at most ``most``, tile, one of ``sizes``, seed and stream."""
-        allowed = {"locations": range(1, most + 1), "tile": sizes, "seasons": range(1, 5)}
-        for name, value in (given | {"seasons": seasons}).items():
-            known = allowed.get(name, range(2**63))
+        given = {"locations": (locations, range(1, most + 1)), "tile": (tile, sizes), "seasons": (seasons, range(1, 5))}
+        for name, (value, known) in (given | {"seed": (seed, range(2**63)), "stream": (stream, range(2**63))}).items():
             if not isinstance(value, (int, np.integer)) or int(value) not in known:
                 steps = f", in steps of {known.step}" * (known.step > 1)
                 raise ValueError(f"{name} = {value!r}: an integer, {known[0]} to {known[-1]}{steps}, is needed")
-        self.tile, self.seasons, self.seed, self.stream = (
-            int(n) for n in (given["tile"], seasons, given["seed"], given["stream"])
-        )
-        self.factors = factors(given["locations"], seed=self.seed, stream=self.stream, names=names)
+        self.tile, self.seasons, self.seed, self.stream = (int(n) for n in (tile, seasons, seed, stream))
+        self.factors = factors(locations, seed=self.seed, stream=self.stream, names=names)
 
     def _draw(self, i: int, part: int) -> tuple[np.random.Generator, dict[str, float]]:
         """Random numbers for one part of location i, and its factors scaled to 0..1."""
@@ -251,9 +250,6 @@ def _sar(rng, layout: Layout, f: dict[str, float], seasons: int) -> np.ndarray:
 
 class World(Locations):
     """Locations of the miniature world, with the behaviour of `SSL4EOS12`.
-
-    Location i depends on (seed, i) and on the settings `tile`, `seasons` and `layout` only, never on how many locations
-    there are or in which order they are asked for.
 
     `tile`: height and width in 10 m pixels, a multiple of 6 from 12 on; `seasons`: views of each location, 1 to 4, in
     order of time; `layout`: "coregistered" (one scene for both sensors and all seasons) or "redrawn" (a new scene for

@@ -98,25 +98,22 @@ class _Val(World):
     stream = 4  # other scenes than those of training
 
 
-def _two(world, split: str) -> Rounded:
-    make, count = (_Val, world.test) if split == "val" else (World, world.locations)
+def _two(world, split: str, count: int) -> Rounded:
+    make = _Val if split == "val" else World
     return Rounded(make(count, tile=world.tile, layout=world.layout, seed=world.seed), split)
 
 
-def _three(world, split: str) -> Rounded:
-    count, stream = (world.test, 3) if split == "val" else (world.locations, 2)
+def _three(world, split: str, count: int) -> Rounded:
+    stream = 3 if split == "val" else 2
     return Rounded(three.ThreeWorld(count, tile=world.tile, seed=world.seed, stream=stream), split)
 
 
 def _twin(title: str, factors: dict[str, str], make, **options) -> Miniature:
-    def write(root: Path, world, parts: dict[str, range]) -> None:
-        for split, part in parts.items():
-            write_ssl4eo_v11(root, make(world, split), split, part, **options)
+    def write(root: Path, made: Rounded, parts: dict[str, range]) -> None:
+        ((split, part),) = parts.items()
+        write_ssl4eo_v11(root, made, split, part, **options)
 
-    def parts(world) -> dict[str, range]:
-        return {"train": range(world.locations), "val": range(world.test)}
-
-    return Miniature(title, make, parts, write, factors)
+    return Miniature(title, make, {"train": "locations", "val": "test"}, write, factors, alone=True)
 
 
 SSL4EO_V11 = _twin(TITLE, FACTORS, _two, form=".zarr.zip", folders=("S1GRD", "S2L1C"))

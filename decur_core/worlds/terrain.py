@@ -2,17 +2,13 @@
 
 A location is a patch of 250 m x 250 m, as after the published cutting of GeoNRW: 36 pixels of 6.9 m instead of 250 of
 1 m. It shows fields, woods, ponds in hollows and villages of flat-roofed blocks; objects are sized in pixels, so a
-larger `tile` holds more of them. Eight independent factors, uniform in [-1, 1] (`FACTORS`): two that both sensors see,
-three for each alone. Each is a statistic of a stationary scene, so crops and flips keep it. The preprocessing of the
-paper brings every DEM patch to 8 bits between its own 1st and 99th percentile: what survives are ratios of heights,
-here of buildings and of the terrain to the canopy, and `REMOVED` names what does not.
-Nothing is shaded: a shadow would tell the photograph about heights.
-Nuisance, drawn for every location: where things lie, share of water, brightness of fields and roofs, heights of single
+larger `tile` holds more of them. The preprocessing of the paper brings every DEM patch to 8 bits between its own 1st
+and 99th percentile: what survives are ratios of heights, here of buildings and of the terrain to the canopy, and
+`REMOVED` names what does not. Nothing is shaded: a shadow would tell the photograph about heights.
+Nuisance: where things lie, share of water, brightness of fields and roofs, heights of single
 buildings and crowns, exposure, white balance, noise of both sensors. Views of a patch come from augmentation.
 Masks need both sensors: yards are paved like the roofs around them and differ in height only; meadows, fields and roads
 are equally low and differ in colour only. Values are those of GeoNRW, of which 6, 7 and 8 do not occur.
-`tests/test_terrain.py` decides which factors may be used: a supervised network must read each with R2 >= 0.85 from the
-sensors that carry it, and not at all from the other one.
 """
 
 from collections.abc import Iterable
@@ -143,13 +139,9 @@ def _dem(rng, scene: Scene, f: dict[str, float]) -> np.ndarray:
 class TerrainWorld(Locations):
     """Locations of the miniature RGB-DEM world, with the items of `decur_core.data.geonrw.GeoNRW`.
 
-    Location i depends on (seed, stream, i) and `tile` only, never on how many locations there are or in which order
-    they are asked for; its name also on `cities`. 16 neighbours make one GeoNRW tile of 1 km x 1 km.
-
-    `tile`: height and width of a patch in pixels of 250 / tile m; `seed`, `stream`: integers >= 0, worlds of other
-    streams have other locations; `cities`: in alphabetical order, those of a split of GeoNRW, filled one after the
-    other, so that `ids` are in the order of the reader.
-    `factors`: name -> float32 (locations,). A ValueError names a setting that is impossible.
+    16 neighbours make one GeoNRW tile of 1 km x 1 km. `tile`: height and width of a patch in pixels of 250 / tile m;
+    `cities`: in alphabetical order, those of a split of GeoNRW, filled one after the other, so that `ids` are in the
+    order of the reader.
     """
 
     def __init__(self, locations: int, *, tile: int = 36, seed: int = 0, stream: int = 0, cities=SPLITS["train"]):
@@ -201,22 +193,16 @@ def write_geonrw(root: Path | str, world: TerrainWorld, indices: Iterable[int]) 
                 file.write(image)
 
 
-def _make(world, split: str) -> TerrainWorld:
-    if split == "test":  # split by city
-        return TerrainWorld(world.test, tile=world.tile, seed=world.seed, stream=1, cities=SPLITS["test"])
-    return TerrainWorld(world.locations, tile=world.tile, seed=world.seed)
-
-
-def _write_parts(root: Path, world, parts: dict[str, range]) -> None:
-    for split, part in parts.items():
-        write_geonrw(root, _make(world, split), part)
+def _make(world, split: str, count: int) -> TerrainWorld:
+    return TerrainWorld(count, tile=world.tile, seed=world.seed, stream=int(split == "test"), cities=SPLITS[split])
 
 
 GEONRW = Miniature(
     "drawn world of photographs and elevation",
     make=_make,
-    parts=lambda world: {"train": range(world.locations), "test": range(world.test)},
-    write=_write_parts,
+    splits={"train": "locations", "test": "test"},
+    alone=True,  # split by city
+    write=lambda root, made, parts: write_geonrw(root, made, *parts.values()),
     factors={name: who for name, who in FACTORS.items() if name not in REMOVED},
     whole=16,  # patches of a tile
     sensors=("rgb", "dem", ("dem",)),

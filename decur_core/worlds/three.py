@@ -1,12 +1,10 @@
 """A miniature world of three sensors, radar, optical and elevation: factors for all, for each pair and for one alone.
 
-A location shows lakes, houses, woods and fields, as in `sar_optical`, over hilly ground. Nine independent factors,
-uniform in [-1, 1] (`FACTORS`), each a statistic of a stationary scene. What a sensor does not see is drawn as if it
-were not there: the radar takes woods for the fields under them, the elevation model lakes for dry ground, the optical
-sensor knows no hills (nothing is shaded). As in `terrain`, the 8-bit mapping keeps ratios of heights: what houses and
-hills measure against the canopy of the woods. Nuisance as in `sar_optical`, drawn for every season, and heights of
-crowns. `tests/test_three.py` decides which factors may be used: a supervised network must read each with R2 >= 0.85
-from the sensors that carry it, and not at all from the others.
+A location shows lakes, houses, woods and fields, as in `sar_optical`, over hilly ground. What a sensor does not see is
+drawn as if it were not there: the radar takes woods for the fields under them, the elevation model lakes for dry
+ground, the optical sensor knows no hills (nothing is shaded). As in `terrain`, the 8-bit mapping keeps ratios of
+heights: what houses and hills measure against the canopy of the woods. Nuisance as in `sar_optical`, drawn for every
+season, and heights of crowns.
 """
 
 from math import inf
@@ -19,7 +17,7 @@ from decur_core.data.datasets import DataSet
 from decur_core.data.modality import DEM, OPTICAL, SAR
 from decur_core.data.raster import DataError, Reader
 from decur_core.data.tasks import Scene
-from decur_core.worlds import Miniature, apart
+from decur_core.worlds import Miniature
 from decur_core.worlds.sar_optical import (
     BARE,
     BUILT,
@@ -77,11 +75,11 @@ def draw_ground(rng, f: dict[str, float], tile: int) -> Ground:
 
 
 class ThreeWorld(Locations):
-    """Locations seen by radar, optical sensor and elevation model; location i depends on (seed, i) and settings only.
+    """Locations seen by radar, optical sensor and elevation model.
 
     `tile`: height and width in 10 m pixels, a multiple of 6 from 12 on; `seasons`: views of each location, of which
-    what lies where and the elevation stay; `seed`, `stream`: integers >= 0, worlds of other streams have other
-    locations. Items: {"id", "sar": float32 (S, 2, H, W) dB, "optical": float32 (S, 13, H, W) reflectance x 10000,
+    what lies where and the elevation stay. Items: {"id", "sar": float32 (S, 2, H, W) dB, "optical": float32 (S, 13, H,
+    W) reflectance x 10000,
     "dem": float32 (S, 1, H, W) m, "dates"}.
     """
 
@@ -144,8 +142,8 @@ def _unpublished(root: Path, split: str | None = None, **options) -> Reader:
 TITLE = "drawn world of radar and optical images and elevation"
 SCENES = Miniature(
     TITLE,
-    make=lambda world, split: SceneWorld(world.train + world.test, tile=world.tile, seed=world.seed),
-    parts=apart("train"),
+    make=lambda world, split, count: SceneWorld(count, tile=world.tile, seed=world.seed),
+    splits={"train": "train", "test": "test"},
     write=None,
     factors=FACTORS,
 )
