@@ -244,10 +244,7 @@ def run(
 
 def from_root(profile: str) -> str:
     """``profile`` as a kernel finds it, which starts in the repository's root: a name as it is, a file by its path."""
-    path = Path(profile).expanduser()
-    if path.suffix not in (".yaml", ".yml"):
-        return profile
-    path = path.resolve()
+    path = Path(config.profile_path(profile))
     return str(path.relative_to(config.ROOT) if path.is_relative_to(config.ROOT) else path)
 
 

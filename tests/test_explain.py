@@ -240,7 +240,7 @@ def test_statistics_equal_a_naive_loop_and_survive_an_interruption(tiny, pair_st
     two, modalities, trained = explain.targets(folder, Store(pair_store))
     raw, bands = {"common": [], "unique": []}, []
     for i in range(10):
-        images = embeddings.images(Store(pair_store), modalities, [i], trained["crop_size"])
+        images = embeddings.images(Store(pair_store), modalities.values(), [i], trained["crop_size"])
         for k, part in enumerate(raw):
             one, other = (saliency._unit(explain.gradcam(two[m], x, k))[0] for m, x in images.items())
             raw[part].append(np.log(max(float((one * other).mean()), 1e-12)))
@@ -309,11 +309,11 @@ def test_maps_and_overlaps_of_three_modalities_go_by_their_blocks(tiny, tmp_path
     settings["blocks"] |= {"sar": 1, "dem": 3}
     items = {name: torch.randint(0, 256, (6, len(m.bands), 24, 24), dtype=torch.uint8) for name, m in bands.items()}
 
-    def views(store, modalities, rows, policy, *, device, seed=()):
-        return [m.copied(items[m.name][list(rows)].float() / 255) for m in modalities]
+    def images(store, modalities, rows, size, device="cpu"):
+        return {m.name: m.copied(items[m.name][list(rows)].float() / 255) for m in modalities}
 
-    monkeypatch.setattr(embeddings, "views", views)
     for module in (embeddings, saliency):
+        monkeypatch.setattr(module, "images", images)
         monkeypatch.setattr(module, "load_pretrained", lambda folder: (model, bands, settings))
     monkeypatch.setattr(saliency, "Store", lambda path: Fake())
 
@@ -332,7 +332,7 @@ def test_maps_and_overlaps_of_three_modalities_go_by_their_blocks(tiny, tmp_path
     z = embeddings.embeddings(tmp_path / "run", Fake(), samples=6)["sar"]
     z = (z - z.mean(0)) / z.std(0)
     expected = torch.stack([z[:, :5].mean(1), z[:, 5:].mean(1)], 1)
-    images = embeddings.images(Fake(), bands, range(6), 24)
+    images = embeddings.images(Fake(), bands.values(), range(6), 24)
     torch.testing.assert_close(made["sar"](images["sar"]), expected, rtol=1e-3, atol=1e-4)
     rows = explain.example_maps(tiny(), tmp_path / "run", "a store", count=2)
     assert list(rows[0]) == [f"{m}{part}" for m in bands for part in ("", ", common", ", unique")]

@@ -3,7 +3,7 @@
 Shapes: N samples, K embedding dimensions (K_m of modality m). Embeddings go by the name of their modality.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +12,8 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 
 from decur_core import losses
-from decur_core.data.modality import Modality
 from decur_core.data.store import Store
-from decur_core.transfer.encoders import load_pretrained, plain, views
-
-
-def images(store: Store, modalities: Mapping[str, Modality], rows: Sequence[int], size: int, device="cpu") -> dict:
-    """Of every modality float N x channels x size x size: whole images of the first season (``encoders.plain``)."""
-    found = views(store, modalities.values(), rows, plain(size), device=device)
-    return dict(zip(modalities, found, strict=True))
+from decur_core.transfer.encoders import images, load_pretrained
 
 
 @torch.inference_mode()
@@ -36,7 +29,7 @@ def embeddings(
     found: dict[str, list[Tensor]] = {name: [] for name in modalities}
     rows = range(min(samples, len(store)))
     for start in rows[::batch_size]:
-        seen = images(store, modalities, rows[start : start + batch_size], settings["crop_size"], device)
+        seen = images(store, modalities.values(), rows[start : start + batch_size], settings["crop_size"], device)
         for name, x in seen.items():
             found[name].append(model.embed(name, x).float().cpu())
     return {name: torch.cat(parts) for name, parts in found.items()}

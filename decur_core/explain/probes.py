@@ -26,7 +26,7 @@ from decur_core.data.store import Store
 from decur_core.explain.embeddings import blocks
 from decur_core.running import folders as runs
 from decur_core.running import history
-from decur_core.transfer.encoders import plain, stored, views
+from decur_core.transfer.encoders import images, plain, stored
 
 PENALTIES = np.logspace(-4, 3, 15)  # of the weights, in units of the Gram matrix's mean eigenvalue
 WIDTHS = (0.3, 1.0, 3.0)  # of the radial kernel, in units of the median distance between samples
@@ -183,17 +183,16 @@ def ceiling(
         name = "-".join(filter(None, (settings.pair, m.name, f"seed{seed}", settings.name)))
         file = runs.path(settings, "ceiling", f"{name}.json")
         if not file.exists() or (kept := json.loads(file.read_text()))["settings"] != about:
-            policy = plain(settings.crop_size)
-            flips = replace(policy, p_hflip=m.policy.p_hflip, p_vflip=m.policy.p_vflip)
+            flips = replace(plain(settings.crop_size), p_hflip=m.policy.p_hflip, p_vflip=m.policy.p_vflip)
 
             def view(picked: Tensor, step: int, generator: torch.Generator, m=m, flips=flips) -> Tensor:
                 seasons = torch.randint(store.seasons, (len(picked),), generator=generator).tolist()
-                images = stored(store, m.name, [rows[k] for k in picked.tolist()], device, seasons=seasons)
-                return m.view(images, size=flips.size, policy=flips, generator=generator)
+                seen = stored(store, m.name, [rows[k] for k in picked.tolist()], device, seasons=seasons)
+                return m.view(seen, size=flips.size, policy=flips, generator=generator)
 
             options = {"steps": steps, "backbone": settings.backbone, "batch": settings.batch_size, "seed": seed}
-            (images,) = views(store, [m], held, policy, device=device)
-            kept = {"settings": about, "r2": supervised_r2(view, images, target, len(rows), **options).tolist()}
+            held_out = images(store, [m], held, settings.crop_size, device)[m.name]
+            kept = {"settings": about, "r2": supervised_r2(view, held_out, target, len(rows), **options).tolist()}
             runs.write_json(file, kept)
         for name, value in zip(factors, kept["r2"], strict=True):
             found.setdefault(m.name, {}).setdefault(name, []).append(value)

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from decur_core import config, pretrain
 from decur_core.data.store import Store
-from decur_core.explain.embeddings import blocks, embeddings, images
+from decur_core.explain.embeddings import blocks, embeddings
 from decur_core.model import MultimodalModel
 from decur_core.running import folders as runs
 from decur_core.running import history
-from decur_core.transfer.encoders import load_pretrained
+from decur_core.transfer.encoders import images, load_pretrained
 
 PARTS = ("common", "unique")
 FLOOR = math.log(1e-12)
@@ -102,7 +102,7 @@ def example_maps(settings: config.Settings, folder: Path, store_path: Path, *, c
     found, modalities, trained = targets(folder, store, device=device)
     rows = [round(k * (len(store) - 1) / max(count - 1, 1)) for k in range(count)]
     columns: dict[str, list] = {}
-    for name, x in images(store, modalities, rows, trained["crop_size"], device).items():
+    for name, x in images(store, modalities.values(), rows, trained["crop_size"], device).items():
         columns[name] = list(x.cpu().numpy())
         for k, part in enumerate(PARTS):
             maps = gradcam(found[name], x, k).cpu().numpy()
@@ -157,7 +157,7 @@ def statistics(
     names = {pair: f"overlap {'+'.join(pair)}" if len(pairs) > 1 else "overlap" for pair in pairs}
 
     def compute(rows: range) -> dict:
-        seen = images(store, modalities, rows, trained["crop_size"], device)
+        seen = images(store, modalities.values(), rows, trained["crop_size"], device)
         line: dict = {}
         for k, part in enumerate(PARTS):
             maps = {m: gradcam(found[m], x, k) for m, x in seen.items()}

@@ -21,9 +21,9 @@ def told(difference: tuple[float | None, float | None]) -> bool:
     return deviation is not None and abs(mean) > deviation
 
 
-def _text(mean: float, deviation: float | None, digits: int, sign: str = "") -> str:
+def _text(mean: float, deviation: float | None, digits: int) -> str:
     more = "" if deviation is None else f" ± {deviation:.{digits}f}"
-    return f"{round(mean, digits) + 0.0:{sign}.{digits}f}{more}"
+    return f"{round(mean, digits) + 0.0:.{digits}f}{more}"
 
 
 def _listed(names: Sequence[str]) -> str:

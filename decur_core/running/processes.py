@@ -177,7 +177,7 @@ def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     return replica(model, [torch.cuda.current_device()] if gpu else None, **options)
 
 
-def tie(_=None) -> None:
+def tie() -> None:
     """Die with the process that started this one, whatever kills it (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG

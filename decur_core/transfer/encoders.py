@@ -90,8 +90,6 @@ def alike(modalities: Iterable[Modality], images: Iterable[Tensor], policy: Poli
     ]
 
 
-def views(
-    store: Store, modalities: Sequence[Modality], rows: Sequence[int], policy: Policy, *, seed=(), device="cpu"
-) -> list[Tensor]:
-    """``alike`` of some of a store's images, first season, on ``device``."""
-    return alike(modalities, [stored(store, m.name, rows, device) for m in modalities], policy, seed=seed)
+def images(store: Store, modalities: Iterable[Modality], rows: Sequence[int], size: int, device="cpu") -> dict:
+    """Of every modality, by name, float N x channels x size x size: whole images of the first season (``plain``)."""
+    return {m.name: alike([m], [stored(store, m.name, rows, device)], plain(size))[0] for m in modalities}

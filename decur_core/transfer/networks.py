@@ -67,14 +67,6 @@ def _cmx(pretrained: MultimodalModel, settings: dict, modalities: Sequence[Modal
     return network
 
 
-def _outputs(network: nn.Module, images: list[Tensor], t) -> Tensor:
-    return network(*images).float()
-
-
-def _resized(modalities: Sequence[Modality], images: list[Tensor], t) -> list[Tensor]:
-    return alike(modalities, images, plain(t.crop_size))
-
-
 def _views(modalities: Sequence[Modality], images: list[Tensor], target: Tensor, t, seed: tuple):
     policy = replace(plain(t.crop_size), crop_scale=(t.crop_scale, 1.0), crop_ratio=(3 / 4, 4 / 3), p_hflip=0.5)
     return alike(modalities, images, policy, seed=seed), target
@@ -90,10 +82,6 @@ def _crops(modalities: Sequence[Modality], images: list[Tensor], target: Tensor,
     return [m.copied(x) for m, x in zip(modalities, cut, strict=True)], target
 
 
-def _classes(network: nn.Module, images: list[Tensor], t) -> Tensor:
-    return fcn.predict(network, images, scales=t.scales, flip=t.flip)
-
-
 def _normalized(modalities: Sequence[Modality], images: list[Tensor], t) -> list[Tensor]:
     return [cmx.normalize(x) for x in _floats(modalities, images, t)]
 
@@ -103,18 +91,27 @@ def _rescaled(modalities: Sequence[Modality], images: list[Tensor], target: Tens
     return fcn.rescaled_crop(_normalized(modalities, images, t), target, **options)
 
 
-def _windows(network: nn.Module, images: list[Tensor], t) -> Tensor:
-    """As published, through windows; they have an image's own size."""
-    return fcn.predict(network, images, scales=t.scales, flip=t.flip, window=tuple(images[0].shape[2:]))
-
-
 NETWORKS = {
-    # for one answer per image
-    "linear": Network(build=partial(_late, Classifier), whole=_resized, train=_views, predict=_outputs),
-    # for one per pixel, as transfer.segmenter says; as published, neither biases nor normalisation of CMX decay
-    "fcn": Network(build=partial(_late, fcn.FCN), whole=_floats, train=_crops, predict=_classes),
-    "cmx": Network(
-        build=_cmx, whole=_normalized, train=_rescaled, predict=_windows, decays=lambda parameter: parameter.ndim > 1
+    "linear": Network(  # for one answer per image
+        build=partial(_late, Classifier),
+        whole=lambda modalities, images, t: alike(modalities, images, plain(t.crop_size)),
+        train=_views,
+        predict=lambda network, images, t: network(*images).float(),
+    ),
+    "fcn": Network(  # for one per pixel, as transfer.segmenter says
+        build=partial(_late, fcn.FCN),
+        whole=_floats,
+        train=_crops,
+        predict=lambda network, images, t: fcn.predict(network, images, scales=t.scales, flip=t.flip),
+    ),
+    "cmx": Network(  # as published: predicts through windows of an image's size, decays no biases and normalisation
+        build=_cmx,
+        whole=_normalized,
+        train=_rescaled,
+        predict=lambda network, images, t: fcn.predict(
+            network, images, scales=t.scales, flip=t.flip, window=images[0].shape[2:]
+        ),
+        decays=lambda parameter: parameter.ndim > 1,
     ),
 }
 
