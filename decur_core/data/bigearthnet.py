@@ -144,8 +144,8 @@ class BigEarthNetMM(_Patches):
 
     Items: {"id": S2 patch, "sar": float32 (2, H, W) in dB, "optical": float32 (13, H, W) in reflectance x 10000 with a
     zero row for B10, "labels": bool (19,)}. `.labels` is bool (n, 19). Patches without any of the 19 classes are always
-    left out. S1 partners come from the list, else from the S1 patches' JSON.
-    `.statistics`: the published mean and standard deviation, modality -> (mean per band, std per band), 0 for B10.
+    left out. S1 partners come from the list, else from the S1 patches' JSON. `.statistics`: the published mean and
+    standard deviation, modality -> (mean per band, std per band), 0 for B10.
     """
 
     def __init__(self, root: Path | str, split: str | Path | None = None, *, exclude=(), missing: str = "error"):

@@ -94,9 +94,9 @@ class Folders(Reader):
 
     `root` holds a folder per name in `modalities`; `split`: name of a list `<split>.txt` beside them, None or "all" for
     every id, sorted; `resample`: bring images of another size or grid to that of the first modality (bilinear, masks
-    nearest), refused otherwise; `missing` is about ids that not every modality has;
-    `classes`: names that labels may have, in the order of the columns, () for those found, sorted; `masks`: names of
-    the classes 1, 2, … of masks, () for any.
+    nearest), refused otherwise; `missing` is about ids that not every modality has; `classes`: names that labels may
+    have, in the order of the columns, () for those found, sorted; `masks`: names of the classes 1, 2, … of masks, ()
+    for any.
 
     Items: {"id", <modality>: ((S,) C, H, W), uint8 if its files have 8 bits, else float32 in the unit of the files,
     "labels": bool (classes,), "mask": uint8 (H, W)}. Seasons are in the order of their names; the k-th of one modality

@@ -62,9 +62,9 @@ class NYUv2(Reader):
     splits.mat is there, it and the lists must agree.
 
     Items: {"id": i, "rgb": uint8 (3, H, W), "depth": float32 (1, H, W) in metres, 0 = hole, "intrinsics": float64 (3,
-    3), "gravity": float64 (3,), unit vector pointing down in camera coordinates x right, y down, z forward, or None
-    without the rotations, "mask": uint8 (H, W), 0 = void, 1 to 40 = CLASSES_40, "hha": uint8 (3, H, W), disparity,
-    height, angle}. A side ratio other than 3:4 is refused: parts of images have other intrinsics.
+    3) and "gravity": float64 (3,), or None without the rotations, as `depth_to_hha` takes them, "mask": uint8 (H, W), 0
+    = void, 1 to 40 = CLASSES_40, "hha": uint8 (3, H, W), disparity, height, angle}. A side ratio other than 3:4 is
+    refused: parts of images have other intrinsics.
 
     The rotations turn coordinates x right, y forward, z up until z is up, so their third row is up as the camera sees
     it: gravity is its negative, with the axes of the camera.

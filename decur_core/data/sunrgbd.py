@@ -77,10 +77,9 @@ class SUNRGBD(Reader):
     frames; `labels`: True asks for masks, False leaves them out, None takes them if their file is in the toolbox.
 
     Items: {"id": path of the frame below SUNRGBD/, "rgb": uint8 (3, H, W), "depth": float32 (1, H, W) in metres, 0 =
-    hole, "intrinsics": float64 (3, 3), the first pixel having its centre at (1, 1), "gravity": float64 (3,), unit
-    vector pointing down in camera coordinates x right, y down, z forward, "mask": uint8 (H, W), 0 = void, 1 to 37 =
-    CLASSES_37}. As in the toolbox, the first image and depth of a frame count, and its last extrinsics. These turn
-    camera coordinates until y points down, so their second row is down as the camera sees it.
+    hole, "intrinsics": float64 (3, 3) and "gravity": float64 (3,) as `depth_to_hha` takes them, "mask": uint8 (H, W), 0
+    = void, 1 to 37 = CLASSES_37}. As in the toolbox, the first image and depth of a frame count, and its last
+    extrinsics. These turn camera coordinates until y points down, so their second row is down as the camera sees it.
 
     Masks: SUNRGBD2Dseg(k).seglabel is that of the k-th frame of the test list followed by the training list, as
     published; the text lists, allsplit.mat and SUNRGBDMeta are in one order.

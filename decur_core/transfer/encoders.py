@@ -16,8 +16,8 @@ from decur_core.running import checkpoints
 
 
 class OnEncoders(nn.Module):
-    """What networks on pretrained encoders (by name of their modality) share. Frozen encoders get no gradients and stay
-    in eval mode, so that their BatchNorm statistics keep still.
+    """What networks on pretrained encoders (of ``backbones.build``, by name of their modality) share. Frozen encoders
+    get no gradients and stay in eval mode, so that their BatchNorm statistics keep still: only what is on top learns.
     """
 
     def __init__(self, encoders: Mapping[str, nn.Module], *, frozen: bool):

@@ -29,9 +29,6 @@ class FCN(OnEncoders):
     For each of the three stages, the maps of the encoders side by side, a 1x1 convolution to ``classes`` channels, and
     upsampling to the input size; the sum of the three are the logits. (The paper upsamples first; the two commute.)
 
-    ``encoders``: networks of ``backbones.build`` by name of the modality. With ``frozen`` encoders only ``heads`` is
-    trained.
-
     The published script has another linear layer (128, 256, 512 channels) before each classifier and a channel for the
     unlabelled; it classifies the upsampled maps. On two ResNet-50s and 224 x 224 pixels it has 49,779,361 parameters in
     use and takes 17.95 GFLOP; one layer, as in the paper, 47,087,774 and 16.38. Where the paper is silent this follows

@@ -18,11 +18,7 @@ from decur_core.transfer.encoders import OnEncoders, alike, plain, stored
 
 
 class Classifier(OnEncoders):
-    """Late fusion: the features of the given encoders side by side, then one linear layer (paper, section 5.1).
-
-    ``encoders``: networks of ``backbones.build`` by name of the modality. With ``frozen`` encoders only ``head`` is
-    trained.
-    """
+    """Late fusion: the features of the given encoders side by side, then one linear layer (paper, section 5.1)."""
 
     def __init__(self, encoders: Mapping[str, nn.Module], *, classes: int, frozen: bool = False):
         super().__init__(encoders, frozen=frozen)

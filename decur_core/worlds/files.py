@@ -47,8 +47,7 @@ def _scene(platform: str, time: str, code: int) -> str:
 def write_ssl4eo(root: Path | str, world: World, indices: Iterable[int]) -> None:
     """Write locations of the world as SSL4EO-S12: `s1/<id>/<scene>/{VV,VH}.tif` and `s2c/<id>/<scene>/B1..B12.tif`.
 
-    `SSL4EOS12(root)` reads back exactly what the world gives for these locations. As in the data set, Sentinel-1 scenes
-    come from the platforms S1A and S1B, so that their names do not sort by date.
+    As in the data set, Sentinel-1 scenes come from the platforms S1A and S1B: their names do not sort by date.
     """
     for i in indices:
         native, dates = world.native(i), world.dates(i)
@@ -63,10 +62,7 @@ def write_ssl4eo(root: Path | str, world: World, indices: Iterable[int]) -> None
 
 
 def write_bigearthnet(root: Path | str, world: BigEarthNetWorld, splits: dict[str, Iterable[int]]) -> None:
-    """Write patches as BigEarthNet-MM v1: both patch folders, label JSONs, and a list per split (train, val, test).
-
-    `BigEarthNetMM(root, split)` reads back exactly what the world gives for these patches.
-    """
+    """Write patches as BigEarthNet-MM v1: both patch folders, label JSONs, and a list per split (train, val, test)."""
     root, side = Path(root), 10 * world.tile
     for split, indices in splits.items():
         lines = []

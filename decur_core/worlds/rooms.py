@@ -218,9 +218,8 @@ class RoomWorld(Locations):
 def write_sunrgbd(root: Path | str, world: RoomWorld, splits: dict[str, Iterable[int]]) -> None:
     """Write locations as the native tree of SUN RGB-D; `splits`: indices for both "train" and "test".
 
-    `SUNRGBD(root, split)` reads back exactly what the world gives for these locations. As in the data set, one of four
-    sources names its files otherwise and has its intrinsics on one line, and the masks of all frames, first those of
-    the test split, are one MATLAB file, each of them transposed.
+    As in the data set, one of four sources names its files otherwise and has its intrinsics on one line, and the masks
+    of all frames, first those of the test split, are one MATLAB file, each of them transposed.
     """
     root, masks = Path(root), []
     for split, name in (("test", "sunrgbd_testing_images.txt"), ("train", "sunrgbd_training_images.txt")):
@@ -248,7 +247,7 @@ def write_sunrgbd(root: Path | str, world: RoomWorld, splits: dict[str, Iterable
 def write_nyuv2(root: Path | str, world: RoomWorld, splits: dict[str, Iterable[int]]) -> None:
     """Write locations as an NYUv2 tree, with the camera's rotations; `splits`: indices for both "train" and "test".
 
-    `NYUv2(root, split)` reads back exactly what the world gives for these locations, but calls location i `str(i)`.
+    `NYUv2` calls location i `str(i)`.
     """
     root, turns = Path(root), np.tile(np.eye(3), (len(world), 1, 1))
     for folder in ("RGB", "Depth", "Label"):

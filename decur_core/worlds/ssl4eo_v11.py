@@ -37,8 +37,7 @@ class Rounded(Reader):
 def write_ssl4eo_v11(root: Path | str, world: Rounded, split: str, indices: Iterable[int], *, form: str, folders):
     """Write locations as a split of SSL4EO-S12 v1.1: `<split>/<folder>/…`, in the form ".zarr.zip" with its list.
 
-    `SSL4EOS12v11(root, split, folders, missing="skip")` reads back what the world gives for these locations, from
-    Sentinel-2 files with the offset (".zarr.zip") or without (".tar"), as published.
+    As published, Sentinel-2 files have the offset (".zarr.zip") or not (".tar").
     """
     indices, names = list(indices), []
     for start in range(0, len(indices), PER_FILE):

@@ -166,9 +166,7 @@ class TerrainWorld(Locations):
 def write_geonrw(root: Path | str, world: TerrainWorld, indices: Iterable[int]) -> None:
     """Write locations as GeoNRW: `<city>/<E>_<N>_{rgb.jp2,dem.tif,seg.tif}`, 16 of them in a file, row by row.
 
-    `GeoNRW(root)` reads back exactly what the world gives for these locations. `indices`: whole tiles, in any order:
-    16 k to 16 k + 15 for some k each. E and N are the kilometres of the lower left corner in UTM zone 32N.
-    A ValueError for part of a tile.
+    `indices`: whole tiles, in any order: 16 k to 16 k + 15 for some k each, else a ValueError.
     """
     indices = np.fromiter(indices, int)
     first = indices[::16]

@@ -79,8 +79,7 @@ class ThreeWorld(Locations):
 
     `tile`: height and width in 10 m pixels, a multiple of 6 from 12 on; `seasons`: views of each location, of which
     what lies where and the elevation stay. Items: {"id", "sar": float32 (S, 2, H, W) dB, "optical": float32 (S, 13, H,
-    W) reflectance x 10000,
-    "dem": float32 (S, 1, H, W) m, "dates"}.
+    W) reflectance x 10000, "dem": float32 (S, 1, H, W) m, "dates"}.
     """
 
     dates = World.dates
