@@ -26,7 +26,7 @@ class Miniature:
 
     ``make(world, split, count)``: a reader of so many items, whose ``.factors`` are known (name -> float32 (n,));
     ``splits``: name -> setting that says how many items it has. They follow one another in one world or, where they are
-    ``alone``, each has a world of its own. ``write(root, made, parts)``: some items of splits of one world as files in
+    ``alone``, each has a world of its own. ``writer(root, made, parts)``: some items of splits of one world as files in
     the published layout, None where there is none. ``factors``: name -> who sees it, ``common`` or names of modalities
     joined by ``+``, without those that the 8-bit mapping removes. ``whole``: items that share files; ``size``: (height,
     width) of stored images, where they are not stored as they are read. ``title``: for readers. ``sensors``: names of
@@ -36,7 +36,7 @@ class Miniature:
     title: str
     make: Callable[..., Reader]
     splits: dict[str, str]
-    write: Callable[[Path, Reader, dict[str, range]], None] | None
+    writer: Callable[[Path, Reader, dict[str, range]], None] | None
     factors: dict[str, str]
     alone: bool = False
     whole: int = 1
@@ -63,10 +63,10 @@ class Miniature:
         parts = self.parts(world)
         return self.make(world, split, len(parts[split]) if self.alone else sum(map(len, parts.values())))
 
-    def files(self, root: Path, world, parts: dict[str, range]) -> None:
-        """``write`` some items of every split."""
+    def write(self, root: Path, world, parts: dict[str, range]) -> None:
+        """Some items of every split as files."""
         for chosen in [{split: part} for split, part in parts.items()] if self.alone else [parts]:
-            self.write(root, self.behind(world, next(iter(chosen))), chosen)
+            self.writer(root, self.behind(world, next(iter(chosen))), chosen)
 
     def drawn(self, world, split: str) -> Reader:
         """``behind``, with as many factors in common as ``world.common`` says."""

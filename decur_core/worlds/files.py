@@ -91,7 +91,7 @@ SSL4EO = Miniature(
     TITLE,
     make=lambda world, split, count: World(count, tile=world.tile, layout=world.layout, seed=world.seed),
     splits={"all": "locations"},
-    write=lambda root, made, parts: write_ssl4eo(root, made, parts["all"]),
+    writer=lambda root, made, parts: write_ssl4eo(root, made, parts["all"]),
     factors=FACTORS,
     sensors=("sar", "optical", ("optical",)),
 )
@@ -99,5 +99,5 @@ BIGEARTHNET = replace(
     SSL4EO,
     make=lambda world, split, count: BigEarthNetWorld(count, tile=world.tile, seed=world.seed),
     splits={"train": "train", "test": "test"},
-    write=write_bigearthnet,
+    writer=write_bigearthnet,
 )

@@ -51,6 +51,6 @@ OWN = Miniature(
     "drawn world of radar and a camera, in folders",
     make=lambda world, split, count: OwnWorld(count, tile=world.tile, seed=world.seed),
     splits={"train": "locations", "test": "test"},
-    write=write_folders,
+    writer=write_folders,
     factors={name: {"sar": "radar", "optical": "camera"}.get(who, who) for name, who in FACTORS.items()},
 )

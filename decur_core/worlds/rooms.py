@@ -274,9 +274,9 @@ SUNRGBD = Miniature(
     "drawn world of rooms in colour and depth",
     make=_make,
     splits={"train": "locations", "test": "test"},
-    write=write_sunrgbd,
+    writer=write_sunrgbd,
     factors={name: "hha" if who == "depth" else who for name, who in FACTORS.items()},
     size=lambda world: (world.tile, world.tile * 4 // 3),
     sensors=("rgb", "hha", ("depth",)),
 )
-NYUV2 = replace(SUNRGBD, make=partial(_make, stream=1), splits={"train": "train", "test": "test"}, write=write_nyuv2)
+NYUV2 = replace(SUNRGBD, make=partial(_make, stream=1), splits={"train": "train", "test": "test"}, writer=write_nyuv2)

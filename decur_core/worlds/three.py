@@ -143,7 +143,7 @@ SCENES = Miniature(
     TITLE,
     make=lambda world, split, count: SceneWorld(count, tile=world.tile, seed=world.seed),
     splits={"train": "train", "test": "test"},
-    write=None,
+    writer=None,
     factors=FACTORS,
 )
 DATASETS = (
