@@ -68,11 +68,8 @@ def reader(settings: config.Settings, dataset: str, split: str) -> Reader:
     parts = twin.parts(settings.world)
     if split == "all" and split not in parts:
         return Joined(*(reader(settings, dataset, each) for each in parts))
-    through, whole = (
-        settings.world.through_files if twin.writer and not twin.unshared(settings.world) else 0,
-        twin.whole,
-    )
-    written = {k: places[: min(through, len(places)) // whole * whole] for k, places in parts.items()}
+    through = settings.world.through_files if twin.writer and not twin.unshared(settings.world) else 0
+    written = {k: places[: min(through, len(places)) // twin.whole * twin.whole] for k, places in parts.items()}
     made = twin.drawn(settings.world, split)
     if not written[split]:
         return Part(made, parts[split])
