@@ -1,10 +1,10 @@
 """Miniature worlds with known factors, and their files in the published layouts.
 
-Factors (`FACTORS` of each world: name -> who sees it) are independent, uniform in [-1, 1], and statistics of a scene
-that is stationary, so that crops and flips keep them. Everything else is nuisance, drawn for every location. Tests
-decide which factors may be used: a supervised network must read each with R2 >= 0.85 from the sensors that carry it,
-and not at all from the others. A location depends on seed, stream, its number and the settings of its world, never on
-how many there are or in which order they are asked for; worlds of other streams have other locations. Of files that
+Factors (`FACTORS` of each world: name -> who sees it) are independent, uniform in [-1, 1], and statistics of a whole
+scene, not positions in it, so that crops and flips keep them. Everything else is nuisance, drawn for every location.
+Tests decide which factors may be used: a supervised network must read each with R2 >= 0.85 from the sensors that carry
+it, and not at all from the others. A location depends on seed, stream, its number and the settings of its world, never
+on how many there are or in which order they are asked for; worlds of other streams have other locations. Of files that
 are written here the data set's reader gives exactly the items that the world gives.
 """
 
