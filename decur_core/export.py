@@ -31,7 +31,7 @@ def write(folder: Path | str, target: Path | str, modality: str) -> Path:
     """Export one backbone of a finished run (``pretrain.run``); returns ``<target>/<run>-<modality>.safetensors``.
 
     The file's header carries the metadata that ``load`` returns. ``<target>/README.md`` is written anew, for all
-    exports in ``target``. Evaluations are those in the profile's ``records`` at this moment. Raises DataError, and
+    exports in ``target``. Evaluations: those in the profile's ``records`` now, on test images. Raises DataError, and
     OSError for damaged weights. A README.md that this module did not write, or that was edited since, a file of that
     name that is not an export and the export of another run are not touched but refused, before anything is written.
     """
@@ -44,7 +44,8 @@ def write(folder: Path | str, target: Path | str, modality: str) -> Path:
     about = json.loads((folder / "run.json").read_text())
     if modality not in (trained := about.get("trained") or names):  # of a run without training, the start is the result
         raise DataError(f"{folder.name}: has not trained {modality}, only {' and '.join(trained)}")
-    records = [json.loads(f.read_text()) for f in sorted(visible(folder.parent.parent / "records", "*.json"))]
+    every = (json.loads(f.read_text()) for f in sorted(visible(folder.parent.parent / "records", "*.json")))
+    records = [r for r in every if r.get("run") == folder.name and r.get("split", "test") == "test"]
     metadata = {
         "run": folder.name,
         "modality": modality,
@@ -54,7 +55,7 @@ def write(folder: Path | str, target: Path | str, modality: str) -> Path:
         "data": saved.get("data") or {},
         "preprocessing": saved["preprocessing"][modality],
         "provenance": about["provenance"],
-        "evaluations": [{k: r[k] for k in RESULTS if k in r} for r in records if r.get("run") == folder.name],
+        "evaluations": [{k: r[k] for k in RESULTS if k in r} for r in records],
     }
     state = backbone_state(saved["model"], modality)
     _check(state, metadata, folder / "final.pt")

@@ -40,6 +40,8 @@ def make_run(folder, backbone, pair="sar_optical", source="published"):
     result |= {"macro": 65.08599090576172, "settings": {}}
     for name in (run.name, "another"):
         (records / f"{name}.json").write_text(json.dumps({"run": name, **result}))
+    chosen = {"run": run.name, **result, "split": "validation", "micro": 99.0}  # it helped to choose, and is no result
+    (records / "validation.json").write_text(json.dumps(chosen))
     return run, model.eval()
 
 
