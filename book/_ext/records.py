@@ -105,8 +105,8 @@ def claims(app, _: str) -> str:
                     for task in [{"inputs": inputs, "fraction": fraction, "protocol": protocol}]
                     for r in records.choose(found, **task)
                 }
-                for other in ("barlow_twins", without[protocol]):
-                    if not seeds.get(records.REFERENCE) or not seeds.get(other):
+                for other in ("barlow_twins", "barlow_twins_single", without[protocol]):
+                    if not seeds.get(records.REFERENCE) or not seeds.get(other) or other not in paper:
                         continue
                     theirs = paper[records.REFERENCE][k] - paper[other][k]
                     ours = records.paired(seeds[records.REFERENCE], seeds[other])
