@@ -217,7 +217,7 @@ def example_predictions(record: dict, settings: Settings, stores: Mapping[str, P
     season = record["given"][-1][1]
     for i, found in enumerate(predicted[:count]):
         images = {name: test.read(i, name, season) for name in test.shapes}
-        name = f"drawn {i + 1}" if test.meta["data"]["drawn"] else test.ids[i]
+        name = f"drawn {i + 1}" if record["drawn"] else test.ids[i]
         items.append({"id": name, **images, "mask": images["mask"][0], "predicted": np.array(found, np.uint8)})
     return items
 
