@@ -35,6 +35,7 @@ from decur_core.running import folders as runs
 # Bars as rare text lines. Threads that wait must sleep: spinning ones make a shared machine many times slower.
 ENVIRONMENT = {"DECUR_HEADLESS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 FIGURES = [f"--InlineBackend.figure_formats={kind}" for kind in ("svg", "retina")]  # ``publish`` keeps one
+HEAVY = 200_000  # characters of a figure
 REFRESH = 10.0  # seconds between two log lines of the same progress bar
 
 
@@ -171,14 +172,18 @@ def find(numbers: list[str], notebooks: Path) -> list[Path]:
 
 
 def lighter(data: dict) -> None:
-    """Of a figure, keep lines as SVG, and images as PNG (base64) in 256 colours: a third of the weight."""
-    if "<image" not in (svg := data.pop("image/svg+xml", "<image")):
+    """Of a figure, keep lines as SVG if they are not too many, else a PNG (base64) in 256 colours, halved if large."""
+    svg = data.pop("image/svg+xml", "<image")
+    if "<image" not in svg and len(svg) < HEAVY:
         data["image/svg+xml"] = svg
         del data["image/png"]
     elif "image/png" in data:
-        image, made = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB"), io.BytesIO()
-        image.quantize(256).save(made, "PNG", optimize=True)
-        data["image/png"] = base64.b64encode(made.getvalue()).decode()
+        image = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB")
+        for half in (image, image.reduce(2)):
+            half.quantize(256).save(made := io.BytesIO(), "PNG", optimize=True)
+            data["image/png"] = base64.b64encode(made.getvalue()).decode()
+            if len(data["image/png"]) < HEAVY:
+                break
 
 
 def publish(notebook, target: Path, note: dict) -> None:

@@ -314,7 +314,7 @@ def curve_panels(panels: dict[str, dict], *, xlabel: str, ylabel: str, zero: boo
         if not zero and len(at := sorted({x for points in series.values() for x in points})) <= 6:  # more collide
             axis.set_xticks(at, [f"{x:g}" for x in at])
             axis.minorticks_off()
-        axis.set_title(name, fontsize=9)
+        axis.set_title(textwrap.fill(name, 80 // len(panels)), fontsize=9)
     axes[0].set_ylabel(ylabel)
     legend(made, columns=2)
     return made
