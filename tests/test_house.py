@@ -66,7 +66,7 @@ def test_the_method_stands_apart():
 def test_what_is_read_in_an_hour_and_in_an_afternoon():
     lines = {name: len(file.read_text().splitlines()) for name, file in NAMES.items()}
     assert sum(lines[f"decur_core.{name}"] for name in METHOD) <= 1700
-    assert sum(lines.values()) <= 11_915  # what comes anew pays with what goes
+    assert sum(lines.values()) <= 11_913  # what comes anew pays with what goes
     assert {name: n for name, n in lines.items() if n > 350} == {}
     assert len([*LIBRARY.glob("*.py")]) <= 11
 

@@ -12,7 +12,6 @@ from decur_core.report.matrices import method
 from decur_core.report.records import by_seed, data_title, paired, place, spread
 from decur_core.report.styles import named, title
 from decur_core.report.tables import NUMBERS
-from decur_core.transfer.evaluation import ONLY
 
 
 def told(difference: tuple[float | None, float | None]) -> bool:
@@ -64,10 +63,9 @@ def compare(values: Mapping[str, Mapping[int, float]], what: str, *, digits: int
 def of_records(records: Iterable[dict], *, protocol: str, inputs: str, fraction: float, number: int = 0) -> str:
     """``compare`` of the methods' scores in one task, such as ``linear``, ``both``, 1.0; first or second number.
 
-    Methods without pretraining are in it with the protocol that they have.
+    Methods without pretraining are in it where the protocol is theirs.
     """
-    found = [r for r in records if (r["inputs"], r["fraction"]) == (inputs, fraction)]
-    found = [r for r in found if r["protocol"] == ONLY.get(r["method"], protocol)]
+    found = [r for r in records if (r["inputs"], r["fraction"], r["protocol"]) == (inputs, fraction, protocol)]
     if not found:
         raise ValueError(f"no record with {protocol}, inputs {inputs}, {100 * fraction:g} % of the labels")
     values = {
