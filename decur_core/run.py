@@ -179,8 +179,8 @@ def lighter(data: dict) -> None:
         del data["image/png"]
     elif "image/png" in data:
         image = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB")
-        for half in (image, image.reduce(2)):
-            half.quantize(256).save(made := io.BytesIO(), "PNG", optimize=True)
+        for size in (image, image.reduce(2)):
+            size.quantize(256).save(made := io.BytesIO(), "PNG", optimize=True)
             data["image/png"] = base64.b64encode(made.getvalue()).decode()
             if len(data["image/png"]) < HEAVY:
                 break

@@ -194,3 +194,20 @@ def test_published_figures_are_lines_or_few_colours():
     found = np.asarray(small.convert("RGB"))
     assert small.size == (80, 60) and (found[:20] == 255).all() and len(photographs["image/png"]) < len(text) / 2
     assert np.abs(found.astype(int) - noise).mean() < 30
+
+
+def test_figures_that_would_weigh_much_are_made_lighter():
+    """Lines of which there are too many become an image, and a large image has half the size."""
+    noise = np.random.default_rng(0).integers(0, 256, (600, 800, 3), np.uint8)
+    images = {}
+    for name, pixels in (("small", noise[:60, :80]), ("large", noise)):
+        Image.fromarray(pixels).save(whole := io.BytesIO(), "PNG")
+        images[name] = base64.b64encode(whole.getvalue()).decode()
+    many = {"image/png": images["small"], "image/svg+xml": "<svg>" + run.HEAVY * "<path/>" + "</svg>"}
+    large = {"image/png": images["large"], "image/svg+xml": "<svg><image/></svg>"}
+    sizes = []
+    for data in (many, large):
+        run.lighter(data)
+        assert list(data) == ["image/png"]
+        sizes.append(Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).size)
+    assert sizes == [(80, 60), (400, 300)]

@@ -24,7 +24,6 @@ BLOCKS = """<figure class="sketch" id="fig-blocks">
 row): R² of a linear probe as a share of what a supervised network reads from the images, mean over pairs and seeds.
 Drawn worlds, profile {profile}; chapter 60 has all of it.</figcaption>
 </figure>"""
-CLAIMS = {1: ("table1_bigearthnet_map_micro", "bigearthnet"), 2: ("table2_geonrw_miou", "geonrw")}
 TRUTH = "60_ground_truth.ipynb"
 NOT_RUN = "*Not run yet.*"
 DATES = {"1": ", images after the flood", "0+1": ", images before and after the flood"}  # of OMBRIA
@@ -80,7 +79,7 @@ def table(app, argument: str) -> str:
     from decur_core.report import records, tables
 
     number, part, kind = argument.split()
-    name = {"1": "bigearthnet", "2": "geonrw", "3": part}.get(number)
+    name = ({n: name for n, (name, _) in tables.TRANSFER.items()} | {3: part}).get(int(number))
     about = {"dataset": datasets.find(name).title} if name else {"pair": part.replace("+", "_"), "variant": "terms"}
     found = measured(app, kind=kind, **about)
     return f"{tables.table(int(number), found, part)}\n\n{records.source(found)}"
@@ -94,28 +93,25 @@ def claims(app, _: str) -> str:
 
     rows, every, said = [], [], collections.Counter()
     without = {protocol: method for method, protocol in ONLY.items()}
-    for number, (key, name) in CLAIMS.items():
+    for table, (name, key) in tables.TRANSFER.items():
         found = measured(app, trained=True, kind="world", dataset=datasets.find(name).title, variant="")
         every += found
-        for part in (p for p in tables.PAPER[key] if p != "columns" and found):
-            inputs, paper = "both" if "+" in part else part, tables.PAPER[key][part]
-            for k, (column, (fraction, protocol)) in enumerate(tables.COLUMNS.items()):
-                seeds = {
-                    r["method"]: records.by_seed(records.choose(found, method=r["method"], **task))
-                    for task in [{"inputs": inputs, "fraction": fraction, "protocol": protocol}]
-                    for r in records.choose(found, **task)
-                }
-                for other in ("barlow_twins", "barlow_twins_single", without[protocol]):
-                    if not seeds.get(records.REFERENCE) or not seeds.get(other) or other not in paper:
-                        continue
-                    theirs = paper[records.REFERENCE][k] - paper[other][k]
-                    ours = records.paired(seeds[records.REFERENCE], seeds[other])
-                    same = (ours[0] > 0) == (theirs > 0)
-                    verdict = ("agrees" if same else "does not") if sentences.told(ours) else "cannot be told here"
-                    said[verdict] += 1
-                    spread = "" if ours[1] is None else f" ± {ours[1]:.1f}"
-                    cells = (f"{theirs:+.1f}", f"{ours[0]:+.1f}{spread}", verdict)
-                    rows.append((f"{number}, {part}, {column}", styles.title(other), *cells))
+        parts = {part: paper for part, paper in tables.PAPER[key].items() if part != "columns"}
+        for (part, paper), (k, column) in itertools.product(parts.items(), enumerate(tables.COLUMNS)):
+            fraction, protocol = tables.COLUMNS[column]
+            task = {"inputs": "both" if "+" in part else part, "fraction": fraction, "protocol": protocol}
+            ours = records.by_seed(records.choose(found, method=records.REFERENCE, **task))
+            for other in ("barlow_twins", "barlow_twins_single", without[protocol]):
+                theirs = records.by_seed(records.choose(found, method=other, **task))
+                difference = records.paired(ours, theirs)
+                if difference[0] is None or other not in paper:
+                    continue
+                wanted = paper[records.REFERENCE][k] - paper[other][k]
+                same = "agrees" if (difference[0] > 0) == (wanted > 0) else "does not"
+                verdict = same if sentences.told(difference) else "cannot be told here"
+                said[verdict] += 1
+                numbers = (f"{wanted:+.1f}", tables.number(*difference, sign="+"))
+                rows.append((f"{table}, {part}, {column}", styles.title(other), *numbers, verdict))
     if not rows:
         return NOT_RUN
     header = ("table, inputs, labels", "DeCUR against", "paper", "trained networks on drawn scenes", "")

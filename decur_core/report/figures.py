@@ -15,7 +15,6 @@ from decur_core.report.styles import WAYS, colour, figure, grid, legend, method_
 
 ORDER = ("first", "second", "third", "fourth", "fifth")  # modality of a panel, where panels have different ones
 MARKS = (("#D62728", "x"), ("#1F77B4", "s"), ("#2CA02C", "^"), ("#9467BD", "D"), ("#8C564B", "P"))
-SCENES = datasets.find("bigearthnet").task.classes
 DASHES = ("-", "--", ":", "-.")
 
 
@@ -127,8 +126,9 @@ def scores(rows: Sequence[dict], *, reference: float | None = None, unit: str = 
     return made
 
 
-def per_class(rows: dict[str, Sequence], *, classes: Sequence[str] = SCENES, unit="average precision (%)") -> Figure:
+def per_class(rows: dict[str, Sequence], *, classes: Sequence[str] = (), unit="average precision (%)") -> Figure:
     """Score of each class that occurs, a bar per method; the 19 classes of BigEarthNet unless others are given."""
+    classes = classes or datasets.find("bigearthnet").task.classes  # here: it loads readers
     kept = [i for i in range(len(classes)) if any(v[i] is not None for v in rows.values())]
     made, axis = _classes([classes[i] for i in kept], height=0.42 * len(kept) + 1)
     height = 0.8 / len(rows)
@@ -141,8 +141,9 @@ def per_class(rows: dict[str, Sequence], *, classes: Sequence[str] = SCENES, uni
     return made
 
 
-def prevalence(labels: np.ndarray, *, classes: Sequence[str] = SCENES) -> Figure:
+def prevalence(labels: np.ndarray, *, classes: Sequence[str] = ()) -> Figure:
     """Share of patches that carry each class, of BigEarthNet unless given; ``labels``: N x classes of 0 and 1."""
+    classes = classes or datasets.find("bigearthnet").task.classes
     return shares(dict(zip(classes, labels.mean(0), strict=True)), of="patches")
 
 

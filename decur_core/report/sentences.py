@@ -8,21 +8,16 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from decur_core.explain.probes import Table, scores
+from decur_core.report import tables
 from decur_core.report.matrices import method
 from decur_core.report.records import by_seed, data_title, paired, place, spread
 from decur_core.report.styles import named, title
-from decur_core.report.tables import NUMBERS
 
 
 def told(difference: tuple[float | None, float | None]) -> bool:
     """Whether a paired difference (mean, deviation) exceeds its deviation."""
     mean, deviation = difference
     return deviation is not None and abs(mean) > deviation
-
-
-def _text(mean: float, deviation: float | None, digits: int) -> str:
-    more = "" if deviation is None else f" ± {deviation:.{digits}f}"
-    return f"{round(mean, digits) + 0.0:.{digits}f}{more}"
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -41,14 +36,14 @@ def compare(values: Mapping[str, Mapping[int, float]], what: str, *, digits: int
     first = max(means, key=lambda name: means[name][0])
     count = len(values[first])
     if len(values) > 1 and max(map(len, values.values())) == 1:
-        listed = _listed([f"{n} {_text(*means[n], digits)}" for n in sorted(means, key=lambda n: -means[n][0])])
+        listed = _listed([f"{n} {tables.number(*means[n], digits)}" for n in sorted(means, key=lambda n: -means[n][0])])
         return f"{what}, one seed, which tells nobody from anybody: {listed}."
-    about = f"{_text(*means[first], digits)} ({count} seed{'s' if count > 1 else ''})"
+    about = f"{tables.number(*means[first], digits)} ({count} seed{'s' if count > 1 else ''})"
     groups: dict[bool, list[str]] = {True: [], False: []}
     for name in values:
         if name != first:
             difference = paired(values[first], values[name])
-            number = f"by {_text(*difference, digits)}" if difference[0] is not None else "no seed in common"
+            number = f"by {tables.number(*difference, digits)}" if difference[0] is not None else "no seed in common"
             groups[told(difference)].append(f"{name} ({number})")
     if groups[True]:
         rest = f"; it is not told from {_listed(groups[False])}" if groups[False] else ""
@@ -73,7 +68,7 @@ def of_records(records: Iterable[dict], *, protocol: str, inputs: str, fraction:
         for m in sorted({r["method"] for r in found}, key=place)
     }
     score = found[0]["numbers"][number]
-    what = f"{NUMBERS.get(score, score)}, {protocol}, {100 * fraction:g} % of the labels, {title(inputs)}"
+    what = f"{tables.NUMBERS.get(score, score)}, {protocol}, {100 * fraction:g} % of the labels, {title(inputs)}"
     return compare(values, f"{what}, {data_title(found[0])}")
 
 

@@ -14,11 +14,18 @@ from decur_core.report.styles import title
 from decur_core.transfer.evaluation import ONLY
 
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
+TRANSFER = {1: ("bigearthnet", "table1_bigearthnet_map_micro"), 2: ("geonrw", "table2_geonrw_miou")}  # table -> data
 COLUMNS = {f"{100 * f:g} % {p}": (f, p) for f in (0.01, 1.0) for p in ("linear", "finetune")}
 NUMBERS = {"micro": "mAP micro (%)", "macro": "mAP macro (%)", "miou": "mIoU (%)", "accuracy": "pixel accuracy (%)"}
 NUMBERS["flood"] = "IoU of the flooded (%)"
 WIDEST = 4  # columns of numbers that a page has room for
 SPACE = "\N{NO-BREAK SPACE}"
+
+
+def number(mean: float, deviation: float | None, digits: int = 1, sign: str = "", space: str = " ") -> str:
+    """Mean ± deviation, without the sign of -0.0; ``sign``: "+" for one that always stands."""
+    more = "" if deviation is None else f"{space}±{space}{deviation:.{digits}f}"
+    return f"{round(mean, digits) + 0.0:{sign}.{digits}f}{more}"
 
 
 def cell(
@@ -32,12 +39,9 @@ def cell(
     """Mean ± deviation for a table; bold where the mean is the ``best``; below it the ``difference`` to DeCUR."""
     if mean is None:
         return ""
-    more, sure = (f"{SPACE}±{SPACE}{d:.{digits}f}" if d is not None else "" for d in (deviation, difference[1]))
-    text = f"{round(mean, digits) + 0.0:.{digits}f}{more}"  # without the sign of -0.0
+    text = number(mean, deviation, digits, space=SPACE)
     text = f"**{text}**" if mean == best else text
-    if difference[0] is None:
-        return text
-    return f"{text}<br>Δ{SPACE}{round(difference[0], digits) + 0.0:+.{digits}f}{sure}"
+    return text if difference[0] is None else f"{text}<br>Δ{SPACE}{number(*difference, digits, '+', SPACE)}"
 
 
 def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -155,7 +159,7 @@ def table(number: int, records: Sequence[dict], part: str) -> str:
 
 
 def _linear_and_finetune(number: int, records: Sequence[dict], part: str) -> str:
-    name, key = {1: ("bigearthnet", "table1_bigearthnet_map_micro"), 2: ("geonrw", "table2_geonrw_miou")}[number]
+    name, key = TRANSFER[number]
     inputs = "both" if "+" in part else part
     found = choose(records, dataset=datasets.find(name).title, inputs=inputs, variant="")
     rows, ours = {m: v for m, v in PAPER[key][part].items() if m in METHODS}, {}
