@@ -96,6 +96,14 @@ def test_alignment_has_the_colours_of_methods_and_says_what_it_cuts(random):
     assert figure.axes[0].get_xticklabels()[-1].get_text() == "≥ 1"
 
 
+def test_a_legend_of_long_names_is_no_wider_than_its_figure():
+    """A page scales a figure that is wider than its column, and with it the text."""
+    names = [f"drawn world of radar and optical images, {way}, with all labels" for way in ("finetune", "linear")]
+    made = plots.curves({name: {0: [1.0], 32: [2.0]} for name in names}, xlabel="x", ylabel="y")
+    made.canvas.draw()
+    assert made.legends[0].get_window_extent().width <= made.bbox.width
+
+
 def test_series_of_one_seed_are_marked():
     figure = plots.curves({"many": {1: [1, 2], 2: [3]}, "few": {1: [1], 2: [2]}}, xlabel="x", ylabel="y")
     assert legend_of(figure) == ["many", "few (one seed)"]

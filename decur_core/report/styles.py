@@ -108,9 +108,16 @@ def plain_ticks(axis: Axes) -> None:
 
 
 def legend(made: Figure, handles: Iterable | None = None, *, columns: int = 4, side: str = "lower") -> None:
-    """A legend outside the panels, where it covers nothing; of each label that they have, unless handles are given."""
+    """A legend outside the panels, where it covers nothing; of each label that they have, unless handles are given.
+
+    It has ``columns`` columns, or fewer where it would be wider than the figure.
+    """
     if handles is None:
         handles = {h.get_label(): h for axis in made.axes for h in axis.get_legend_handles_labels()[0]}.values()
     handles = list(handles)
-    options = {"loc": f"outside {side} center", "ncols": min(columns, len(handles)), "fontsize": 7, "frameon": False}
-    made.legend(handles=handles, **options)
+    for count in range(min(columns, len(handles)), 0, -1):
+        options = {"loc": f"outside {side} center", "ncols": count, "fontsize": 7, "frameon": False}
+        drawn = made.legend(handles=handles, **options)
+        if count == 1 or drawn.get_window_extent().width <= made.bbox.width:
+            return
+        drawn.remove()
