@@ -23,7 +23,7 @@ from decur_core.model import backbone_state
 from decur_core.running import checkpoints
 from decur_core.running import folders as runs
 
-RESULTS = ("dataset", "protocol", "inputs", "seasons", "fraction", "metric")
+RESULTS = ("dataset", "images", "protocol", "inputs", "seasons", "fraction", "metric")
 RESULTS += ("micro", "macro", "flood", "miou", "accuracy")
 
 
@@ -45,7 +45,9 @@ def write(folder: Path | str, target: Path | str, modality: str) -> Path:
     if modality not in (trained := about.get("trained") or names):  # of a run without training, the start is the result
         raise DataError(f"{folder.name}: has not trained {modality}, only {' and '.join(trained)}")
     every = (json.loads(f.read_text()) for f in sorted(visible(folder.parent.parent / "records", "*.json")))
-    records = [r for r in every if r.get("run") == folder.name and r.get("split", "test") == "test"]
+    mine = [r for r in every if r.get("run") == folder.name and r.get("split", "test") == "test"]
+    mine = [r for r in mine if {modality, "both"} & {*r.get("inputs", "both").split("+")}]
+    rows = [x for r in mine for x in (r, *(r | f | {"images": part} for part, f in r.get("further", {}).items()))]
     metadata = {
         "run": folder.name,
         "modality": modality,
@@ -55,7 +57,7 @@ def write(folder: Path | str, target: Path | str, modality: str) -> Path:
         "data": saved.get("data") or {},
         "preprocessing": saved["preprocessing"][modality],
         "provenance": about["provenance"],
-        "evaluations": [{k: r[k] for k in RESULTS if k in r} for r in records],
+        "evaluations": [{k: r[k] for k in RESULTS if k in r} for r in rows],
     }
     state = backbone_state(saved["model"], modality)
     _check(state, metadata, folder / "final.pt")
@@ -179,7 +181,9 @@ def _section(metadata: dict) -> str:
     columns = [k for k in RESULTS if any(each.get(k, "") != "" for each in scored)]
     values = [[f"{v:.4g}" if isinstance(v := each.get(k, ""), float) else str(v) for k in columns] for each in scored]
     table = [f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *values)]
-    results = "\n".join(["as follows.", "", *table]) if scored else "none."
+    about = "of this run alone, so of one seed, on test images or those named. `linear`: a head on the frozen encoder; "
+    about += "`finetune`: both trained. `inputs`: modalities given, `both` for all; `fraction`: of the training labels."
+    results = "\n".join([about, "", *table]) if scored else "none."
     return f"""
 ## {name}
 

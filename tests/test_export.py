@@ -152,6 +152,27 @@ def test_a_real_run_is_exported(tiny, pair_store, tmp_path):
     assert metadata["evaluations"] == [] and "Evaluations: none" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_the_card_lists_what_its_encoder_took_part_in_and_further_images(tmp_path):
+    run, _ = make_run(tmp_path, "small")
+    for record in (run.parent.parent / "records").glob("*.json"):
+        record.unlink()
+    scored = {
+        "run": run.name,
+        "dataset": "floods",
+        "protocol": "linear",
+        "flood": 40.5,
+        "further": {"later": {"flood": 30.25}},
+    }
+    for inputs in ("both", "sar", "optical"):
+        text = json.dumps(scored | {"inputs": inputs})
+        (run.parent.parent / "records" / f"{inputs}.json").write_text(text)
+    _, metadata = export.load(export.write(run, tmp_path / "out", "sar"))
+    found = [(r["inputs"], r.get("images", "test"), r["flood"]) for r in metadata["evaluations"]]
+    assert found == [(i, w, f) for i in ("both", "sar") for w, f in (("test", 40.5), ("later", 30.25))]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| floods | later | linear | sar | 30.25 |" in card and "one seed" in card
+
+
 def test_a_network_that_was_not_trained_is_not_exported(tmp_path):
     run, _ = make_run(tmp_path, "small")
     about = json.loads((run / "run.json").read_text())

@@ -8,6 +8,7 @@ import pytest
 from decur_core.report import records, sentences
 from decur_core.report import tables as results
 
+NB = "\N{NO-BREAK SPACE}"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -55,6 +56,18 @@ def test_summary_compares_with_decur_seed_by_seed():
     )
     elsewhere = records.summary([*found, record("clip", 0, 50.0, fraction=1.0)])
     assert [r["difference"] for r in elsewhere if r["fraction"] == 1.0] == [(None, None)], "nothing to compare with"
+
+
+def test_what_pretraining_is_worth_compares_within_a_protocol_and_leaves_gaps():
+    found = [record("decur", s, m) for s, m in ((0, 60.0), (1, 63.0))]
+    found += [record("random", s, m) for s, m in ((0, 50.0), (1, 55.0), (2, 0.0))]
+    tuned = [record("decur", 0, 70.0, protocol="finetune"), record("supervised", 0, 70.5, protocol="finetune")]
+    assert results.worth({"frozen alone": found, "all": found + tuned}).splitlines() == [
+        "|  | frozen, less random initialisation | fine-tuned, less supervised |",
+        "|---|---|---|",
+        f"| frozen alone | 9.0{NB}±{NB}1.4 |  |",
+        f"| all | 9.0{NB}±{NB}1.4 | -0.5 |",
+    ]
 
 
 def test_two_records_of_one_measurement_and_seed_are_refused():

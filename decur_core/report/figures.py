@@ -7,7 +7,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 
 from decur_core.data import datasets
 from decur_core.report import styles
@@ -91,15 +90,6 @@ def history(runs: dict[str, Sequence[dict]], *, smooth: int = 1) -> Figure:
     return made
 
 
-def learning_rate(lines: Sequence[dict]) -> Figure:
-    """The learning rate of the weights over the steps of one run."""
-    made, ((axis,),) = figure(1, 1, height=2.4, width=5)
-    axis.plot([x["step"] for x in lines], [x["learning_rate"] for x in lines], color="black")
-    axis.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return made
-
-
 def scores(rows: Sequence[dict], *, reference: float | None = None, unit: str = "mAP micro (%)") -> Figure:
     """Mean scores, a panel per kind of input, a bar per method, whiskers for the deviation over seeds.
 
@@ -139,12 +129,6 @@ def per_class(rows: dict[str, Sequence], *, classes: Sequence[str] = (), unit="a
     axis.margins(y=0.01)
     legend(made, side="upper")
     return made
-
-
-def prevalence(labels: np.ndarray, *, classes: Sequence[str] = ()) -> Figure:
-    """Share of patches that carry each class, of BigEarthNet unless given; ``labels``: N x classes of 0 and 1."""
-    classes = classes or datasets.find("bigearthnet").task.classes
-    return shares(dict(zip(classes, labels.mean(0), strict=True)), of="patches")
 
 
 def shares(classes: dict[str, float], *, of: str) -> Figure:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from decur_core.explain.probes import Table, scores
+from decur_core.report.records import spread
 from decur_core.report.styles import title
 from decur_core.report.tables import cell, grid
 
@@ -68,8 +69,7 @@ def table(by_run: Mapping[str, Mapping[str, Table]], seen_by: Mapping[str, str])
             found.setdefault((method(label), kernel), []).append(scores(rows, seen_by))
     lines = []
     for (name, kernel), seeds in found.items():
-        cells = [[each[column] for each in seeds] for column in COLUMNS]
-        spreads = [(np.mean(c), np.std(c, ddof=1) if len(c) > 1 else None) for c in cells]
+        spreads = [spread([each[column] for each in seeds]) for column in COLUMNS]
         texts = ["–" if np.isnan(mean) else cell(mean, deviation, digits=2) for mean, deviation in spreads]
         lines.append([name, kernel, *texts])
     text = grid(["Method", "Probe", *COLUMNS.values()], lines)

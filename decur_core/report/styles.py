@@ -108,16 +108,10 @@ def plain_ticks(axis: Axes) -> None:
 
 
 def legend(made: Figure, handles: Iterable | None = None, *, columns: int = 4, side: str = "lower") -> None:
-    """A legend outside the panels, where it covers nothing; of each label that they have, unless handles are given.
-
-    It has ``columns`` columns, or fewer where it would be wider than the figure.
-    """
+    """A legend outside the panels, where it covers nothing; of each label that they have, unless handles are given."""
     if handles is None:
         handles = {h.get_label(): h for axis in made.axes for h in axis.get_legend_handles_labels()[0]}.values()
     handles = list(handles)
-    for count in range(min(columns, len(handles)), 0, -1):
-        options = {"loc": f"outside {side} center", "ncols": count, "fontsize": 7, "frameon": False}
-        drawn = made.legend(handles=handles, **options)
-        if count == 1 or drawn.get_window_extent().width <= made.bbox.width:
-            return
-        drawn.remove()
+    longest = max((len(h.get_label()) for h in handles), default=0) + 8  # in letters, of which an inch has about 16
+    columns = max(1, min(columns, len(handles), int(16 * made.get_figwidth() / longest)))
+    made.legend(handles=handles, loc=f"outside {side} center", ncols=columns, fontsize=7, frameon=False)

@@ -104,6 +104,15 @@ def markdown(rows: Sequence[dict], *, numbers: int = 2) -> str:
     return "\n\n".join([*parts, _note([r["seeds"] for r in rows], rows, differences=compared)])
 
 
+def worth(parts: Mapping[str, Sequence[dict]]) -> str:
+    """Name -> records, as a table: scores of DeCUR, frozen and fine-tuned, less those without pretraining."""
+    ways, body = (("frozen", "linear", "random"), ("fine-tuned", "finetune", "supervised")), []
+    for what, found in parts.items():
+        both = [[by_seed(choose(found, method=m, protocol=p)) for m in (REFERENCE, without)] for _, p, without in ways]
+        body.append([what, *(cell(*paired(*two)) for two in both)])
+    return grid(["", *(f"{way}, less {title(without).lower()}" for way, _, without in ways)], body)
+
+
 def _best(values: Iterable[float | None]) -> float | None:
     return max((v for v in values if v is not None), default=None)
 
