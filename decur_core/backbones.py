@@ -4,32 +4,31 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torchvision
-from segmentation_models_pytorch.encoders.mix_transformer import LayerNorm, MixVisionTransformer
 from torch import Tensor, nn
 
 
-class MixTransformer(MixVisionTransformer):
+def _mix_transformer(name: str, channels: int, *, depths: Sequence[int]) -> nn.Module:
     """SegFormer's encoder (Xie et al. 2021): N x C x H x W images to the mean over the last stage's map.
 
     Parameters have the names of the original release (``patch_embed1.proj.weight``, ``block1.0.attn.q.weight``), whose
     classification head is left out. The published DeCUR keeps one, linear with 2048 outputs, and discards it with the
     projector; the projector's first layer is linear too, and two in a row can do no more than one.
     """
+    from segmentation_models_pytorch.encoders.mix_transformer import LayerNorm, MixVisionTransformer  # as below
 
-    def __init__(self, name: str, channels: int, *, depths: Sequence[int]):
-        super().__init__(
-            in_chans=channels,
-            embed_dims=widths(name),
-            num_heads=(1, 2, 5, 8),
-            depths=depths,
-            qkv_bias=True,
-            norm_layer=functools.partial(LayerNorm, eps=1e-6),
-            drop_path_rate=0.1,
-        )
+    class MixTransformer(MixVisionTransformer):
+        def forward(self, images: Tensor) -> Tensor:
+            return self.forward_features(images)[-1].mean((2, 3))
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.forward_features(images)[-1].mean((2, 3))
+    return MixTransformer(
+        in_chans=channels,
+        embed_dims=widths(name),
+        num_heads=(1, 2, 5, 8),
+        depths=depths,
+        qkv_bias=True,
+        norm_layer=functools.partial(LayerNorm, eps=1e-6),
+        drop_path_rate=0.1,
+    )
 
 
 class _Mean(nn.Module):
@@ -54,6 +53,8 @@ def _small_maps(network: nn.Sequential, images: Tensor) -> list[Tensor]:
 
 
 def _resnet(name: str, channels: int) -> nn.Module:
+    import torchvision  # here, as it takes seconds, in every notebook and process
+
     # zero_init_residual as in Barlow Twins: each block starts as the identity.
     network = torchvision.models.get_model(name, weights=None, zero_init_residual=True)
     if channels != 3:
@@ -87,7 +88,8 @@ class Backbone(NamedTuple):
 
 
 def _mit(widths: tuple[int, ...], depths: tuple[int, ...]) -> Backbone:
-    return Backbone(functools.partial(MixTransformer, depths=depths), widths, MixTransformer.forward_features)
+    build = functools.partial(_mix_transformer, depths=depths)
+    return Backbone(build, widths, lambda network, images: network.forward_features(images))
 
 
 BACKBONES: dict[str, Backbone] = {

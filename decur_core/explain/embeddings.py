@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.manifold import TSNE
 from torch import Tensor
 
 from decur_core import losses
@@ -105,6 +104,8 @@ def tsne(*z: Tensor, seed: int = 0, perplexity: float = 30.0) -> np.ndarray:
     if np.ptp(points, axis=0).max() < 1e-6:  # scikit-learn would divide by their spread, and its C code crash
         raise ValueError("every dimension has the same values, so there is no map: this embedding has collapsed")
     options = {"perplexity": min(perplexity, (len(points) - 1) / 3), "random_state": seed}
+    from sklearn.manifold import TSNE  # here: with scipy it takes a second
+
     return TSNE(init="pca", **options).fit_transform(points)
 
 

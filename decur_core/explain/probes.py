@@ -16,8 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.kernel_ridge import KernelRidge
-from sklearn.linear_model import RidgeCV
 from torch import Tensor, nn
 
 from decur_core import backbones, config, pretrain
@@ -41,11 +39,14 @@ HELD = (
 Table = dict[tuple[str, str], dict[str, float]]
 
 
-def ridge(gram: np.ndarray, y: np.ndarray) -> tuple[KernelRidge, np.ndarray]:
-    """Kernel ridge regression of every target with its best penalty, and the leave-one-out errors (F,) that chose it.
+def ridge(gram: np.ndarray, y: np.ndarray) -> tuple:
+    """scikit-learn's KernelRidge of every target with its best penalty, and the leave-one-out errors (F,) behind it.
 
     ``gram``: (n, n), ``y``: (n, F). The errors come from features whose Gram matrix is the given one.
     """
+    from sklearn.kernel_ridge import KernelRidge  # here: seconds, in every notebook
+    from sklearn.linear_model import RidgeCV
+
     values, vectors = np.linalg.eigh(gram)
     values = values.clip(0)
     search = RidgeCV(PENALTIES * values.mean(), fit_intercept=False, alpha_per_target=True)

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from captum.attr import IntegratedGradients, LayerGradCam
 from torch import Tensor, nn
 
 from decur_core import config, pretrain
@@ -81,6 +80,8 @@ def gradcam(target: CommonUnique, images: Tensor, part: int) -> Tensor:
 
     The map of the last convolution, weighted by its mean gradients, negative values cut, upsampled bilinearly.
     """
+    from captum.attr import LayerGradCam  # here: with what it imports it takes a second
+
     maps = LayerGradCam(target, target.last_convolution()).attribute(images, target=part, relu_attributions=True)
     return F.interpolate(maps.detach().float(), size=images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
 
@@ -90,6 +91,8 @@ def integrated_gradients(target: CommonUnique, images: Tensor, part: int, *, ste
 
     The error (N) is the sum of an image's attributions minus the change of the output, 0 for infinitely many steps.
     """
+    from captum.attr import IntegratedGradients  # as above
+
     method = IntegratedGradients(target)
     options = {"target": part, "n_steps": steps, "internal_batch_size": max(len(images), 64)}
     found, error = method.attribute(images, return_convergence_delta=True, **options)

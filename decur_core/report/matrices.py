@@ -10,12 +10,8 @@ from decur_core.report.styles import title
 from decur_core.report.tables import cell, grid
 
 SHOWN = ("DeCUR", "Barlow Twins", "Random initialisation")
-COLUMNS = {
-    "right": "right block",
-    "wrong": "wrong block (leakage)",
-    "block score": "block score",
-    "impossible": "impossible",
-}
+COLUMNS = {"right": "right block", "wrong": "wrong block (leakage)"}  # of ``scores``: what heads it, else its own name
+COLUMNS |= {name: name for name in ("block score", "impossible")}
 
 
 def method(label: str) -> str:

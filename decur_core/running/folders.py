@@ -9,6 +9,7 @@ import subprocess
 import threading
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 
 import tqdm.auto
@@ -123,7 +124,6 @@ def commit() -> tuple[str, bool]:
 def provenance() -> dict:
     """Commit, whether files differ from it, date (UTC), hardware and versions; JSON-able."""
     import torch  # here, so that the headless driver and the book's build need not load it
-    import torchvision
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     made_by, modified = commit()
@@ -132,7 +132,7 @@ def provenance() -> dict:
         "modified": modified,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": {"processor": _processor(), "cores": os.cpu_count(), "gpus": gpus},
-        "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, torchvision)},
+        "versions": {"python": platform.python_version()} | {m: metadata.version(m) for m in ("torch", "torchvision")},
     }
 
 
