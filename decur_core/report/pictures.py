@@ -77,7 +77,8 @@ def pairs(samples: Sequence[dict], *, season: int = 0) -> Figure:
             texts = [f"{low:.0f} to {high:.0f} {_unit(m)}" for low, high in ends]
             rows.append([(stretch(x[k : k + 1]), text) for x, text in zip(images, texts, strict=True)])
             labels.append(band)
-    rows[0] = [(x, f"{s['id'].split('/')[-1]}\n{text}".strip()) for s, (x, text) in zip(samples, rows[0], strict=True)]
+    names = [str(s["id"]).split("/")[-1] for s in samples]
+    rows[0] = [(x, f"{name}\n{text}".strip()) for name, (x, text) in zip(names, rows[0], strict=True)]
     return _mosaic(rows, labels, width=1.5)[0]
 
 
@@ -104,7 +105,8 @@ def scenes(samples: Sequence[dict], kinds: Sequence[str], *, classes: Sequence[s
         return band, "" if band.dtype == np.uint8 else text
 
     rows = [[cell(kind, s[kind]) for s in samples] for kind in kinds]
-    rows[0] = [(image, text or s["id"].split("/")[-1]) for s, (image, text) in zip(samples, rows[0], strict=True)]
+    names = [str(s["id"]).split("/")[-1] for s in samples]
+    rows[0] = [(image, text or name) for name, (image, text) in zip(names, rows[0], strict=True)]
     made, _ = _mosaic(rows, [named(kind) for kind in kinds], width=1.6, cmap="cividis")
     seen = sorted({k for s in samples for kind in kinds if kind in LABELS for k in np.unique(s[kind]).tolist()})
     if seen and classes:
