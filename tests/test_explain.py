@@ -299,6 +299,17 @@ def test_statistics_of_other_images_are_counted_anew(tiny, pair_store, patch_sto
     np.testing.assert_array_equal(first["bands optical common"], again["bands optical common"])
 
 
+def test_statistics_of_one_run_do_not_wait_for_those_of_another(tiny, pair_store):
+    """Chapters of one profile may be open at the same time."""
+    folders = [pretrain.run(tiny(epochs=1, seed=seed), pair_store) for seed in (0, 1)]
+    about = {"samples": 6, "batch_size": 4, "steps": 2}
+    there = runs.path(tiny(), "explain")
+    with runs.locked(there, name=f".{folders[0].name}.jsonl.lock"):
+        explain.statistics(tiny(), folders[1], pair_store, **about)
+        with pytest.raises(RuntimeError, match="in use by another process"):
+            explain.statistics(tiny(), folders[0], pair_store, **about)
+
+
 def test_maps_and_overlaps_of_three_modalities_go_by_their_blocks(tiny, tmp_path, monkeypatch):
     """A model of three, without a training: statistics of every two, parts by the blocks of its settings."""
     torch.manual_seed(0)

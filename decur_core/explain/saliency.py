@@ -178,7 +178,7 @@ def statistics(
     about = {"run": Path(folder).name, "settings": trained, "samples": len(rows), "batch": batch_size, "steps": steps}
     about["images"] = store.sha256
     file = runs.path(settings, "explain", f"{Path(folder).name}.jsonl")
-    with runs.locked(file.parent):
+    with runs.locked(file.parent, name=f".{file.name}.lock"):
         lines = _stream(file, about, rows, batch_size, compute)
     overlaps = [f"{name} {part}" for name in names.values() for part in PARTS]
     made = {name: np.concatenate([line[name] for line in lines]) for name in overlaps}
