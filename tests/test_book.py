@@ -154,6 +154,17 @@ def test_a_page_says_on_top_whether_its_images_are_real(images, said, caption):
     assert ("synthetic" in source.cells[0].source) == (images == [DRAWN])
 
 
+@pytest.mark.parametrize(("profile", "trains"), [("mini", True), ("mini", False), ("report", True)])
+def test_a_page_of_networks_that_were_hardly_trained_says_so(profile, trains):
+    source, ran = pair(DRAWN)
+    ran.metadata["decur"]["profile"] = profile
+    for notebook in (source, ran):
+        notebook.cells.insert(-1, new_code_cell("folder = pretrain.run(settings, store)" if trains else "pass"))
+    executed.lay(source, ran)
+    said = executed.SHORT in source.cells[0].source
+    assert said == (profile == "mini" and trains)
+
+
 def test_a_drawn_page_does_not_deny_the_real_images_that_it_begins_with():
     source, ran = pair(DRAWN)
     source.cells.insert(1, new_markdown_cell("![Six rooms](../book/real/rgb_depth.jpg)"))

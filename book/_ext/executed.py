@@ -110,10 +110,18 @@ def cited(about: dict) -> str:
     return f"{about['title']} {{cite:p}}`{key}`" if key else about["title"]
 
 
-def banner(found: list[dict], real_first: bool = False) -> tuple[str, str]:
+# Of pages of the profile that only shows the way.
+SHORT = (
+    "**Its networks were trained for a minute at most** (profile `mini`): the page shows that the way works and what"
+    " comes out of it; which method or setting is better, it cannot tell."
+)
+
+
+def banner(found: list[dict], real_first: bool = False, short: bool = False) -> tuple[str, str]:
     """Whether images (of ``images``) are real or drawn: in a word or two, and as it stands on top of a page.
 
-    ``real_first``: the page begins with a figure of real images that lies in the book.
+    ``real_first``: the page begins with a figure of real images that lies in the book; ``short``: its networks have
+    hardly been trained.
     """
     drawn, real = ([about for about in found if about["drawn"] == kind] for kind in (True, False))
     word = " and ".join(filter(None, (WORDS["real"] if real else "", WORDS["drawn"] if drawn else "")))
@@ -127,6 +135,7 @@ def banner(found: list[dict], real_first: bool = False) -> tuple[str, str]:
         text = f"{but} pictures and numbers on this page are synthetic, drawn from known factors: {worlds}."
     elif not real:
         text = "No image is looked at on this page: its numbers are made up in its cells."
+    text += f" {SHORT}" if short else ""
     kind = "real" if real else "drawn" if drawn else "none"
     word = word or WORDS["none"]
     head = word[0].upper() + word[1:]
@@ -156,7 +165,9 @@ def lay(source, executed, links: str = "") -> None:
         if tagged(page, "parameters"):
             injected = [cell.source for cell in executed.cells if tagged(cell, "injected-parameters")]
             page.source = "\n".join(injected or [page.source]).removeprefix("# Parameters\n").strip()
-    word, top = banner(images(executed), any(REAL in c.source for c in source.cells if c.cell_type == "markdown"))
+    begins = any(REAL in c.source for c in source.cells if c.cell_type == "markdown")
+    short = note["profile"] == "mini" and any("pretrain.run" in page.source for page in pages)
+    word, top = banner(images(executed), begins, short)
     for page in pages if word in (WORDS["real"], WORDS["drawn"]) else ():
         about = page.metadata.get("mystnb", {}).get("figure", {})
         if about and not SAYS_SO.search(about["caption"]):
