@@ -96,6 +96,13 @@ def test_alignment_has_the_colours_of_methods_and_says_what_it_cuts(random):
     assert figure.axes[0].get_xticklabels()[-1].get_text() == "≥ 1"
 
 
+def test_panels_on_one_scale_show_the_highest_of_all():
+    made = plots.curve_panels(
+        {"low": {"a": {0: [0.1], 1: [0.2]}}, "high": {"a": {0: [0.1], 1: [0.9]}}}, xlabel="x", ylabel="y"
+    )
+    assert all(axis.get_ylim()[0] == -0.03 and axis.get_ylim()[1] > 0.9 for axis in made.axes)
+
+
 def test_a_legend_of_long_names_is_no_wider_than_its_figure():
     """A page scales a figure that is wider than its column, and with it the text."""
     names = [f"drawn world of radar and optical images, {way}, with all labels" for way in ("finetune", "linear")]

@@ -237,6 +237,8 @@ def test_source_names_data_profile_commit_and_hardware():
     text = records.source(RECORDS)
     for part in ("miniature world (not real data)", "profile report", "3 seeds", "abc", "2 cores of some CPU"):
         assert part in text
+    earlier = [{**r, "provenance": r["provenance"] | {"commit": c, "date": "2025"}} for c, r in zip("xyyy", RECORDS)]
+    assert "commit abc and 2 earlier, " in records.source(RECORDS + earlier)
 
 
 def test_the_papers_numbers_are_the_papers():

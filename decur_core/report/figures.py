@@ -295,11 +295,11 @@ def curve_panels(panels: dict[str, dict], *, xlabel: str, ylabel: str, zero: boo
     made, (axes,) = figure(1, len(panels), height=3.2, width=4 * len(panels), sharey=zero)
     for axis, (name, series) in zip(axes, panels.items(), strict=True):
         _curves(axis, series)
-        axis.set(xlabel=xlabel, **({"ylim": (-0.03, None)} if zero else {"xscale": "log"}))
+        axis.set(xlabel=xlabel, xscale="linear" if zero else "log")
         if not zero and len(at := sorted({x for points in series.values() for x in points})) <= 6:  # more collide
             axis.set_xticks(at, [f"{x:g}" for x in at])
             axis.minorticks_off()
         axis.set_title(textwrap.fill(name, 80 // len(panels)), fontsize=9)
-    axes[0].set_ylabel(ylabel)
+    axes[0].set(ylabel=ylabel, **({"ylim": (-0.03, None)} if zero else {}))  # of all, when all of them are drawn
     legend(made, columns=2)
     return made

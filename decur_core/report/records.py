@@ -143,10 +143,12 @@ def source(records: Sequence[dict]) -> str:
         return "Ours: nothing has run yet."
     names = {KINDS[kind(r)][1].format(data_title(r)): None for r in records}
     origins = [r["provenance"] for r in records]
-    profiles, commits = (sorted(found) for found in ({r["profile"] for r in records}, {o["commit"] for o in origins}))
+    profiles, last = sorted({r["profile"] for r in records}), max(origins, key=lambda o: o["date"])
+    earlier = len({o["commit"] for o in origins}) - 1
     hardware = {o["hardware"]["processor"]: o["hardware"] for o in origins}
     machines = ", ".join(", ".join(h["gpus"]) or f"{h['cores']} cores of {name}" for name, h in hardware.items())
     seeds = len({r["seed"] for r in records})
-    made = f"profile {', '.join(profiles)}, {seeds} seed{'s' if seeds > 1 else ''}, commit {', '.join(commits)}"
+    made = f"profile {', '.join(profiles)}, {seeds} seed{'s' if seeds > 1 else ''}, commit {last['commit']}"
+    made += f" and {earlier} earlier" if earlier else ""
     data, whose = " and ".join(names), head(records)
-    return f"{whose[0].upper()}{whose[1:]}: {data}; {made}, {machines}, {max(o['date'] for o in origins)[:10]}."
+    return f"{whose[0].upper()}{whose[1:]}: {data}; {made}, {machines}, {last['date'][:10]}."
