@@ -237,7 +237,10 @@ def test_source_names_data_profile_commit_and_hardware():
     text = records.source(RECORDS)
     for part in ("miniature world (not real data)", "profile report", "3 seeds", "abc", "2 cores of some CPU"):
         assert part in text
-    earlier = [{**r, "provenance": r["provenance"] | {"commit": c, "date": "2025"}} for c, r in zip("xyyy", RECORDS)]
+    earlier = [
+        {**r, "provenance": r["provenance"] | {"commit": c, "date": "2025"}}
+        for c, r in zip("xyyy", RECORDS, strict=True)
+    ]
     assert "commit abc and 2 earlier, " in records.source(RECORDS + earlier)
 
 

@@ -149,6 +149,5 @@ def source(records: Sequence[dict]) -> str:
     machines = ", ".join(", ".join(h["gpus"]) or f"{h['cores']} cores of {name}" for name, h in hardware.items())
     seeds = len({r["seed"] for r in records})
     made = f"profile {', '.join(profiles)}, {seeds} seed{'s' if seeds > 1 else ''}, commit {last['commit']}"
-    made += f" and {earlier} earlier" if earlier else ""
-    data, whose = " and ".join(names), head(records)
-    return f"{whose[0].upper()}{whose[1:]}: {data}; {made}, {machines}, {last['date'][:10]}."
+    before, data, whose = f" and {earlier} earlier" if earlier else "", " and ".join(names), head(records)
+    return f"{whose[0].upper()}{whose[1:]}: {data}; {made}{before}, {machines}, {last['date'][:10]}."
