@@ -300,3 +300,5 @@ def test_a_sentence_of_r2_matrices_pairs_runs_by_their_seeds():
     assert text == (
         "block score, linear probe: DeCUR, with 0.85 ± 0.07 (2 seeds), is ahead of Barlow Twins (by 0.20 ± 0.00)."
     )
+    right = sentences.of_matrices(by_run, {"c": "common", "a": "sar"}, score="right")
+    assert right.startswith("right block, linear probe: DeCUR")

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from decur_core.explain.probes import Table, scores
 from decur_core.report import tables
-from decur_core.report.matrices import method
+from decur_core.report.matrices import COLUMNS, method
 from decur_core.report.records import by_seed, data_title, paired, place, spread
-from decur_core.report.styles import named, title
+from decur_core.report.styles import title
 
 
 def told(difference: tuple[float | None, float | None]) -> bool:
@@ -86,4 +86,4 @@ def of_matrices(
         value = scores(by_kernel[kernel], seen_by)[score]
         if value == value:  # not a number where a factor has no ceiling
             values.setdefault(method(label), {})[int(seed[1]) if seed else 0] = value
-    return compare(values, f"{named(score)}, {kernel} probe", digits=2)
+    return compare(values, f"{COLUMNS.get(score, score)}, {kernel} probe", digits=2)
