@@ -90,7 +90,7 @@ def test_without_records_a_page_says_so(app):
 
 def test_what_was_found_on_real_images_is_told_and_nothing_else(app, tmp_path):
     publish(tmp_path, "mini", record(micro=11.0))
-    assert records.findings(app, "") == records.NOTHING
+    assert records.findings(app, "") == records.worth(app, "") == records.NOTHING
     found = [record(micro=micro, world="published") | {"seed": seed} for seed, micro in enumerate((40.0, 41.0))]
     found += [r | {"method": "random", "micro": r["micro"] - 10} for r in found]
     publish(tmp_path, "a100", *({"network": "Classifier", **r} for r in found))
@@ -99,6 +99,8 @@ def test_what_was_found_on_real_images_is_told_and_nothing_else(app, tmp_path):
         "- **BigEarthNet-MM.** mAP micro (%), linear, 100 % of the labels, both, BigEarthNet-MM: DeCUR, with 40.5"
     )
     assert "is ahead of Random initialisation (by 10.0 ± 0.0)" in text and "11.0" not in text
+    text = records.worth(app, "")
+    assert "| BigEarthNet-MM: mAP micro (%) | 10.0\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.0 |  |" in text
 
 
 def test_what_the_paper_says_is_judged_by_paired_differences_of_trained_runs(app, tmp_path):

@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
 MARK = re.compile(r"^<!-- decur: (.+?) -->$", re.MULTILINE)
@@ -236,23 +237,41 @@ def _real(app, profile: str) -> dict[tuple[str, str], list[dict]]:
     return found
 
 
+POINTS = "Points that DeCUR has more than no pretraining, over seeds: what does not exceed its deviation says nothing."
+
+
+def _furthest(app) -> Iterator[list[tuple[str, list[dict]]]]:
+    """Of every profile with records of real data sets: name and records of each kind of score, where most was given and
+    in the place that is furthest from training (whose name is the longest)."""
+    for profile in app.config.decur_profiles:
+        found = sorted(_real(app, profile).items(), key=lambda item: len(item[0][1]))
+        last = {metric: (name, rows) for (metric, name), rows in found}.values()
+        if last:
+            yield [(name, [r for r in rows if r["inputs"] == "both"]) for name, rows in last]
+
+
+def worth(app, _: str) -> str:
+    """A table of what pretraining is worth on real images, with all labels."""
+    from decur_core.report import records, tables
+
+    rows = {}
+    for name, found in (pair for last in _furthest(app) for pair in last):
+        score = found[0]["numbers"][0]
+        rows[f"{name}: {tables.NUMBERS.get(score, score)}"] = records.choose(found, fraction=1.0)
+    return f"{tables.worth(rows)}\n\n{POINTS}" if rows else NOTHING
+
+
 def findings(app, _: str) -> str:
-    """What records of real data sets allow to say: of each kind of score, where most was given and in the place that is
-    furthest from training (whose name is the longest), with all labels, a sentence for each protocol."""
+    """What records of real data sets allow to say, with all labels: a sentence for each score and protocol."""
     from decur_core.report import records, sentences
 
     lines = []
-    for profile in app.config.decur_profiles:
-        found = sorted(_real(app, profile).items(), key=lambda item: len(item[0][1]))
-        last = {metric: (name, rows) for (metric, name), rows in found}
-        for name, rows in last.values():
-            rows = [r for r in rows if r["inputs"] == "both"]
+    for last in _furthest(app):
+        for name, rows in last:
             for protocol in sorted({r["protocol"] for r in rows if r["method"] == records.REFERENCE}, reverse=True):
                 said = sentences.of_records(rows, protocol=protocol, inputs="both", fraction=1.0)
                 lines.append(f"- **{name}.** {said}")
-        if last:
-            every = [r for _, rows in last.values() for r in rows]
-            lines.append(f"\n{records.source(every)}\n")
+        lines.append(f"\n{records.source([r for _, rows in last for r in rows])}\n")
     return "\n".join(lines) or NOTHING
 
 
@@ -326,6 +345,7 @@ def _held(notebook: dict) -> dict:
 TABLES = {
     "claims": claims,
     "findings": findings,
+    "worth": worth,
     "real": real,
     "blocks": blocks,
     "figure": figure,
