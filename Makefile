@@ -24,7 +24,7 @@ test: environment
 	OMP_NUM_THREADS=1 $(RUN) pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 look: environment
-	OMP_NUM_THREADS=1 $(RUN) pytest -q -rs -n auto --dist loadgroup tests/test_browser.py \
+	OMP_NUM_THREADS=1 $(RUN) pytest -q -rs -n 2 tests/test_browser.py \
 	  tests/test_live.py::test_every_notebook_can_be_stepped_through
 
 soak: environment

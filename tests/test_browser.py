@@ -113,9 +113,6 @@ class Handler(SimpleHTTPRequestHandler):
         pass
 
 
-pytestmark = pytest.mark.xdist_group("browser")  # its pages are loaded once
-
-
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     index = HTML / "searchindex.js"
