@@ -14,7 +14,7 @@ RUN := "$$VENV"/bin/python -m
 .PHONY: book test look soak clean environment
 
 book: environment
-	$(RUN) decur_core.run mini
+	$(RUN) decur_core.run mini --jobs 2
 	"$$VENV"/bin/jupyter-book build . --all -W --keep-going
 	@echo "The book: $(CURDIR)/_build/html/index.html"
 

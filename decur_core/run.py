@@ -3,6 +3,7 @@
 papermill executes ``notebooks/NN_*.ipynb`` into ``runs/<profile>/notebooks``. A notebook is published into
 ``book/executed/<profile>`` only when it ended well: no error, and the sentinel printed by its last cell. papermill's
 metadata says "completed" even after the kernel was killed, and papermill keeps signals to itself; both are mended here.
+``--jobs 2`` executes two notebooks at a time; what both need, one makes while the other waits.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import io
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -48,6 +50,12 @@ class State:
     received: int | None = None  # the first signal that came
 
 
+def tied():
+    """For a process about to be started: Linux kills it with the driver. Elsewhere ipykernel polls for its parent."""
+    libc, pr_set_pdeathsig = ctypes.CDLL(None), 1  # loaded before the fork
+    return (lambda: libc.prctl(pr_set_pdeathsig, signal.SIGKILL)) if sys.platform == "linux" else None
+
+
 class ThisPython(KernelSpecManager):
     """Kernels of the interpreter that runs the driver, whatever else is installed under the name python3."""
 
@@ -67,10 +75,7 @@ class Client(PapermillNotebookClient):
         return self.km
 
     def start_new_kernel(self, **kwargs):
-        libc = ctypes.CDLL(None)
-        # 1 is PR_SET_PDEATHSIG: Linux kills the kernel with the driver. Elsewhere ipykernel polls for its parent.
-        tie = (lambda: libc.prctl(1, signal.SIGKILL)) if sys.platform == "linux" else None
-        super().start_new_kernel(preexec_fn=tie, **kwargs)
+        super().start_new_kernel(preexec_fn=tied(), **kwargs)
         self.state.kernel = self.km.provisioner.pid
 
     def execute(self):
@@ -222,14 +227,19 @@ def run_one(path: Path, state: State, *, parameters: dict, output: Path, execute
 
 
 def run(
-    paths: list[Path], *, profile: str, overrides: dict, output: Path, executed: Path, grace=60.0, cwd=config.ROOT
-) -> int:
+    paths: list[Path], *, profile: str, overrides: dict, output: Path, executed: Path, grace=60.0, cwd=config.ROOT,
+    jobs: int = 1, command: list[str] | None = None,
+) -> int:  # fmt: skip
     """Execute notebooks in order and stop at the first failure; returns the exit code.
 
     ``output``: folder of the copies as they ran; ``executed``: that good ones are published into; ``grace``: seconds
     from a signal to the kernel's end; ``cwd``: of the kernels. Returns 0 when all were published, 128 + the number
-    of a signal that came, 1 otherwise.
+    of a signal that came, 1 otherwise. ``jobs`` at a time, each by a ``command`` that the notebook's number ends.
     """
+    if jobs > 1 and len(paths) > 1:
+        code = side_by_side({path.name[:2]: [*command, path.name[:2]] for path in paths}, jobs=jobs)
+        runs.publish_records(output.parent / "records", executed / "records.json")  # of all, whoever ended last
+        return code
     state, parameters = State(), {"profile": profile, "overrides": overrides}
     with forwarding(state, grace):
         for path in paths:
@@ -247,6 +257,47 @@ def run(
     return 0
 
 
+def side_by_side(commands: dict[str, list[str]], *, jobs: int) -> int:
+    """Run ``commands``, name to arguments, ``jobs`` at a time in their order; returns the exit code, as ``run`` does.
+
+    Each has its share of the cores, and its name before every line. After a failure or a signal none is started; a
+    signal is passed on to those that run, and all are waited for.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    environment = {"OMP_NUM_THREADS": str(max(1, cores // jobs)), **os.environ, runs.TURNS: "1"}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    options |= {"env": environment, "start_new_session": True, "preexec_fn": tied()}
+    waiting, running, codes, passed_on = list(commands), {}, {}, 0
+    with runs.stop_signals() as received:
+        while running or (waiting and not any(codes.values()) and not received):
+            if waiting and len(running) < jobs and not any(codes.values()) and not received:
+                name = waiting.pop(0)
+                process = subprocess.Popen(commands[name], **options)
+                running[name] = process, threading.Thread(target=_relay, args=(name, process.stdout))
+                running[name][1].start()
+                continue
+            for number in received[passed_on : passed_on + 1]:
+                passed_on += 1
+                for process, _ in running.values():
+                    process.send_signal(number)
+            for name, (process, relay) in list(running.items()):
+                if process.poll() is not None:
+                    relay.join()
+                    codes[name] = process.returncode
+                    del running[name]
+            time.sleep(0.1)
+    if received:
+        return 128 + received[0]
+    if failed := [f"{name} ({code})" for name, code in codes.items() if code]:
+        print(f"failed: {', '.join(failed)}; not started: {', '.join(waiting) or 'none'}", file=sys.stderr)
+    return next((code for code in codes.values() if code), 0)
+
+
+def _relay(name: str, lines) -> None:
+    for line in lines:
+        print(f"{name} | {line}", end="", flush=True)
+
+
 def from_root(profile: str) -> str:
     """``profile`` as a kernel finds it, which starts in the repository's root: a name as it is, a file by its path."""
     path = Path(config.profile_path(profile))
@@ -259,6 +310,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("profile", help="a file in notebooks/profiles, without .yaml; or the path of one, with it")
     parser.add_argument("notebooks", nargs="*", help="numbers, e.g. 20 30; default: all")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="e.g. epochs=5")
+    parser.add_argument("--jobs", type=int, default=1, help="notebooks at a time (%(default)s)")
     parser.add_argument("--grace", type=float, default=60, help="seconds for a checkpoint after a signal (%(default)s)")
     args = parser.parse_args(argv)
     try:
@@ -268,7 +320,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     folders = {"output": runs.path(settings, "notebooks"), "executed": config.ROOT / "book/executed" / settings.profile}
-    return run(paths, profile=from_root(args.profile), overrides=overrides, grace=args.grace, **folders)
+    same = [*(["--set", *args.set] if args.set else []), "--grace", str(args.grace), args.profile]
+    alike = {"jobs": args.jobs, "command": [sys.executable, "-m", "decur_core.run", *same]}
+    return run(paths, profile=from_root(args.profile), overrides=overrides, grace=args.grace, **folders, **alike)
 
 
 if __name__ == "__main__":

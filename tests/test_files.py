@@ -59,10 +59,20 @@ def test_without_locks_the_file_of_a_dead_process_is_taken_over_and_that_of_anot
 
 
 def test_without_locks_a_turn_is_waited_for(tmp_path, without_locks):
+    assert turns(tmp_path, wait=True) == ["first", "other"]
+
+
+def test_among_chapters_side_by_side_each_has_its_turn(tmp_path, monkeypatch):
+    monkeypatch.setenv(files.TURNS, "1")
+    assert turns(tmp_path) == ["first", "other"]
+
+
+def turns(tmp_path, **options) -> list[str]:
+    """In which order two that want a folder have had it."""
     order = []
 
     def other():
-        with locked(tmp_path, wait=True):
+        with locked(tmp_path, **options):
             order.append("other")
 
     thread = threading.Thread(target=other)
@@ -71,7 +81,7 @@ def test_without_locks_a_turn_is_waited_for(tmp_path, without_locks):
         time.sleep(0.3)
         order.append("first")
     thread.join(20)
-    assert order == ["first", "other"]
+    return order
 
 
 def test_an_error_while_a_folder_is_held_gives_it_back(tmp_path, without_locks):

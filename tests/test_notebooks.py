@@ -1,11 +1,13 @@
 """Every notebook runs in plain papermill, from the repository root, with settings small enough for a test."""
 
+import asyncio
 import re
 from pathlib import Path
 
 import nbformat
 import papermill
 import pytest
+from jupyter_client import AsyncKernelManager
 
 from decur_core import run
 
@@ -16,9 +18,9 @@ WORLD = {"locations": 96, "through_files": 16, "train": 24, "test": 16}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
 
-def execute(path: Path, profile: str, overrides: dict, folder: Path):
-    out = folder / path.name
-    papermill.execute_notebook(path, out, {"profile": profile, "overrides": overrides}, cwd=ROOT, progress_bar=False)
+def execute(path: Path, profile: str, overrides: dict, folder: Path, **options):
+    out, parameters = folder / path.name, {"profile": profile, "overrides": overrides}
+    papermill.execute_notebook(path, out, parameters, cwd=ROOT, progress_bar=False, **options)
     return nbformat.read(out, as_version=4)
 
 
@@ -32,15 +34,29 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("notebooks")
 
 
+@pytest.fixture(scope="module")
+def kernel(folder):
+    """One kernel for all, emptied before each: the library is loaded once. `make book` starts one for each."""
+    manager, empty = AsyncKernelManager(kernel_name="python3"), folder / "empty.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("%reset -f")]), empty)
+
+    def ready() -> dict:
+        papermill.execute_notebook(empty, None, cwd=ROOT, progress_bar=False, kernel_name="python3", km=manager)
+        return {"km": manager}
+
+    yield ready
+    asyncio.run(manager.shutdown_kernel(now=True))
+
+
 # 00 trains with the settings of its own profile; `make book` runs it.
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.name[:2] != "00"], ids=lambda p: p.name[:2])
-def test_runs_to_its_last_cell_and_shows_its_figures(path, folder):
+def test_runs_to_its_last_cell_and_shows_its_figures(path, folder, kernel):
     # What is common is read from features, which takes some images and some training: longer runs, of its own.
     longer = path.name[:2] == "42"
     more = {"epochs": 8, "batch_size": 32, "world": {**WORLD, "locations": 320}} if longer else {}
     runs = folder / ("longer" if longer else "runs")
     places = {"runs": str(runs), "data": {"stores": str(folder / "stores"), "processes": 0}}
-    done = execute(path, "start", {**TINY, "world": WORLD, **places, **more}, folder)
+    done = execute(path, "start", {**TINY, "world": WORLD, **places, **more}, folder, **kernel())
     assert run.is_finished(done)
     captioned = [c for c in done.cells if "figure" in c.metadata.get("mystnb", {})]
     assert figures(done) == len(captioned) > 0, "every captioned cell shows one figure, and no other cell does"

@@ -72,7 +72,7 @@ def test_makefile_installs_from_pyproject_and_names_no_version_itself(tmp_path):
     assert "==" not in (ROOT / "Makefile").read_text()
     work, make = fake_checkout(tmp_path)
     install = "-m pip install --quiet --disable-pip-version-check --editable .[test]"
-    book = ["-m decur_core.run mini", "build . --all -W --keep-going"]
+    book = ["-m decur_core.run mini --jobs 2", "build . --all -W --keep-going"]
     assert make("book")[::2] == (0, ["-m venv --clear .venv", install, *book])
     assert make("book")[::2] == (0, book)
     later = (work / ".venv" / ".installed").stat().st_mtime + 5

@@ -185,5 +185,5 @@ def test_pictures_of_any_modality(random):
         [sample | {"mask": np.eye(8, dtype=np.uint8)}], ["rgb", "dem", "mask"], classes=["none", "some"]
     )
     assert scenes.axes[1].get_title().endswith(" m") and legend_of(scenes) == ["none", "some"]
-    assert len(pictures.bands(random.random((3, 8, 8)), "abc", unit="x").axes) == 5
+    assert len(pictures.bands(random.random((3, 8, 8)), "abc", unit="x").axes) == 3
     assert [a.get_ylabel() for a in pictures.views({"dem": random.random((2, 3, 8, 8))}).axes] == ["elevation", ""]

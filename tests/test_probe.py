@@ -150,11 +150,11 @@ def test_three_modalities_are_scored_by_the_block_of_those_who_carry_a_factor(ra
     settings["blocks"] = {"a+b+c": 1, "a": 1, "c": 1, "a+c": 1, "a+b": 1}  # in a, two blocks have changed places
     swapped = probe.scores(probe.matrix(z, blocks(settings, widths), factors), seen_by)
     values = 3 + 2 + 2 + 1 + 1  # entries of factors in their blocks, of which two are now 0
-    assert swapped["right"] == pytest.approx((values - 2) / values, abs=0.05)
+    assert swapped["right"] == pytest.approx((values - 2) / values, abs=0.05) and swapped["best block"] > 0.95
     whole = probe.matrix(z, blocks({"method": "barlow_twins"}, widths), factors)
-    assert probe.scores(whole, seen_by)["right"] == pytest.approx(3 / values, abs=0.01), (
-        "no block of just two, or of one"
-    )
+    found = probe.scores(whole, seen_by)
+    assert found["right"] == pytest.approx(3 / values, abs=0.01), "no block of just two, or of one"
+    assert found["best block"] > 0.95
 
 
 def test_what_cannot_be_probed_is_refused(random):
@@ -183,6 +183,9 @@ def test_scores_follow_from_the_entries_one_by_one():
     assert found["right"] == pytest.approx((0.9 + 0.8 + 0.7 + 0.6) / 4)
     assert found["wrong"] == pytest.approx((0.1 + 0 + 0.5 + 0.4) / 4)
     assert found["block score"] == pytest.approx(found["right"] - found["wrong"])
+    assert found["best block"] == pytest.approx((0.9 + 0.8 + 0.7 + 0.6) / 4)
+    swapped = table({"common 1": (0.2, 0.5, 0), "unique 1": (0.6, 0.1, 0), "common 2": (0.8, 0, -0.2)})
+    assert probe.scores(swapped, SEEN_BY)["best block"] == pytest.approx((0.6 + 0.5 + 0.8 + 0) / 4)
     assert found["impossible"] == 0.03
     unread = {f"{block} {m}": (0.5, np.nan, np.nan) for block in ("common", "unique") for m in (1, 2)}
     found = probe.scores(table(unread), SEEN_BY)

@@ -95,9 +95,7 @@ def test_what_was_found_on_real_images_is_told_and_nothing_else(app, tmp_path):
     found += [r | {"method": "random", "micro": r["micro"] - 10} for r in found]
     publish(tmp_path, "a100", *({"network": "Classifier", **r} for r in found))
     text = records.findings(app, "")
-    assert text.startswith(
-        "- **BigEarthNet-MM.** mAP micro (%), linear, 100 % of the labels, both, BigEarthNet-MM: DeCUR, with 40.5"
-    )
+    assert text.startswith("- **BigEarthNet-MM.** mAP micro (%), linear, 100 % of the labels, both: DeCUR, with 40.5")
     assert "is ahead of Random initialisation (by 10.0 ± 0.0)" in text and "11.0" not in text
     text = records.worth(app, "")
     assert "| BigEarthNet-MM: mAP micro (%) | 10.0\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.0 |  |" in text

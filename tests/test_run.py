@@ -148,6 +148,56 @@ def test_kernel_does_not_outlive_a_killed_driver(tmp_path):
     os.kill(child, signal.SIGKILL)  # a plain subprocess of the notebook's is not tied to it
 
 
+MEETS = """import pathlib, sys, time
+me, other = sys.argv[1:]
+pathlib.Path(me).touch()
+while not pathlib.Path(other).exists():
+    time.sleep(0.02)
+print('met', end='\\n')"""
+STOPS = """import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(pathlib.Path(sys.argv[1] + '.told').touch()))
+pathlib.Path(sys.argv[1]).touch()
+time.sleep(60)"""
+
+
+def test_chapters_side_by_side_run_at_the_same_time_and_name_their_lines(tmp_path, capfd):
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    commands = {"10": [sys.executable, "-c", MEETS, a, b], "11": [sys.executable, "-c", MEETS, b, a]}
+    threads = "import os; print(os.environ['OMP_NUM_THREADS'], os.environ['DECUR_TURNS'])"
+    assert run.side_by_side({**commands, "12": [sys.executable, "-c", threads]}, jobs=2) == 0
+    *met, last = capfd.readouterr().out.splitlines()
+    assert sorted(met) == ["10 | met", "11 | met"]
+    share = os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // 2)))
+    assert last == f"12 | {share} 1"
+
+
+def test_after_a_failure_no_chapter_is_started_and_those_that_run_end(tmp_path, capfd):
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    fails = f"import pathlib, time; time.sleep(0.5); pathlib.Path({b!r}).touch(); raise SystemExit(3)"
+    touch = f"import pathlib; pathlib.Path({str(tmp_path / 'late')!r}).touch()"
+    commands = {"10": MEETS, "11": fails, "12": touch}
+    assert run.side_by_side({k: [sys.executable, "-c", v, a, b] for k, v in commands.items()}, jobs=2) == 3
+    said = capfd.readouterr()
+    assert "10 | met" in said.out and "failed: 11 (3); not started: 12" in said.err
+    assert not (tmp_path / "late").exists()
+
+
+def test_a_signal_reaches_every_chapter_that_runs(tmp_path):
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+
+    def send():
+        while not (Path(a).exists() and Path(b).exists()):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    commands = {name: [sys.executable, "-c", STOPS, name] for name in (a, b, str(tmp_path / "c"))}
+    assert run.side_by_side(commands, jobs=2) == 128 + signal.SIGTERM
+    sender.join()
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a", "a.told", "b", "b.told"]
+
+
 def test_a_foreign_kernelspec_does_not_hijack(tmp_path, monkeypatch):
     spec = tmp_path / "jupyter" / "kernels" / "python3"
     spec.mkdir(parents=True)

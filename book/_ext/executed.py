@@ -70,7 +70,7 @@ def without_bars(out):
     """An output without the lines of progress bars; None if it has no others."""
     if out.output_type == "stream":
         lines = [line for line in out.text.splitlines(keepends=True) if not BAR.search(line)]
-        out = nbformat.from_dict({**out, "text": "".join(lines)}) if lines else None
+        out = nbformat.from_dict({**out, "text": "".join(lines)}) if "".join(lines).strip() else None
     return out
 
 

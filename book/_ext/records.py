@@ -212,7 +212,10 @@ def figure(app, name: str) -> str:
     if record is None:
         return ""
     keys, columns, unit, log, seen = FIGURES[name]
-    groups = ["\n".join(f"{k} {r[k]}" if len(keys) > 1 else str(r[k]) for k in keys) for r in record["rows"]]
+    groups = [
+        "\n".join(str(r[k]) if isinstance(r[k], str) or len(keys) == 1 else f"{k} {r[k]}" for k in keys)
+        for r in record["rows"]
+    ]
     series = {label: [row[column] for row in record["rows"]] for column, label in columns.items()}
     target = Path(app.srcdir) / "_build" / "figures" / f"{name}.svg"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -231,13 +234,18 @@ def _real(app, profile: str) -> dict[tuple[str, str], list[dict]]:
     for r in _records(app, profile):
         if records.kind(r) in ("published", "small") and r.get("split", "test") == "test":
             given = DATES.get(r.get("seasons", ""), "")
-            for where, score in {"": {}, **r.get("further", {})}.items():
-                name = f"{r['dataset']}{f', events of {where}' if where else ''}{given}"
+            further = r.get("further", {})
+            for where, score in {"": {}, **further}.items():
+                place = f", events of {where}" if where else ", test" if further else ""
+                name = f"{r['dataset']}{place}{given}"
                 found.setdefault((r["numbers"][0], name), []).append(r | score)
     return found
 
 
-POINTS = "Points that DeCUR has more than no pretraining, over seeds: what does not exceed its deviation says nothing."
+POINTS = (
+    "Points that DeCUR has more than no pretraining, with both sensors, over seeds: what does not exceed its deviation"
+    " says nothing."
+)
 
 
 def _furthest(app) -> Iterator[list[tuple[str, list[dict]]]]:
@@ -251,13 +259,16 @@ def _furthest(app) -> Iterator[list[tuple[str, list[dict]]]]:
 
 
 def worth(app, _: str) -> str:
-    """A table of what pretraining is worth on real images, with all labels."""
+    """A table of what pretraining is worth on real images, a row for each share of the labels."""
     from decur_core.report import records, tables
 
     rows = {}
     for name, found in (pair for last in _furthest(app) for pair in last):
-        score = found[0]["numbers"][0]
-        rows[f"{name}: {tables.NUMBERS.get(score, score)}"] = records.choose(found, fraction=1.0)
+        what = f"{name}: {tables.NUMBERS[found[0]['numbers'][0]]}"
+        fractions = sorted({r["fraction"] for r in found})
+        for fraction in fractions:
+            of = f", {100 * fraction:g} % of the labels" if len(fractions) > 1 else ""
+            rows[what + of] = records.choose(found, fraction=fraction)
     return f"{tables.worth(rows)}\n\n{POINTS}" if rows else NOTHING
 
 
@@ -269,8 +280,8 @@ def findings(app, _: str) -> str:
     for last in _furthest(app):
         for name, rows in last:
             for protocol in sorted({r["protocol"] for r in rows if r["method"] == records.REFERENCE}, reverse=True):
-                said = sentences.of_records(rows, protocol=protocol, inputs="both", fraction=1.0)
-                lines.append(f"- **{name}.** {said}")
+                task = {"protocol": protocol, "inputs": "both", "fraction": 1.0}
+                lines.append(f"- **{name}.** {sentences.of_records(rows, **task, data=False)}")
         lines.append(f"\n{records.source([r for _, rows in last for r in rows])}\n")
     return "\n".join(lines) or NOTHING
 

@@ -252,11 +252,12 @@ def scores(table: Table, seen_by: Mapping[str, str]) -> dict[str, float]:
     Keys: each of HELD, the mean R2 of factors that several modalities carry, or one alone, in the block of those who
     carry them or in another; ``right``: the mean of all factors in the block of just those who carry them, 0 where
     there is none; ``wrong``: of the same factors in the modality's other blocks; ``block score``: right - wrong, 1 at
-    best; ``impossible``: the largest R2 of a factor from blocks of a modality that does not carry it, where nothing can
-    be found; how far it lies above 0 is the error of the measurement.
+    best; ``best block``: the mean of all factors in whichever block holds most of each, to compare methods that have
+    other blocks; ``impossible``: the largest R2 of a factor from blocks of a modality that does not carry it, where
+    nothing can be found; how far it lies above 0 is the error of the measurement.
     """
     held: dict[str, list[float]] = {name: [] for name in HELD}
-    right, wrong, impossible = [], [], []
+    right, wrong, best, impossible = [], [], [], []
     everyone = "+".join(dict.fromkeys(m for m, _ in table))
     for factor, who in seen_by.items():
         home = everyone if who == "common" else who
@@ -265,6 +266,7 @@ def scores(table: Table, seen_by: Mapping[str, str]) -> dict[str, float]:
             if not carries(who, m):
                 impossible += there.values()
                 continue
+            best.append(np.maximum(0, max(there.values())))
             for block, value in ({home: 0.0} | there).items():
                 value = np.maximum(0, value)
                 (right if block == home else wrong).append(value)
@@ -273,6 +275,6 @@ def scores(table: Table, seen_by: Mapping[str, str]) -> dict[str, float]:
                     held["{} factors, {} block".format(*kinds)].append(value)
     with warnings.catch_warnings():  # of what has no ceiling there may be nothing else
         warnings.filterwarnings("ignore", "Mean of empty slice")
-        lists = held | {"right": right, "wrong": wrong}
+        lists = held | {"right": right, "wrong": wrong, "best block": best}
         found = {name: float(np.nanmean(values)) for name, values in lists.items()}
     return found | {"block score": found["right"] - found["wrong"], "impossible": max(impossible, default=np.nan)}

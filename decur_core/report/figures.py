@@ -13,7 +13,7 @@ from decur_core.report import styles
 from decur_core.report.styles import WAYS, colour, figure, grid, legend, method_of, plain_ticks, rank, title
 
 ORDER = ("first", "second", "third", "fourth", "fifth")  # modality of a panel, where panels have different ones
-MARKS = (("#D62728", "x"), ("#1F77B4", "s"), ("#2CA02C", "^"), ("#9467BD", "D"), ("#8C564B", "P"))
+MARKS = "xs^DP"  # of common dimensions, by the place of their modality in a panel
 DASHES = ("-", "--", ":", "-.")
 
 
@@ -104,7 +104,7 @@ def scores(rows: Sequence[dict], *, reference: float | None = None, unit: str = 
     for r in rows:
         at = groups.index((r["fraction"], r["protocol"])) + offset[r["method"]]
         axis = axes[panels.index(r["inputs"]), 0]
-        axis.bar(at, r["mean"], width, yerr=r["deviation"] or 0, color=colour(r["method"]), capsize=2)
+        axis.bar(at, r["mean"], width, yerr=r["deviation"], color=colour(r["method"]), capsize=2)
     handles = [Patch(color=colour(m), label=title(m)) for m in methods]
     for axis, inputs in zip(axes.flat, panels, strict=True):
         axis.set_title(title(inputs), fontsize=9, loc="left")
@@ -144,8 +144,9 @@ def bars(groups: Sequence[str], series: dict[str, Sequence[float]], *, unit: str
     made, ((axis,),) = figure(1, 1, height=2.8, width=7)
     width = 0.8 / len(series)
     for k, (name, values) in enumerate(series.items()):
-        way = WAYS.get(name) or WAYS.get(name.split(",")[0]) or colour("decur")
-        paint = colour(name) if name in (*styles.COLOURS, *styles.modalities()) else way
+        ways = [WAYS.get(w) or WAYS.get(w.split(",")[0]) for w in (groups if len(series) == 1 else [name])]
+        paint = [way or colour("decur") for way in ways]
+        paint = colour(name) if name in (*styles.COLOURS, *styles.modalities()) else paint * (len(groups) // len(paint))
         at = np.arange(len(groups)) + (k - (len(series) - 1) / 2) * width
         drawn = axis.bar(at, values, width, color=paint, label=title(name))
         if len(groups) * len(series) <= 16:
@@ -183,13 +184,14 @@ def dimensions(points: dict[str, np.ndarray], *, blocks: dict[str, Mapping[str, 
     made, axes = grid(len(points), 3, width=3.4, height=2.8)
     for axis, (name, place) in zip(axes, points.items(), strict=True):
         start, layout = 0, blocks[name]
-        for (m, there), who, (paint, mark) in zip(layout.items(), ORDER, MARKS, strict=False):
+        for (m, there), mark in zip(layout.items(), MARKS, strict=False):
+            paint = colour(m)
             mine, own = place[start : start + max(w.stop for w in there.values())], there[m]
             start += len(mine)
             outline = {"color": paint} if mark == "x" else {"facecolors": "none", "edgecolors": paint}
             common = np.delete(mine, own, axis=0)
-            axis.scatter(*common.T, s=16, marker=mark, lw=0.8, label=f"{who} modality, common", **outline)
-            axis.scatter(*mine[own].T, s=10, color=paint, label=f"{who} modality, unique")
+            axis.scatter(*common.T, s=16, marker=mark, lw=0.8, label=f"{title(m)}, common", **outline)
+            axis.scatter(*mine[own].T, s=10, color=paint, label=f"{title(m)}, unique")
         if start != len(place):
             raise ValueError(f"{name}: {len(place)} points for {start} dimensions of {', '.join(layout)}")
         known = name in datasets.pairs()
@@ -255,7 +257,7 @@ def matrix(tables: dict[str, dict[str, dict[str, float]]], *, unit: str) -> Figu
 
     All panels have the same columns; each may have rows of its own. Not a number is a dash on grey.
     """
-    columns, rows = list(next(iter(next(iter(tables.values())).values()))), [len(t) for t in tables.values()]
+    columns, rows = [*next(iter(next(iter(tables.values())).values()))], [len(t) for t in tables.values()]
     size = {"height": 0.32 * sum(rows) + 1.1 * len(rows), "width": 0.75 * len(columns) + 2.5}
     made, axes = figure(len(tables), 1, **size, gridspec_kw={"height_ratios": rows})
     viridis = plt.get_cmap("viridis").with_extremes(bad="#CCCCCC")
@@ -265,20 +267,21 @@ def matrix(tables: dict[str, dict[str, dict[str, float]]], *, unit: str) -> Figu
         for (i, j), value in np.ndenumerate(np.round(values, 2) + 0.0):  # no -0.00
             text, color = "–" if np.isnan(value) else f"{value:.2f}", "w" if value < 0.6 else "k"
             axis.text(j, i, text, ha="center", va="center", fontsize=7, color=color)
-        axis.set_xticks(range(len(columns)), columns, rotation=20, fontsize=7)
+        axis.set_xticks(range(len(columns)), [c.replace("_", " ") for c in columns], rotation=20, fontsize=7)
         axis.set_yticks(range(len(table)), list(table), fontsize=7)
-        axis.set_title(name, fontsize=9)
+        axis.set_title(name, fontsize=9, loc="left")  # where a phone begins to read
     made.colorbar(shown, ax=axes.ravel().tolist(), label=unit, shrink=0.7)
     return made
 
 
 def _curves(axis: plt.Axes, series: dict[str, dict[float, Sequence[float]]]) -> None:
     for k, (name, points) in enumerate(series.items()):
-        at = sorted(points)
+        at, several = sorted(points), max(map(len, points.values())) > 1
         mean = [np.mean(points[x]) for x in at]
-        spread = [np.std(points[x], ddof=1) if len(points[x]) > 1 else 0 for x in at]
-        label = name if max(map(len, points.values())) > 1 else f"{name} (one seed)"
-        axis.errorbar(at, mean, spread, marker="o", ms=4, capsize=2, color=plt.get_cmap("tab10")(k), label=label)
+        spread = [np.std(points[x], ddof=1) if len(points[x]) > 1 else 0 for x in at] if several else None
+        label = name if several else f"{name} (one seed)"
+        paint = colour(method) if (method := method_of(name)) else plt.get_cmap("tab10")(k)
+        axis.errorbar(at, mean, spread, marker="o", ms=4, capsize=2, color=paint, label=label)
 
 
 def curves(series: dict[str, dict[float, Sequence[float]]], *, xlabel: str, ylabel: str) -> Figure:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -14,6 +15,8 @@ from decur_core.report.styles import WIDEST, figure, legend, modalities, named, 
 
 COLOURS = (("red", "green", "blue"), ("B4", "B3", "B2"))  # names of bands that make a picture
 LABELS = ("mask", "predicted")  # classes of pixels in a reader's item
+# Of classes whose names bring a colour to mind; the others have those of a list.
+NATURAL = {"water": "#4E9BD6", "flooded": "#4E9BD6", "dry": "#D9CFB8", "forest": "#2F7D4F", "grassland": "#A6D96A"}
 
 
 def chosen(bands: Sequence[str]) -> list[int]:
@@ -27,7 +30,8 @@ def chosen(bands: Sequence[str]) -> list[int]:
 def stretch(image: np.ndarray, low: float = 2, high: float = 98) -> np.ndarray:
     """An image (C, H, W) as H x W x C in [0, 1], cut at two percentiles of all its pixels; for looking at."""
     bottom, top = np.percentile(image, (low, high))
-    return np.clip((image - bottom) / max(top - bottom, 1e-6), 0, 1).transpose(1, 2, 0)
+    made = np.clip((image - bottom) / max(top - bottom, 1e-6), 0, 1).transpose(1, 2, 0)
+    return made if len(image) < 3 else made**0.7  # colours as a screen shows them: a cloud leaves the ground dark
 
 
 def picture(image: np.ndarray, name: str = "") -> np.ndarray:
@@ -42,7 +46,8 @@ def picture(image: np.ndarray, name: str = "") -> np.ndarray:
 def _mosaic(rows: Sequence[Sequence[tuple]], labels: Sequence[str], *, width: float, cmap="gray"):
     """A figure of rows of (image H x W (x 3), title), at most ``width`` inches wide each, and its axes."""
     width = min(width, (WIDEST - 0.2) / len(rows[0]))
-    heights = [0.05 + 0.2 * bool(row[0][1]) + width * np.divide(*row[0][0].shape[:2]) for row in rows]
+    lines = [len(row[0][1].split("\n")) if row[0][1] else 0 for row in rows]
+    heights = [0.05 + 0.2 * n + width * np.divide(*row[0][0].shape[:2]) for n, row in zip(lines, rows, strict=True)]
     made, axes = figure(len(rows), len(rows[0]), height=sum(heights) + 0.2, width=max(4.5, width * len(rows[0]) + 0.2))
     for line, row, label in zip(axes, rows, labels, strict=True):
         for axis, (image, text) in zip(line, row, strict=True):
@@ -94,6 +99,8 @@ def scenes(samples: Sequence[dict], kinds: Sequence[str], *, classes: Sequence[s
     ``samples``: items of a reader or store, C x H x W; ``classes``: names of the mask's values, unlabelled first.
     """
     colours = np.vstack([(0, 0, 0), plt.get_cmap("tab20").colors, plt.get_cmap("tab20b").colors])
+    for k, name in enumerate(classes):
+        colours[k] = to_rgb(NATURAL.get(name, colours[k]))
 
     def cell(kind: str, image: np.ndarray) -> tuple:
         if kind in LABELS:
@@ -101,8 +108,9 @@ def scenes(samples: Sequence[dict], kinds: Sequence[str], *, classes: Sequence[s
         if len(image) > 2:
             return picture(image, kind), ""
         band = np.where(image[0] == 0, np.nan, image[0]) if kind == "depth" else image[0]  # 0: not measured
-        text = f"{np.nanmin(band):.1f} to {np.nanmax(band):.1f} {_unit(modalities().get(kind))}"
-        return band, "" if band.dtype == np.uint8 else text
+        m = modalities().get(kind.partition(" ")[0])  # "sar before"
+        text = "" if band.dtype == np.uint8 else f"{np.nanmin(band):.1f} to {np.nanmax(band):.1f} {_unit(m)}"
+        return (band if _unit(m) == "m" else picture(image)), text  # heights in colours, radar in grey
 
     rows = [[cell(kind, s[kind]) for s in samples] for kind in kinds]
     names = [str(s["id"]).split("/")[-1] for s in samples]
@@ -127,9 +135,11 @@ def seasons(sample: dict) -> Figure:
 
 def bands(image: np.ndarray, names: Sequence[str], unit: str) -> Figure:
     """Each band of one image (C x H x W) on its own grey scale, with its mean in ``unit``."""
-    cells = [(stretch(b[None]), f"{name}: mean {b.mean():.4g}") for b, name in zip(image, names, strict=True)]
-    cells += [(np.ones((*image.shape[1:], 3)), "")] * (-len(cells) % 5)
-    made, axes = _mosaic([cells[k : k + 5] for k in range(0, len(cells), 5)], [""] * (len(cells) // 5), width=1.8)
+    cells = [(stretch(b[None]), f"{name}\nmean {b.mean():.4g}") for b, name in zip(image, names, strict=True)]
+    columns = min(5, len(cells))
+    cells += [(np.ones((*image.shape[1:], 3)), "")] * (-len(cells) % columns)
+    rows = [cells[k : k + columns] for k in range(0, len(cells), columns)]
+    made, axes = _mosaic(rows, [""] * len(rows), width=1.8)
     for axis in axes.flat:
         axis.set_axis_off()
     made.suptitle(unit, fontsize=9)

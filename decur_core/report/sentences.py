@@ -55,10 +55,12 @@ def compare(values: Mapping[str, Mapping[int, float]], what: str, *, digits: int
     return f"{what}: {first} has {about}."
 
 
-def of_records(records: Iterable[dict], *, protocol: str, inputs: str, fraction: float, number: int = 0) -> str:
+def of_records(
+    records: Iterable[dict], *, protocol: str, inputs: str, fraction: float, number: int = 0, data: bool = True
+) -> str:
     """``compare`` of the methods' scores in one task, such as ``linear``, ``both``, 1.0; first or second number.
 
-    Methods without pretraining are in it where the protocol is theirs.
+    Methods without pretraining are in it where the protocol is theirs. ``data``: name the data set.
     """
     found = [r for r in records if (r["inputs"], r["fraction"], r["protocol"]) == (inputs, fraction, protocol)]
     if not found:
@@ -69,7 +71,7 @@ def of_records(records: Iterable[dict], *, protocol: str, inputs: str, fraction:
     }
     score = found[0]["numbers"][number]
     what = f"{tables.NUMBERS.get(score, score)}, {protocol}, {100 * fraction:g} % of the labels, {title(inputs)}"
-    return compare(values, f"{what}, {data_title(found[0])}")
+    return compare(values, f"{what}, {data_title(found[0])}" if data else what)
 
 
 def of_matrices(

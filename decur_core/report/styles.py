@@ -45,7 +45,11 @@ def modalities() -> dict[str, Modality]:
 
 
 def title(name: str) -> str:
-    """What readers call a method, a modality, several of them (``sar+optical``) or a loss term (``intra/sar``)."""
+    """What readers call a method, a modality (and when: ``sar before``), several of them (``sar+optical``) or a loss
+    term (``intra/sar``)."""
+    head, _, rest = name.partition(" ")
+    if rest and head in modalities():
+        return f"{title(head)} {rest}"
     head, _, rest = name.partition("/")
     if rest:
         return f"{TERMS.get(head, head)}, {title(rest)}"

@@ -12,6 +12,7 @@ import time
 import warnings
 from pathlib import Path
 
+TURNS = "DECUR_TURNS"  # set in the environment of chapters side by side, which wait for what another one makes
 seen: list[dict] = []  # what the images are of every store that this process has opened
 
 
@@ -79,11 +80,12 @@ def write_json(file: Path, value) -> None:
 def locked(folder: Path, *, wait: bool = False, name: str = ".lock"):
     """Hold ``folder``, or what ``name`` stands for in it, for this process.
 
-    A second process that wants it gets a RuntimeError, or its turn with ``wait``. Where nothing can be written nothing
-    is held: who reads a finished result of a read-only disk needs no lock. File systems without locks have a file
-    instead that says who holds the folder, for as long as it does.
+    A second process that wants it gets a RuntimeError, or its turn: with ``wait``, and among chapters that are executed
+    side by side. Where nothing can be written nothing is held: who reads a finished result of a read-only disk needs no
+    lock. File systems without locks have a file instead that says who holds the folder, for as long as it does.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    wait = wait or TURNS in os.environ
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(open(folder / name, "a"))

@@ -16,7 +16,16 @@ import tqdm.auto
 
 from decur_core import config
 from decur_core.losses import METHODS
-from decur_core.running.files import locked, remove_torn, replacing, seen, visible, write_json, write_text  # noqa: F401
+from decur_core.running.files import (  # noqa: F401
+    TURNS,
+    locked,
+    remove_torn,
+    replacing,
+    seen,
+    visible,
+    write_json,
+    write_text,
+)
 
 IMAGES, SENTINEL = "decur: images ", "decur: notebook finished"
 
@@ -41,7 +50,8 @@ def title(settings: config.Settings) -> str:
 def label(settings: config.Settings) -> str:
     """Name of a run for readers: method and seed, then ``variant`` and ``name`` if there are any."""
     method = METHODS[settings.method].title
-    parts = (method, *_only(settings), f"seed {settings.seed}", settings.variant, settings.name)
+    seen = [m.title or m.name for m in config.modalities(settings) if m.name in _only(settings)]
+    parts = (method, *seen, f"seed {settings.seed}", settings.variant, settings.name)
     return ", ".join(filter(None, parts))
 
 
