@@ -96,8 +96,8 @@ def locked(folder: Path, *, wait: bool = False, name: str = ".lock"):
             if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 try:
                     stack.enter_context(SoftFileLock(owner := folder / f"{name}-owner", timeout=-1 if wait else 0))
-                except Timeout:
-                    way = f"wait for it or stop it first; if it has died, remove {owner} ({error.strerror})"
+                except Timeout as held:  # says by whom, if that is on another machine
+                    way = f"wait for it or stop it first; if it has died, remove {owner} ({error.strerror}). {held}"
                     raise RuntimeError(f"{folder} is in use by another process; {way}") from None
             elif error.errno not in (errno.EROFS, errno.EACCES):
                 raise
