@@ -9,7 +9,6 @@ metadata says "completed" even after the kernel was killed, and papermill keeps 
 import argparse
 import base64
 import contextlib
-import ctypes
 import io
 import os
 import re
@@ -35,6 +34,7 @@ from PIL import Image
 
 from decur_core import config
 from decur_core.running import folders as runs
+from decur_core.running import tie
 
 # Bars as rare text lines. Threads that wait must sleep: spinning ones make a shared machine many times slower.
 ENVIRONMENT = {"DECUR_HEADLESS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -50,12 +50,6 @@ class State:
     kernels: set[int] = field(default_factory=set)  # its process; of chapters side by side, their drivers
     cell: str = "before its first cell"  # where in the notebook it is
     received: int | None = None  # the first signal that came
-
-
-def tied():
-    """For a process about to be started: Linux kills it with the driver. Elsewhere ipykernel polls for its parent."""
-    libc, pr_set_pdeathsig = ctypes.CDLL(None), 1  # loaded before the fork
-    return (lambda: libc.prctl(pr_set_pdeathsig, signal.SIGKILL)) if sys.platform == "linux" else None
 
 
 class ThisPython(KernelSpecManager):
@@ -77,7 +71,7 @@ class Client(PapermillNotebookClient):
         return self.km
 
     def start_new_kernel(self, **kwargs):
-        super().start_new_kernel(preexec_fn=tied(), **kwargs)
+        super().start_new_kernel(preexec_fn=tie, **kwargs)  # beyond Linux ipykernel polls for its parent
         self.state.kernels = {self.km.provisioner.pid}
 
     def execute(self):
@@ -268,7 +262,7 @@ def side_by_side(commands: dict[str, list[str]], *, jobs: int, grace: float = 60
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     environment = {"OMP_NUM_THREADS": str(max(1, cores // jobs)), **os.environ, runs.TURNS: "1"}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    options |= {"env": environment, "start_new_session": True, "preexec_fn": tied()}
+    options |= {"env": environment, "start_new_session": True, "preexec_fn": tie}
     state, codes = State(), {}
 
     def execute(name: str) -> None:
