@@ -9,7 +9,6 @@ metadata says "completed" even after the kernel was killed, and papermill keeps 
 import argparse
 import base64
 import contextlib
-import ctypes
 import io
 import os
 import re
@@ -18,7 +17,9 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from PIL import Image
 
 from decur_core import config
 from decur_core.running import folders as runs
+from decur_core.running import tie
 
 # Bars as rare text lines. Threads that wait must sleep: spinning ones make a shared machine many times slower.
 ENVIRONMENT = {"DECUR_HEADLESS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -45,15 +47,9 @@ REFRESH = 10.0  # seconds between two log lines of the same progress bar
 class State:
     """What the driver knows."""
 
-    kernel: int | None = None  # its process
+    kernels: set[int] = field(default_factory=set)  # its process; of chapters side by side, their drivers
     cell: str = "before its first cell"  # where in the notebook it is
     received: int | None = None  # the first signal that came
-
-
-def tied():
-    """For a process about to be started: Linux kills it with the driver. Elsewhere ipykernel polls for its parent."""
-    libc, pr_set_pdeathsig = ctypes.CDLL(None), 1  # loaded before the fork
-    return (lambda: libc.prctl(pr_set_pdeathsig, signal.SIGKILL)) if sys.platform == "linux" else None
 
 
 class ThisPython(KernelSpecManager):
@@ -75,15 +71,15 @@ class Client(PapermillNotebookClient):
         return self.km
 
     def start_new_kernel(self, **kwargs):
-        super().start_new_kernel(preexec_fn=tied(), **kwargs)
-        self.state.kernel = self.km.provisioner.pid
+        super().start_new_kernel(preexec_fn=tie, **kwargs)  # beyond Linux ipykernel polls for its parent
+        self.state.kernels = {self.km.provisioner.pid}
 
     def execute(self):
         try:
             return super().execute()
         finally:
-            send(self.state.kernel, signal.SIGKILL, os.killpg)  # whatever the notebook started and left behind
-            self.state.kernel = None
+            send(self.state.kernels, signal.SIGKILL, os.killpg)  # whatever the notebook started and left behind
+            self.state.kernels = set()
 
     def execute_cell(self, cell, cell_index, **kwargs):
         if cell.cell_type != "code":
@@ -128,9 +124,9 @@ def overwrite(text: str, more: str) -> str:
     return head + newline + re.sub(r"[^\n]*\r(?=[^\r\n])", "", line + more).replace("\r\n", "\n")
 
 
-def send(kernel: int | None, number: int, how=os.kill) -> None:
-    """Send a signal to the kernel, if it is alive; ``os.killpg`` reaches what it started, too (it leads a session)."""
-    if kernel:
+def send(kernels: Iterable[int], number: int, how=os.kill) -> None:
+    """Send a signal to kernels that are alive; ``os.killpg`` reaches what they started, too (each leads a session)."""
+    for kernel in [*kernels]:
         with contextlib.suppress(ProcessLookupError):
             how(kernel, number)
 
@@ -142,10 +138,10 @@ def forwarding(state: State, grace: float):
     def forward(number, frame):
         if not state.received:
             state.received = number
-            timer = threading.Timer(grace, lambda: send(state.kernel, signal.SIGKILL, os.killpg))
+            timer = threading.Timer(grace, lambda: send(state.kernels, signal.SIGKILL, os.killpg))
             timer.daemon = True
             timer.start()
-        send(state.kernel, number)
+        send(state.kernels, number)
         with contextlib.suppress(RuntimeError):  # Python refuses to print a line in the middle of another
             print(f"{signal.Signals(number).name}: passed on to the kernel, which has {grace:g} s to stop", flush=True)
 
@@ -237,7 +233,7 @@ def run(
     of a signal that came, 1 otherwise. ``jobs`` at a time, each by a ``command`` that the notebook's number ends.
     """
     if jobs > 1 and len(paths) > 1:
-        code = side_by_side({path.name[:2]: [*command, path.name[:2]] for path in paths}, jobs=jobs)
+        code = side_by_side({path.name[:2]: [*command, path.name[:2]] for path in paths}, jobs=jobs, grace=grace)
         runs.publish_records(output.parent / "records", executed / "records.json")  # of all, whoever ended last
         return code
     state, parameters = State(), {"profile": profile, "overrides": overrides}
@@ -257,7 +253,7 @@ def run(
     return 0
 
 
-def side_by_side(commands: dict[str, list[str]], *, jobs: int) -> int:
+def side_by_side(commands: dict[str, list[str]], *, jobs: int, grace: float = 60.0) -> int:
     """Run ``commands``, name to arguments, ``jobs`` at a time in their order; returns the exit code, as ``run`` does.
 
     Each has its share of the cores, and its name before every line. After a failure or a signal none is started; a
@@ -266,36 +262,26 @@ def side_by_side(commands: dict[str, list[str]], *, jobs: int) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     environment = {"OMP_NUM_THREADS": str(max(1, cores // jobs)), **os.environ, runs.TURNS: "1"}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    options |= {"env": environment, "start_new_session": True, "preexec_fn": tied()}
-    waiting, running, codes, passed_on = list(commands), {}, {}, 0
-    with runs.stop_signals() as received:
-        while running or (waiting and not any(codes.values()) and not received):
-            if waiting and len(running) < jobs and not any(codes.values()) and not received:
-                name = waiting.pop(0)
-                process = subprocess.Popen(commands[name], **options)
-                running[name] = process, threading.Thread(target=_relay, args=(name, process.stdout))
-                running[name][1].start()
-                continue
-            for number in received[passed_on : passed_on + 1]:
-                passed_on += 1
-                for process, _ in running.values():
-                    process.send_signal(number)
-            for name, (process, relay) in list(running.items()):
-                if process.poll() is not None:
-                    relay.join()
-                    codes[name] = process.returncode
-                    del running[name]
-            time.sleep(0.1)
-    if received:
-        return 128 + received[0]
+    options |= {"env": environment, "start_new_session": True, "preexec_fn": tie}
+    state, codes = State(), {}
+
+    def execute(name: str) -> None:
+        if state.received or any(codes.values()):
+            return
+        with subprocess.Popen(commands[name], **options) as process:
+            state.kernels.add(process.pid)
+            send({process.pid} if state.received else (), state.received)
+            for line in process.stdout:
+                print(f"{name} | {line}", end="", flush=True)
+        state.kernels.discard(process.pid)
+        codes[name] = process.returncode
+
+    with forwarding(state, grace + 10), ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(execute, commands))
     if failed := [f"{name} ({code})" for name, code in codes.items() if code]:
-        print(f"failed: {', '.join(failed)}; not started: {', '.join(waiting) or 'none'}", file=sys.stderr)
-    return next((code for code in codes.values() if code), 0)
-
-
-def _relay(name: str, lines) -> None:
-    for line in lines:
-        print(f"{name} | {line}", end="", flush=True)
+        left = ", ".join(name for name in commands if name not in codes) or "none"
+        print(f"ended early: {', '.join(failed)}; not started: {left}", file=sys.stderr)
+    return 128 + state.received if state.received else next((code for code in codes.values() if code), 0)
 
 
 def from_root(profile: str) -> str:

@@ -3,8 +3,10 @@
 import errno
 import fcntl
 import os
-import platform
+import signal
+import socket
 import subprocess
+import sys
 import threading
 import time
 
@@ -29,10 +31,9 @@ def without_locks(monkeypatch, request):
 def test_without_locks_a_file_says_who_holds_a_folder(tmp_path, without_locks):
     owner = tmp_path / ".lock-owner"
     with locked(tmp_path):
-        assert owner.read_text() == f"process {os.getpid()} on {platform.node()}"
-        words = (
-            f"in use by process {os.getpid()} on .*; if it has died, remove {owner} .{without_locks}: no locks there"
-        )
+        process, host, *_ = owner.read_text().splitlines()
+        assert process == str(os.getpid()) and host.startswith(socket.gethostname())
+        words = f"{tmp_path} is in use by another process; .*; if it has died, remove {owner} .{without_locks}."
         with pytest.raises(RuntimeError, match=words), locked(tmp_path):
             pass
         with locked(tmp_path, name=".lock-0001-of-0002"):  # of another part
@@ -42,20 +43,35 @@ def test_without_locks_a_file_says_who_holds_a_folder(tmp_path, without_locks):
         pass
 
 
+KILLED = """
+import errno, fcntl, os, pathlib, signal, sys
+from decur_core.running.files import locked
+
+def flock(file, how):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+fcntl.flock = flock
+with locked(pathlib.Path(sys.argv[1])):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("wait", [False, True])
 def test_without_locks_the_file_of_a_dead_process_is_taken_over_and_that_of_another_machine_named(
-    tmp_path, without_locks
+    tmp_path, without_locks, wait
 ):
     owner = tmp_path / ".lock-owner"
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    owner.write_text(f"process {dead.pid} on {platform.node()}")
-    with locked(tmp_path):
-        assert owner.read_text().startswith(f"process {os.getpid()} ")
-    owner.write_text(f"process {dead.pid} on another-node")
-    words = f"in use by process {dead.pid} on another-node.*remove {owner}"
+    assert subprocess.run([sys.executable, "-c", KILLED, tmp_path]).returncode == -signal.SIGKILL
+    dead = owner.read_text().splitlines()[0]
+    assert dead != str(os.getpid())
+    with locked(tmp_path, wait=wait):
+        assert owner.read_text().startswith(f"{os.getpid()}\n")
+    assert sorted(os.listdir(tmp_path)) == [".lock"]
+    owner.write_text(theirs := f"{dead}\nanother-node\n")
+    words = f"{tmp_path} is in use by another process; .*remove {owner} .*held by pid {dead} on another-node"
     with pytest.raises(RuntimeError, match=words), locked(tmp_path):
         pass
-    assert owner.exists()
+    assert owner.read_text() == theirs
 
 
 def test_without_locks_a_turn_is_waited_for(tmp_path, without_locks):

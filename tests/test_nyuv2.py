@@ -31,7 +31,7 @@ def truth_of(i):
 @pytest.fixture
 def tree(tmp_path):
     """Five small images as a tree."""
-    for folder in ("RGB", "Depth", "Label", "HHA"):
+    for folder in ("RGB", "Depth", "Label"):
         (tmp_path / folder).mkdir()
     for split, names in SPLITS.items():
         (tmp_path / f"{split}.txt").write_text("".join(f"RGB/{name}.jpg\tLabel/{name}.png\n" for name in names))
@@ -39,7 +39,6 @@ def tree(tmp_path):
         truth = truth_of(i)
         pixels = np.full((*SIZE, 3), truth["colour"])
         Image.fromarray(pixels).save(tmp_path / "RGB" / f"{i}.jpg")
-        Image.fromarray(pixels[..., ::-1].copy()).save(tmp_path / "HHA" / f"{i}.jpg")
         np.save(tmp_path / "Depth" / f"{i}.npy", truth["depth"].astype(np.float32))
         label = Image.fromarray(truth["mask"].astype(np.uint8), "P")
         label.putpalette(list(np.random.default_rng(0).integers(0, 256, 768)))  # colours that are not the values
@@ -71,11 +70,11 @@ def test_classes_are_those_of_the_published_map():
 
 @needs_shared
 def test_real_image_has_the_measured_values():
-    data = NYUv2(REAL, "test", missing="skip", hha=True)
+    data = NYUv2(REAL, "test", missing="skip")
     assert data.ids == ["0"] and data.left_out == {"absent": 653}
     item = data[0]
-    assert item["rgb"].shape == item["hha"].shape == (3, 480, 640) and item["depth"].shape == (1, 480, 640)
-    assert item["rgb"].dtype == item["hha"].dtype == item["mask"].dtype == np.uint8
+    assert item["rgb"].shape == (3, 480, 640) and item["depth"].shape == (1, 480, 640)
+    assert item["rgb"].dtype == item["mask"].dtype == np.uint8
     assert item["depth"].dtype == np.float32 and item["gravity"] is None
     assert item["depth"].min() == pytest.approx(1.7985, abs=1e-4)
     assert item["depth"].max() == pytest.approx(3.6156, abs=1e-4)
@@ -84,9 +83,6 @@ def test_real_image_has_the_measured_values():
     with rasterio.open(REAL / "Label" / "0.png") as source:  # which gives the indices of a palette
         assert np.array_equal(item["mask"], source.read(1))
     assert item["mask"].min() == 0 and item["mask"].max() == 40 and (item["mask"] == 0).mean() < 0.08
-    with rasterio.open(SHARED / "nyu_hha_reference" / "matlab_hha.png") as source:
-        error = abs(item["hha"] - source.read().astype(float)).mean((1, 2))
-    assert error == pytest.approx([0.86, 0.56, 2.59], abs=0.02)  # bands in the order of the README
     (fx, _, cx), (_, fy, cy), last = item["intrinsics"].tolist()
     assert (fx, fy, cx, cy) == pytest.approx(CAMERA, rel=1e-12) and last == [0, 0, 1]
     text = (SHARED / "LAYOUTS.md").read_text()
@@ -185,18 +181,11 @@ def test_tree_and_published_file_give_the_same_items(tree, published):
     shutil.rmtree(tree / "RGB")
     for split, names in (*SPLITS.items(), (None, list("01234"))):
         check(pickle.loads(pickle.dumps(NYUv2(published, split))), names)
-    with pytest.raises(DataError, match="no tree with RGB and HHA; leave hha=False"):
-        NYUv2(published, hha=True)
 
 
 def test_lists_may_have_bare_names(tree):
     (tree / "test.txt").write_text("\n".join(SPLITS["test"]))
     check(NYUv2(tree, "test"), SPLITS["test"])
-    item = NYUv2(tree, "test", hha=True)[1]
-    assert np.allclose(item["hha"].reshape(3, -1).mean(1), truth_of(1)["colour"][::-1], atol=2.5)
-    shutil.rmtree(tree / "HHA")
-    with pytest.raises(DataError, match="leave hha=False"):
-        NYUv2(tree, "test", hha=True)
 
 
 def in_millimetres(tree):
@@ -265,7 +254,6 @@ def save(path, pixels):
     [
         ("Depth/3.npy", Path.unlink, "3.npy: missing"),
         ("Label/3.png", Path.unlink, "3.png: missing; expected an image of mode P or L"),
-        ("HHA/3.jpg", Path.unlink, "HHA/3.jpg: missing"),
         ("RGB/3.jpg", lambda p: p.write_bytes(p.read_bytes()[:-40]), "RGB/3.jpg: cannot be read; .*truncated"),
         ("Label/3.png", lambda p: p.write_bytes(p.read_bytes()[:-400]), "3.png: cannot be read"),
         ("Depth/3.npy", lambda p: p.write_bytes(p.read_bytes()[:-40]), "3.npy: cannot be read"),
@@ -290,7 +278,7 @@ def save(path, pixels):
 )
 def test_a_bad_image_is_refused_by_name_and_others_stay(tree, path, damage, message):
     damage(tree / path)
-    data = NYUv2(tree, "train", hha=True)
+    data = NYUv2(tree, "train")
     with pytest.raises(DataError, match=message):
         data[1]
     assert data[0]["id"] == "2" and data[2]["id"] == "4"

@@ -130,11 +130,11 @@ def test_a_signal_in_the_middle_of_a_line_is_not_lost(monkeypatch):
         raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stdout>'>")
 
     monkeypatch.setattr(run, "print", reentrant, raising=False)
-    state, sent = run.State(kernel=4711), []
+    state, sent = run.State(kernels={4711}), []
     monkeypatch.setattr(run, "send", lambda *arguments: sent.append(arguments))
     with run.forwarding(state, grace=60):
         os.kill(os.getpid(), signal.SIGTERM)
-        assert state.received == signal.SIGTERM and sent == [(4711, signal.SIGTERM)]
+        assert state.received == signal.SIGTERM and sent == [({4711}, signal.SIGTERM)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's end is tied to the driver's by Linux's prctl")
@@ -178,7 +178,7 @@ def test_after_a_failure_no_chapter_is_started_and_those_that_run_end(tmp_path, 
     commands = {"10": MEETS, "11": fails, "12": touch}
     assert run.side_by_side({k: [sys.executable, "-c", v, a, b] for k, v in commands.items()}, jobs=2) == 3
     said = capfd.readouterr()
-    assert "10 | met" in said.out and "failed: 11 (3); not started: 12" in said.err
+    assert "10 | met" in said.out and "ended early: 11 (3); not started: 12" in said.err
     assert not (tmp_path / "late").exists()
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import rasterio
 
+from decur_core.data import ssl4eo
 from decur_core.data.modality import OPTICAL, SAR
 from decur_core.data.raster import DataError
 from decur_core.data.ssl4eo import RealPairs
@@ -40,22 +41,27 @@ def test_tiles_are_row_major_cuts_of_the_files():
         assert SAR.encode(item["sar"]).std() > 10 and OPTICAL.encode(item["optical"]).std() > 5
 
 
-def test_measured_means_of_the_whole_patches():
-    pairs = RealPairs(SHARED, 256, sources=["sen12mscr"])
-    means = pairs[0]["optical"].mean(axis=(0, 2, 3))
-    assert means[[0, 10]] == pytest.approx([1991, 11], abs=0.51)
-    bright = RealPairs(SHARED, 120, sources=["bigearthnet"])
+def test_measured_means_of_the_whole_patches(monkeypatch):
+    bright = [item for item in RealPairs(SHARED) if item["id"].startswith("bigearthnet")]
     assert min(item["sar"][0, 0].mean() for item in bright) == pytest.approx(-12.2, abs=0.05)
+    monkeypatch.setattr(ssl4eo, "TILE", 256)
+    monkeypatch.setattr(ssl4eo, "FOLDERS", {"sen12mscr": ssl4eo.FOLDERS["sen12mscr"]})
+    means = RealPairs(SHARED)[0]["optical"].mean(axis=(0, 2, 3))
+    assert means[[0, 10]] == pytest.approx([1991, 11], abs=0.51)
 
 
-def test_paper_sized_tiles_come_from_the_flood_chip_only():
-    assert RealPairs(SHARED, 264, sources=["sen1floods11"]).ids == ["sen1floods11/Spain_7370579/r0c0"]
+def test_a_folder_without_a_tile_is_named(monkeypatch):
+    monkeypatch.setattr(ssl4eo, "TILE", 264)  # which only the flood chip has room for
     with pytest.raises(DataError, match="sen12mscr_pair: no tile of 264 x 264 pixels fits"):
-        RealPairs(SHARED, 264)
+        RealPairs(SHARED)
 
 
 @pytest.fixture
 def floods(tmp_path):
+    """A copy of the flood chip, beside the other samples."""
+    for name, _ in ssl4eo.FOLDERS.values():
+        (tmp_path / name).symlink_to(SHARED / name)
+    (tmp_path / "sen1floods11_sample").unlink()
     shutil.copytree(SHARED / "sen1floods11_sample", tmp_path / "sen1floods11_sample")
     return tmp_path
 
@@ -76,20 +82,20 @@ def test_tiles_with_pixels_without_data_are_left_out(floods):
         return image
 
     change(floods / "sen1floods11_sample" / "S1" / "Spain_7370579_S1Hand.tif", hole)
-    pairs = RealPairs(floods, sources=["sen1floods11"])
-    assert len(pairs) == 15 and "sen1floods11/Spain_7370579/r1c0" not in pairs.ids
+    pairs = RealPairs(floods)
+    assert len(pairs) == 15 + 8 and "sen1floods11/Spain_7370579/r1c0" not in pairs.ids
     shutil.copy(
         SHARED / "sen1floods11_sample" / "S1" / "Spain_7370579_S1Hand.tif", floods / "sen1floods11_sample" / "S1"
     )
-    assert len(RealPairs(floods, sources=["sen1floods11"])) == 16
+    assert len(RealPairs(floods)) == 16 + 8
     change(floods / "sen1floods11_sample" / "S2" / "Spain_7370579_S2Hand.tif", hole)
-    assert RealPairs(floods, sources=["sen1floods11"]).ids == pairs.ids
+    assert RealPairs(floods).ids == pairs.ids
 
 
 def test_hidden_files_are_no_scenes(floods):
-    ids = RealPairs(floods, sources=["sen1floods11"]).ids
+    ids = RealPairs(floods).ids
     (floods / "sen1floods11_sample" / "S1" / "._Spain_7370579_S1Hand.tif").write_bytes(b"left by an archiver")
-    assert RealPairs(floods, sources=["sen1floods11"]).ids == ids
+    assert RealPairs(floods).ids == ids
 
 
 def test_other_bands_units_and_sizes_are_refused(floods):
@@ -101,23 +107,20 @@ def test_other_bands_units_and_sizes_are_refused(floods):
 
     change(path, swapped)
     with pytest.raises(DataError, match=r"S1Hand.tif: bands are \('VH', 'VV'\)"):
-        RealPairs(floods, sources=["sen1floods11"])
+        RealPairs(floods)
     change(path, swapped)
     change(path, lambda image, names: 10 ** (image / 10))
     with pytest.raises(DataError, match="backscatter in dB"):
-        RealPairs(floods, sources=["sen1floods11"])
+        RealPairs(floods)
     change(path, lambda image, names: np.log10(image[:, :500]) * 10, height=500)
     with pytest.raises(DataError, match="Spain_7370579: SAR of .500, 512. pixels and optical of .512, 512."):
-        RealPairs(floods, sources=["sen1floods11"])
+        RealPairs(floods)
 
 
 def test_missing_folders_and_files_are_named(floods):
+    (floods / "sen12mscr_pair").unlink()
     with pytest.raises(DataError, match="sen12mscr_pair: missing"):
         RealPairs(floods)
-    with pytest.raises(ValueError, match="tile = 0: at least one pixel"):
-        RealPairs(floods, 0, sources=["sen1floods11"])
-    with pytest.raises(ValueError, match="sources has 'geonrw'"):
-        RealPairs(floods, sources=["geonrw"])
     (floods / "sen1floods11_sample" / "S2" / "Spain_7370579_S2Hand.tif").unlink()
     with pytest.raises(DataError, match="Spain_7370579_S2Hand.tif: missing"):
-        RealPairs(floods, sources=["sen1floods11"])
+        RealPairs(floods)

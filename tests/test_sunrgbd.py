@@ -142,8 +142,7 @@ def test_official_lists_are_complete_and_agree_with_those_of_nyuv2(tmp_path):
         SUNRGBD(tmp_path, "test")
     with pytest.raises(DataError, match="0 of 5285 frames"):
         SUNRGBD(tmp_path, "train", missing="skip")
-    with pytest.raises(DataError, match=r"SUNRGBD2Dseg.mat: missing.*rgbd.cs.princeton.edu"):
-        SUNRGBD(tmp_path, "test", missing="skip", labels=True)
+    assert "mask" not in data[0]
     frames = {name: data._list(name) for name in ("test", "train")}
     splits = scipy.io.loadmat(SHARED / "nyuv2_meta" / "splits.mat")
     for name, sources in (
@@ -169,14 +168,14 @@ def test_frames_are_read_as_written(tree):
     root, truth = tree
     for split, frames in (("train", TRAIN), ("test", TEST), (None, sorted(TRAIN + TEST))):
         data = pickle.loads(pickle.dumps(SUNRGBD(root, split)))
-        raw = SUNRGBD(root, split, depth="depth", labels=False)
+        raw = SUNRGBD(root, split, depth="depth")
         assert data.ids == frames
         for i, frame in enumerate(frames):
             item, expected = data[i], truth[frame]
             assert item["id"] == frame and item["mask"].dtype == np.uint8
             assert np.array_equal(item["mask"], expected["mask"])
             assert np.array_equal(np.rint(1000 * item["depth"][0].astype(float)), expected["mm"])
-            assert 0.15 < (raw[i]["depth"] == 0).mean() < 0.25 and "mask" not in raw[i]
+            assert 0.15 < (raw[i]["depth"] == 0).mean() < 0.25
             assert np.array_equal(item["intrinsics"], K)
             assert np.allclose(expected["turn"] @ item["gravity"], [0, 1, 0], atol=1e-5)  # comes to point down
             means = item["rgb"].reshape(3, -1).mean(1)
@@ -273,12 +272,12 @@ def test_of_several_files_those_count_that_the_toolbox_takes(tree):
 
 def test_frames_behind_links_are_found(tree):
     root, _ = tree
-    everything = SUNRGBD(root, labels=False).ids
+    everything = SUNRGBD(root).ids
     (root / "SUNRGBD" / "kv2").rename(root / "elsewhere")
     (root / "SUNRGBD" / "kv2").symlink_to(root / "elsewhere")
     (root / "SUNRGBD" / "kv1" / "again").symlink_to(root / "SUNRGBD")  # leads back up
     (root / "SUNRGBD" / ".trash" / "image").mkdir(parents=True)
-    assert SUNRGBD(root, labels=False).ids == everything == sorted(TRAIN + TEST)
+    assert SUNRGBD(root).ids == everything == sorted(TRAIN + TEST)
 
 
 def test_bad_masks_are_refused(tree):
@@ -299,9 +298,10 @@ def test_bad_masks_are_refused(tree):
     with pytest.raises(DataError, match="4 masks, but 5 frames"):
         SUNRGBD(root, "train")
     path.write_bytes(b"MATLAB 5.0 MAT-file" + bytes(200))
-    with pytest.raises(DataError, match="SUNRGBD2Dseg.mat: cannot be read; expected .*labels=False"):
+    with pytest.raises(DataError, match="SUNRGBD2Dseg.mat: cannot be read; expected .*princeton.edu; .*remove it"):
         SUNRGBD(root)
-    assert "mask" not in SUNRGBD(root, labels=False)[0]
+    path.unlink()
+    assert "mask" not in SUNRGBD(root)[0]
 
 
 def test_bad_lists_and_settings_are_refused(tree):
@@ -321,7 +321,10 @@ def test_bad_lists_and_settings_are_refused(tree):
     data = SUNRGBD(root)
     with pytest.raises(DataError, match=r"kv2/new: in neither split list"):
         data[data.ids.index("kv2/new")]
-    assert len([SUNRGBD(root, labels=False)[i] for i in range(6)]) == 6
+    masks = root / "SUNRGBDtoolbox" / "Metadata" / "SUNRGBD2Dseg.mat"
+    masks.rename(root / "elsewhere.mat")
+    assert len([SUNRGBD(root)[i] for i in range(6)]) == 6
+    (root / "elsewhere.mat").rename(masks)
     shutil.rmtree(root / "SUNRGBD" / TEST[1])
     with pytest.raises(DataError, match=rf"1 of 2 frames, lacks {TEST[1]}; .*missing='skip'"):
         SUNRGBD(root, "test")
@@ -332,7 +335,10 @@ def test_bad_lists_and_settings_are_refused(tree):
     shutil.rmtree(root / "SUNRGBD")
     for split in ("train", None):
         with pytest.raises(DataError, match=r"SUNRGBD: 0 of .* unpack SUNRGBD.zip"):
-            SUNRGBD(root, split, missing="skip", labels=False)
+            SUNRGBD(root, split, missing="skip")
+    masks.unlink()
+    with pytest.raises(DataError, match=r"SUNRGBD: 0 of .* unpack SUNRGBD.zip"):
+        SUNRGBD(root, missing="skip")
 
 
 def test_no_damaged_image_gets_through_as_another_error(tree):

@@ -1,9 +1,7 @@
 """From a data set (files, or a generator that looks the same) to a store of encoded images."""
 
-import itertools
 import multiprocessing
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,10 +130,10 @@ def convert(
     return Report(**known, **arrays.summary(path, writer.index, span), **how)
 
 
-def verify(path: Path | str, *, workers: int = 1, progress: bool = True) -> dict[str, str]:
+def verify(path: Path | str, *, progress: bool = True) -> dict[str, str]:
     """Read every byte of a store again: id, or path for what concerns all of it -> what is wrong; empty if nothing.
 
-    `workers` threads read, not through maps: what the disk cannot read is an error then.
+    It is not read through maps, so that what the disk cannot read is an error.
     """
     path, way = Path(path), "remove it and convert again"
     try:
@@ -160,8 +158,5 @@ def verify(path: Path | str, *, workers: int = 1, progress: bool = True) -> dict
         except OSError as error:
             return f"{path}: {error}; {way}"
 
-    with ThreadPoolExecutor(workers) as pool:
-        groups = (pool.map(damage, rows[k : k + 256]) for k in range(0, len(rows), 256))
-        read = itertools.chain.from_iterable(groups)
-        found = runs.progress(read, total=len(rows), desc="verify", disable=not progress)
-        return {index["ids"][row]: reason for row, reason in zip(rows, found, strict=True) if reason}
+    bar = runs.progress(rows, total=len(rows), desc="verify", disable=not progress)
+    return {index["ids"][row]: reason for row in bar if (reason := damage(row))}

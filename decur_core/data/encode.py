@@ -2,12 +2,10 @@
 processes of a conversion, each of which reads, encodes and writes its own rows. What they import is kept small.
 """
 
-import ctypes
 import errno
 import itertools
 import multiprocessing
 import pickle
-import signal
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -26,6 +24,7 @@ from decur_core.data.arrays import digest
 from decur_core.data.modality import Modality
 from decur_core.data.raster import DataError
 from decur_core.data.store import StoreWriter
+from decur_core.running import tie
 
 PROBES = 100  # samples tried before a data set is given up as a whole
 GROUP = 16  # samples, at most (or a chunk of the reader), that a worker is given at a time
@@ -216,8 +215,7 @@ _job: Job | str = ""  # of this worker process, or why there is none
 
 def _join(sent: bytes) -> None:
     global _job
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG: none outlives the process that started it
+    tie()
     torch.set_num_threads(1)
     try:
         _job = pickle.loads(sent)

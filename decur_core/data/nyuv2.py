@@ -1,10 +1,10 @@
 """NYU Depth v2, labelled part: 1,449 indoor images of 480 x 640 pixels with depth and masks (Silberman et al. 2012).
 
 Either as the tree that segmentation methods share, `RGB/<i>.jpg`, `Depth/<i>.npy` (float32, metres, filled in) or
-`Depth/<i>.png` (16 bits, millimetres), `Label/<i>.png` (palette image, 40 classes), perhaps `HHA/<i>.jpg`, and
-`train.txt`, `test.txt` with `RGB/<i>.jpg<TAB>Label/<i>.png` or `<i>` per line, images being of any size; or as
-published, `nyu_depth_v2_labeled.mat` (also in metres and filled in) with `splits.mat` and `classMapping40.mat` (894
-classes to 40). i = 0 to 1448 counts the images of the .mat, whose own lists begin at 1; 795 are for training, 654 for
+`Depth/<i>.png` (16 bits, millimetres), `Label/<i>.png` (palette image, 40 classes), and `train.txt`, `test.txt` with
+`RGB/<i>.jpg<TAB>Label/<i>.png` or `<i>` per line, images being of any size; or as published,
+`nyu_depth_v2_labeled.mat` (also in metres and filled in) with `splits.mat` and `classMapping40.mat` (894 classes to
+40). i = 0 to 1448 counts the images of the .mat, whose own lists begin at 1; 795 are for training, 654 for
 testing. `camera_rotations_NYU.txt`, a rotation per image, may be there too.
 
 How to get it: the .mat (2.8 GB) from cs.nyu.edu/~silberman/datasets/nyu_depth_v2.html, its companions and the rotations
@@ -31,7 +31,6 @@ CLASSES_40: tuple[str, ...] = (  # values 1 to 40 of masks
 )
 # fx, fy, cx, cy of the colour camera, which depth is projected into, for 480 x 640 pixels
 CAMERA = (518.85790117450188, 519.46961112127485, 325.58244941119034, 253.73616633400465)
-_MODES = {"rgb": ["RGB"], "mask": ["P", "L"], "hha": ["RGB"]}  # of PIL
 _MAT = "nyu_depth_v2_labeled.mat"
 _WANTED = "the .mat of cs.nyu.edu/~silberman, or else a tree with the folder RGB; download one of them"
 
@@ -57,25 +56,22 @@ def _millimetres(path: Path) -> np.ndarray:
 class NYUv2(Reader):
     """RGB-depth images with masks.
 
-    `root` holds the tree, or else the .mat and its two companions; `split`: "train" or "test"; `hha`: read the tree's
-    HHA/ too; `missing` is about images of a list that are not in RGB/. No image may be in two lists, and where
-    splits.mat is there, it and the lists must agree.
+    `root` holds the tree, or else the .mat and its two companions; `split`: "train" or "test"; `missing` is about
+    images of a list that are not in RGB/. No image may be in two lists, and where splits.mat is there, it and the lists
+    must agree.
 
     Items: {"id": i, "rgb": uint8 (3, H, W), "depth": float32 (1, H, W) in metres, 0 = hole, "intrinsics": float64 (3,
     3) and "gravity": float64 (3,), or None without the rotations, as `depth_to_hha` takes them, "mask": uint8 (H, W), 0
-    = void, 1 to 40 = CLASSES_40, "hha": uint8 (3, H, W), disparity, height, angle}. A side ratio other than 3:4 is
-    refused: parts of images have other intrinsics.
+    = void, 1 to 40 = CLASSES_40}. A side ratio other than 3:4 is refused: parts of images have other intrinsics.
 
     The rotations turn coordinates x right, y forward, z up until z is up, so their third row is up as the camera sees
     it: gravity is its negative, with the axes of the camera.
     """
 
-    def __init__(self, root: Path | str, split: str | None = None, *, hha: bool = False, missing: str = "error"):
+    def __init__(self, root: Path | str, split: str | None = None, *, missing: str = "error"):
         one_of(("train", "test", None), split=split)
         one_of(MISSING, missing=missing)
-        self.root, self._hha, self._down, self._to_40 = Path(root), hha, None, None
-        if hha and not ((self.root / "RGB").is_dir() and (self.root / "HHA").is_dir()):
-            raise DataError(f"{self.root}: no tree with RGB and HHA; leave hha=False, and use depth_to_hha")
+        self.root, self._down, self._to_40 = Path(root), None, None
         if (self.root / "RGB").is_dir():
             here = {path.stem for path in visible(self.root / "RGB", "*.jpg")}
             self._depth = ".npy" if visible(self.root / "Depth", "*.npy") else ".png"
@@ -101,11 +97,10 @@ class NYUv2(Reader):
     def __getitem__(self, i: int) -> dict:
         item, files = {"id": (name := self.ids[i])}, dict.fromkeys(("rgb", "depth", "mask"), self.root / _MAT)
         if self._to_40 is None:
-            folders = {"rgb": "RGB/{}.jpg", "mask": "Label/{}.png", "hha": "HHA/{}.jpg"}
-            files = {k: self.root / path.format(name) for k, path in folders.items() if k != "hha" or self._hha}
+            files = {"rgb": self.root / f"RGB/{name}.jpg", "mask": self.root / f"Label/{name}.png"}
             files["depth"] = path = self.root / "Depth" / f"{name}{self._depth}"
             depth = _millimetres(path) if self._depth == ".png" else _metres(path)
-            item |= {k: read_image(path, *_MODES[k]) for k, path in files.items() if k in _MODES}
+            item |= {"rgb": read_image(files["rgb"], "RGB"), "mask": read_image(files["mask"], "P", "L")}
         else:
             with reading(files["rgb"], _WANTED), h5py.File(files["rgb"]) as file:
                 rgb, depth, labels = (file[k][int(name)].swapaxes(-1, -2) for k in ("images", "depths", "labels"))

@@ -8,7 +8,6 @@ Every file has corners of its own: the data set was written with those of coarse
 
 import re
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +16,11 @@ import rasterio
 from decur_core.data.bigearthnet import BigEarthNetMM
 from decur_core.data.datasets import DataSet
 from decur_core.data.modality import OPTICAL, SAR, Modality
-from decur_core.data.raster import DataError, Reader, read, read_pair, repeated, visible
+from decur_core.data.raster import DataError, Reader, read, read_pair, visible
 
 # Scene names: S1A_IW_GRDH_1SDV_20200329T001515_... and 20200323T162931_20200323T163750_T15QXA
 _SCENE_DATES = {"s1": re.compile(r"^.{16}_(\d{8}T\d{6})_"), "s2c": re.compile(r"^(\d{8}T\d{6})_")}
-
-
+SEASONS = 4  # of every location
 # Mean and standard deviation of the 13 bands over the data set, as its authors publish them with their converter (L1C).
 _OPTICAL_MEAN = (1605.57504906, 1390.78157673, 1314.8729939, 1363.52445545, 1549.44374991, 2091.74883118, 2371.7172463,
                  2299.90463006, 2560.29504086, 830.06605044, 22.10351321, 2177.07172323, 1524.06546312)  # fmt: skip
@@ -33,8 +31,7 @@ _OPTICAL_STD = (786.78685367, 850.34818441, 875.06484736, 1138.84957046, 1122.17
 class SSL4EOS12(Reader):
     """SAR-optical pairs of one tree, all seasons of a location per item.
 
-    `root` holds `s1` and `s2c`; `ids`: locations to use, in this order, None for every directory present in both,
-    sorted; `seasons`: how many each location must have.
+    `root` holds `s1` and `s2c`; every location that is in both is used, sorted.
 
     Items: {"id": str, "sar": float32 (seasons, 2, H, W) in dB, "optical": float32 (seasons, 13, H, W) in reflectance x
     10000, "dates": {"sar": [...], "optical": [...]} as YYYYMMDDThhmmss}. Seasons are in order of acquisition, and the
@@ -46,21 +43,15 @@ class SSL4EOS12(Reader):
 
     statistics = {"sar": (SAR.mean, SAR.std), "optical": (_OPTICAL_MEAN, _OPTICAL_STD)}
 
-    def __init__(self, root: Path | str, *, ids: Sequence[str] | None = None, seasons: int = 4):
-        self.root, self.seasons, found = Path(root), seasons, {}
+    def __init__(self, root: Path | str):
+        self.root, found = Path(root), {}
         for folder in (self.root / "s1", self.root / "s2c"):
             if not folder.is_dir():
                 raise DataError(f"{folder}: missing; the root of SSL4EO-S12 holds the folders s1 and s2c")
             found[folder.name] = {entry.name for entry in visible(folder, "*/")}
-        both = found["s1"] & found["s2c"]
-        if absent := [i for i in ids or () if i not in both]:
-            state = ", ".join(f"{'in' if absent[0] in names else 'not in'} {name}" for name, names in found.items())
-            raise DataError(f"{self.root}: {len(absent)} of {len(ids)} ids are missing, first {absent[0]} ({state})")
-        if ids is None and (single := sorted(found["s1"] ^ found["s2c"])):
+        if single := sorted(found["s1"] ^ found["s2c"]):
             warnings.warn(f"{self.root}: {len(single)} ids are left out, only s1 or s2c has {single[0]}", stacklevel=2)
-        self.ids = sorted(both) if ids is None else list(ids)
-        if twice := repeated(self.ids):
-            raise DataError(f"{self.root}: {len(twice)} ids are given more than once, first {twice[0]}")
+        self.ids = sorted(found["s1"] & found["s2c"])
         if not self.ids:
             raise DataError(f"{self.root}: no location is present in both s1 and s2c")
 
@@ -73,7 +64,7 @@ class SSL4EOS12(Reader):
             out = None if whole is None else whole[k]
             bands = read_pair(paths, [f"{sar_scene}/{band}.tif" for band in SAR.bands], out=out)
             if whole is None:
-                whole = np.empty((self.seasons, sum(map(len, bands)), *bands[0].shape[1:]), np.float32)
+                whole = np.empty((SEASONS, sum(map(len, bands)), *bands[0].shape[1:]), np.float32)
                 np.concatenate(bands, out=whole[0])
         optical, sar = whole[:, : len(OPTICAL.bands)], whole[:, len(OPTICAL.bands) :]
         dates = {"sar": sar_dates, "optical": optical_dates}
@@ -88,62 +79,52 @@ class SSL4EOS12(Reader):
             if not (match := _SCENE_DATES[folder].match(scene.name)):
                 raise DataError(f"{scene}: no date in the name; expected {_SCENE_DATES[folder].pattern}")
             scenes.append((match[1], str(scene)))
-        if len(scenes) != self.seasons:
-            raise DataError(f"{place}: {len(scenes)} season directories, expected {self.seasons}")
+        if len(scenes) != SEASONS:
+            raise DataError(f"{place}: {len(scenes)} season directories, expected {SEASONS}")
         dates, paths = zip(*sorted(scenes), strict=True)
         return list(dates), list(paths)
-
-
-# Real Sentinel-1/2 pairs in small, for trying the whole path: tiles of one Sen1Floods11 chip, one SEN12MS-CR patch and
-# four BigEarthNet patches.
-FOLDERS = {"sen1floods11": "sen1floods11_sample", "sen12mscr": "sen12mscr_pair", "bigearthnet": "bigearthnet_real"}
 
 
 class RealPairs(Reader):
     """Tiles of co-located real SAR and optical images, as items of the form that `SSL4EOS12` gives, with one season.
 
-    `root` holds the folders in FOLDERS, of which `sources` are used; `tile`: height and width in pixels of 10 m. Tiles
-    do not overlap, and row-major order numbers them.
+    `root` holds the folders in FOLDERS. Tiles of 120 pixels do not overlap, and row-major order numbers them.
 
-    Items: {"id": such as "sen1floods11/Spain_7370579/r0c1", "sar": float32 (1, 2, tile, tile) in dB, "optical": float32
-    (1, 13, tile, tile) in reflectance x 10000, "dates": {}}. Sen1Floods11 and SEN12MS-CR are level 1C; BigEarthNet is
+    Items: {"id": such as "sen1floods11/Spain_7370579/r0c1", "sar": float32 (1, 2, 120, 120) in dB, "optical": float32
+    (1, 13, 120, 120) in reflectance x 10000, "dates": {}}. Sen1Floods11 and SEN12MS-CR are level 1C; BigEarthNet is
     level 2A with a zero row for B10. Tiles with pixels without data are left out.
 
-    A DataError names a folder or file that is missing or not of this form, and a source smaller than the tile.
+    A DataError names a folder or file that is missing or not of this form, and a folder without a tile.
     """
 
-    def __init__(self, root: Path | str, tile: int = 120, *, sources: Sequence[str] = tuple(FOLDERS)):
-        if tile < 1:
-            raise ValueError(f"tile = {tile}: at least one pixel is needed")
-        self.tile, self._items = tile, {}
-        for source in sources:
-            if source not in FOLDERS:
-                raise ValueError(f"sources has {source!r}; allowed are {', '.join(FOLDERS)}")
-            if not (folder := Path(root) / FOLDERS[source]).is_dir():
-                raise DataError(f"{folder}: missing; leave {source} out of sources or put the sample data there")
+    def __init__(self, root: Path | str):
+        self._items = {}
+        for source, (name, scenes) in FOLDERS.items():
+            if not (folder := Path(root) / name).is_dir():
+                raise DataError(f"{folder}: missing; put the sample data there")
             before = len(self._items)
-            for name, sar, optical in _SCENES[source](folder):
-                self._items |= self._cut(f"{source}/{name}", sar, optical)
+            for scene, sar, optical in scenes(folder):
+                self._items |= _cut(f"{source}/{scene}", sar, optical)
             if len(self._items) == before:
-                raise DataError(f"{folder}: no tile of {tile} x {tile} pixels fits; leave {source} out of sources")
+                raise DataError(f"{folder}: no tile of {TILE} x {TILE} pixels fits; put the sample data there")
         self.ids = list(self._items)
 
     def __getitem__(self, i: int) -> dict:
         return {"id": self.ids[i], **self._items[self.ids[i]], "dates": {}}
 
-    def _cut(self, name: str, sar: np.ndarray, optical: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
-        """Tiles of a scene, (2, H, W) and (13, H, W), that hold data everywhere."""
-        if (shape := sar.shape[1:]) != optical.shape[1:]:
-            raise DataError(f"{name}: SAR of {shape} pixels and optical of {optical.shape[1:]} are not on one grid")
-        empty = ~np.isfinite(sar).all(axis=0) | ~optical.any(axis=0)
-        tiles, size = {}, self.tile
-        for r, c in np.ndindex(shape[0] // size, shape[1] // size):
-            window = np.s_[..., r * size : (r + 1) * size, c * size : (c + 1) * size]
-            if not empty[window].any():
-                SAR.check(sar[window])
-                OPTICAL.check(optical[window])
-                tiles[f"{name}/r{r}c{c}"] = {"sar": sar[window][None], "optical": optical[window][None]}
-        return tiles
+
+def _cut(name: str, sar: np.ndarray, optical: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
+    """Tiles of a scene, (2, H, W) and (13, H, W), that hold data everywhere."""
+    if (shape := sar.shape[1:]) != optical.shape[1:]:
+        raise DataError(f"{name}: SAR of {shape} pixels and optical of {optical.shape[1:]} are not on one grid")
+    empty, tiles = ~np.isfinite(sar).all(axis=0) | ~optical.any(axis=0), {}
+    for r, c in np.ndindex(shape[0] // TILE, shape[1] // TILE):
+        window = np.s_[..., r * TILE : (r + 1) * TILE, c * TILE : (c + 1) * TILE]
+        if not empty[window].any():
+            SAR.check(sar[window])
+            OPTICAL.check(optical[window])
+            tiles[f"{name}/r{r}c{c}"] = {"sar": sar[window][None], "optical": optical[window][None]}
+    return tiles
 
 
 def _read_bands(path: Path, setting: Modality, kind: str) -> np.ndarray:
@@ -173,7 +154,14 @@ def _bigearthnet(folder: Path):
         yield patch, patches[i]["sar"], patches[i]["optical"]
 
 
-_SCENES = {"sen1floods11": _sen1floods11, "sen12mscr": _sen12mscr, "bigearthnet": _bigearthnet}
+# Real Sentinel-1/2 pairs in small, for trying the whole path: tiles of one Sen1Floods11 chip, one SEN12MS-CR patch and
+# four BigEarthNet patches.
+FOLDERS = {
+    "sen1floods11": ("sen1floods11_sample", _sen1floods11),
+    "sen12mscr": ("sen12mscr_pair", _sen12mscr),
+    "bigearthnet": ("bigearthnet_real", _bigearthnet),
+}
+TILE = 120  # pixels
 
 
 DATASETS = (

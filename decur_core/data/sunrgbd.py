@@ -32,7 +32,7 @@ CLASSES_37: tuple[str, ...] = tuple(_NAMES.split())  # values 1 to 37 of masks
 _LISTS = {"test": "sunrgbd_testing_images.txt", "train": "sunrgbd_training_images.txt"}  # in the order of the masks
 _ALLSPLIT, _MASKS = (f"SUNRGBDtoolbox/{name}.mat" for name in ("traintestSUNRGBD/allsplit", "Metadata/SUNRGBD2Dseg"))
 _FRAME = re.compile(r"(?:.*/)?SUNRGBD/(.+?)(?:/image/[^/]+|/)?")
-_WANTED = "the masks of SUNRGBDtoolbox.zip, rgbd.cs.princeton.edu; take it from there, or labels=False"
+_WANTED = "the masks of SUNRGBDtoolbox.zip, rgbd.cs.princeton.edu; take it from there, or remove it"
 
 
 def decode_depth(png_uint16: np.ndarray) -> np.ndarray:
@@ -74,7 +74,7 @@ class SUNRGBD(Reader):
 
     `root` holds SUNRGBD/, or is it; `split`: "train", "test" (text lists beside SUNRGBD/, else the toolbox's
     allsplit.mat) or None for every frame found, sorted; `depth`: "depth_bfx" (filled in) or "depth"; `missing` is about
-    frames; `labels`: True asks for masks, False leaves them out, None takes them if their file is in the toolbox.
+    frames. Masks are there if their file is in the toolbox.
 
     Items: {"id": path of the frame below SUNRGBD/, "rgb": uint8 (3, H, W), "depth": float32 (1, H, W) in metres, 0 =
     hole, "intrinsics": float64 (3, 3) and "gravity": float64 (3,) as `depth_to_hha` takes them, "mask": uint8 (H, W), 0
@@ -85,14 +85,14 @@ class SUNRGBD(Reader):
     published; the text lists, allsplit.mat and SUNRGBDMeta are in one order.
     """
 
-    def __init__(self, root: Path | str, split: str | None = None, *, depth="depth_bfx", missing="error", labels=None):
+    def __init__(self, root: Path | str, split: str | None = None, *, depth="depth_bfx", missing="error"):
         one_of([*_LISTS, None], split=split)
         one_of(("depth_bfx", "depth"), depth=depth)
         one_of(MISSING, missing=missing)
         root = Path(root).absolute()
         self.root = root.parent if root.name == "SUNRGBD" and not (root / "SUNRGBD").is_dir() else root
         self._top, self._depth, self._rows = self.root / "SUNRGBD", depth, {}
-        has_masks = (self.root / _MASKS).is_file() if labels is None else labels
+        has_masks = (self.root / _MASKS).is_file()
         lists = {name: self._list(name) for name in _LISTS} if split or has_masks else {}
         frames = sum(lists.values(), [])
         if twice := repeated(frames):
@@ -127,7 +127,7 @@ class SUNRGBD(Reader):
         item["gravity"] = turn[1].copy()
         if self._rows:
             if (row := self._rows.get(self.ids[i])) is None:
-                raise DataError(f"{frame}: in neither split list, so without a mask; leave it out, or labels=False")
+                raise DataError(f"{frame}: in neither split list, so without a mask; leave it out")
             with reading(file := self.root / _MASKS, _WANTED), h5py.File(file) as masks:
                 item["mask"] = masks[masks["SUNRGBD2Dseg/seglabel"][row, 0]][()].T
             files["mask"] = file

@@ -24,11 +24,6 @@ def _empty(row: Mapping[str, float]) -> bool:
     return not np.nan_to_num(list(row.values())).any()
 
 
-def block_title(block: str, modality: str, modalities: Sequence[str]) -> str:
-    """What readers call a block of a modality's dimensions: unique, common (to all) or those who share it."""
-    return "unique" if block == modality else "common" if block == "+".join(modalities) else title(block)
-
-
 def panels(
     by_run: Mapping[str, Mapping[str, Table]],
     ceilings: Mapping[str, Mapping[str, Sequence[float]]],
@@ -46,8 +41,8 @@ def panels(
             rows = made[name] = {}
             for m, block in found[0]:
                 row = {f: float(np.mean([table[m, block][f] for table in found])) for f in found[0][m, block]}
-                label = f"{block_title(block, m, [*ceilings])}, {title(m)}"
-                rows[label] = dict.fromkeys(row, np.nan) if _empty(row) else row
+                kind = "unique" if block == m else "common" if block == "+".join(ceilings) else title(block)
+                rows[f"{kind}, {title(m)}"] = dict.fromkeys(row, np.nan) if _empty(row) else row
     return made
 
 

@@ -6,11 +6,11 @@ import fcntl
 import fnmatch
 import json
 import os
-import platform
 import re
-import time
 import warnings
 from pathlib import Path
+
+from filelock import SoftFileLock, Timeout
 
 TURNS = "DECUR_TURNS"  # set in the environment of chapters side by side, which wait for what another one makes
 seen: list[dict] = []  # what the images are of every store that this process has opened
@@ -94,43 +94,11 @@ def locked(folder: Path, *, wait: bool = False, name: str = ".lock"):
             raise RuntimeError(f"{folder} is in use by another process; wait for it or stop it first") from None
         except OSError as error:
             if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                stack.enter_context(_owned(folder / f"{name}-owner", wait=wait, reason=error.strerror))
+                try:
+                    stack.enter_context(SoftFileLock(owner := folder / f"{name}-owner", timeout=-1 if wait else 0))
+                except Timeout as held:  # says by whom, if that is on another machine
+                    way = f"wait for it or stop it first; if it has died, remove {owner} ({error.strerror}). {held}"
+                    raise RuntimeError(f"{folder} is in use by another process; {way}") from None
             elif error.errno not in (errno.EROFS, errno.EACCES):
                 raise
         yield
-
-
-@contextlib.contextmanager
-def _owned(file: Path, *, wait: bool, reason: str):
-    """Hold a file that only one process can make, and that names it; as ``locked`` else."""
-    here = platform.node()
-    while True:
-        try:
-            with open(file, "x") as made:
-                made.write(f"process {os.getpid()} on {here}")
-            break
-        except FileExistsError:
-            with contextlib.suppress(FileNotFoundError):  # just given back
-                who = file.read_text()
-                number, _, node = who.removeprefix("process ").partition(" on ")
-                if node == here and not _runs(int(number)):  # killed
-                    file.unlink(missing_ok=True)
-                elif not wait:
-                    state = f"{file.parent} is in use by {who}; wait for it or stop it first"
-                    raise RuntimeError(f"{state}; if it has died, remove {file} ({reason}: no locks there)") from None
-                else:
-                    time.sleep(0.2)
-    try:
-        yield
-    finally:
-        file.unlink(missing_ok=True)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

@@ -27,6 +27,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from decur_core import losses
 from decur_core.config import ConfigError
+from decur_core.running import tie
 
 asked = ctypes.c_int()  # number of a signal to stop at; memory shared with the process that launched this one
 followed = False  # whether that process shows the progress of this one
@@ -175,12 +176,6 @@ def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     known = inspect.signature(replica).parameters
     options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False  # older torch
     return replica(model, [torch.cuda.current_device()] if gpu else None, **options)
-
-
-def tie() -> None:
-    """Die with the process that started this one, whatever kills it (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
 
 
 def launch(function: Callable, *arguments, processes: int, device: torch.device, tick: Callable = lambda: 0) -> None:

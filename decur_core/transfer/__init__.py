@@ -1,8 +1,7 @@
 """What encoders are worth on labelled images."""
 
-from decur_core.data.tasks import mean_average_precision
 from decur_core.transfer.encoders import load_pretrained
-from decur_core.transfer.evaluation import chance, evaluate, evaluate_members, example_predictions, subset
+from decur_core.transfer.evaluation import chance, evaluate, evaluate_members, example_predictions
 
 __all__ = [
     "chance",
@@ -10,6 +9,4 @@ __all__ = [
     "evaluate_members",
     "example_predictions",
     "load_pretrained",
-    "mean_average_precision",
-    "subset",
 ]

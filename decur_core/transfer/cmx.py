@@ -16,9 +16,6 @@ from decur_core.data.raster import DataError
 
 DECODER = 512  # channels to which the decoder brings every stage
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; published for both inputs
-# Published evaluations call fcn.predict with this window; single-scale as it is, multi-scale with scales of
-# 0.75, 1 and 1.25 and flip.
-WINDOW = (480, 640)
 
 
 def normalize(images: Tensor) -> Tensor:
