@@ -35,6 +35,7 @@ from PIL import Image
 from decur_core import config
 from decur_core.running import folders as runs
 from decur_core.running import tie
+from decur_core.running.files import TURNS
 
 # Bars as rare text lines. Threads that wait must sleep: spinning ones make a shared machine many times slower.
 ENVIRONMENT = {"DECUR_HEADLESS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -260,7 +261,7 @@ def side_by_side(commands: dict[str, list[str]], *, jobs: int, grace: float = 60
     signal is passed on to those that run, and all are waited for.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    environment = {"OMP_NUM_THREADS": str(max(1, cores // jobs)), **os.environ, runs.TURNS: "1"}
+    environment = {"OMP_NUM_THREADS": str(max(1, cores // jobs)), **os.environ, TURNS: "1"}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     options |= {"env": environment, "start_new_session": True, "preexec_fn": tie}
     state, codes = State(), {}

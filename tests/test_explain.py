@@ -25,7 +25,7 @@ def target():
     torch.manual_seed(0)
     model = MultimodalModel("small", {"sar": 2, "optical": 13}, (16, 8)).eval()
     z = model.embed("optical", torch.rand(64, 13, 24, 24)).detach()
-    return saliency.CommonUnique(model, "optical", (range(6), range(6, 8)), z.mean(0), z.std(0))
+    return explain.CommonUnique(model, "optical", (range(6), range(6, 8)), z.mean(0), z.std(0))
 
 
 def test_embeddings_do_not_depend_on_the_batch(tiny, pair_store):
@@ -163,7 +163,7 @@ def test_gradcam_is_the_gradient_weighted_map_of_the_last_convolution(target):
     assert layer is target.model.backbones["optical"][6]
     handle = layer.register_forward_hook(lambda module, args, out: kept.update(map=out))
     for part in (0, 1):
-        found = saliency.gradcam(target, images, part)
+        found = explain.gradcam(target, images, part)
         out = target(images)[:, part].sum()
         (gradient,) = torch.autograd.grad(out, kept["map"])
         weighted = (gradient.mean((2, 3), keepdim=True) * kept["map"]).sum(1, keepdim=True).clamp_min(0)
@@ -184,10 +184,10 @@ def test_gradcam_of_other_backbones_is_spatial(backbone, size):
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.ones_(module.weight)
     z, kept = model.embed("rgb", torch.rand(32, 3, size, size)).detach(), {}
-    target = saliency.CommonUnique(model, "rgb", (range(5), range(5, 8)), z.mean(0), z.std(0))
+    target = explain.CommonUnique(model, "rgb", (range(5), range(5, 8)), z.mean(0), z.std(0))
     images = torch.rand(2, 3, size, size)
     handle = target.last_convolution().register_forward_hook(lambda module, args, out: kept.update(map=out))
-    found = [saliency.gradcam(target, images, part) for part in (0, 1)]
+    found = [explain.gradcam(target, images, part) for part in (0, 1)]
     assert sum(float(f.max()) for f in found) > 0
     for part in (0, 1):
         (gradient,) = torch.autograd.grad(target(images)[:, part].sum(), kept["map"])
@@ -201,7 +201,7 @@ def test_gradcam_of_other_backbones_is_spatial(backbone, size):
 def test_gradcam_looks_where_the_only_thing_is(target):
     images = torch.zeros(1, 13, 24, 24)
     images[:, :, 2:10, 14:22] = torch.rand(13, 8, 8)
-    maps = [saliency.gradcam(target, images, part)[0] for part in (0, 1)]
+    maps = [explain.gradcam(target, images, part)[0] for part in (0, 1)]
     inside = max(float(m[:13, 11:].mean() / m.mean().clamp_min(1e-12)) for m in maps)
     assert inside > 1.2
 
@@ -209,7 +209,7 @@ def test_gradcam_looks_where_the_only_thing_is(target):
 def test_integrated_gradients_sum_to_the_change_of_the_output(target):
     images = torch.rand(4, 13, 24, 24)
     for part in (0, 1):
-        coarse, fine = (saliency.integrated_gradients(target, images, part, steps=n) for n in (8, 128))
+        coarse, fine = (explain.integrated_gradients(target, images, part, steps=n) for n in (8, 128))
         change = (target(images) - target(torch.zeros_like(images)))[:, part].detach()
         torch.testing.assert_close(fine[0].sum((1, 2, 3)), change, rtol=0.02, atol=0.01)
         torch.testing.assert_close(fine[0].sum((1, 2, 3)) - fine[1], change, rtol=1e-3, atol=1e-4)
@@ -218,16 +218,16 @@ def test_integrated_gradients_sum_to_the_change_of_the_output(target):
 
 def test_one_image_is_explained_the_same_alone_and_among_others(target):
     images = torch.rand(5, 13, 24, 24)
-    for how in (saliency.gradcam, lambda *a: saliency.integrated_gradients(*a)[0]):
+    for how in (explain.gradcam, lambda *a: explain.integrated_gradients(*a)[0]):
         torch.testing.assert_close(how(target, images, 1)[2:3], how(target, images[2:3], 1), rtol=1e-3, atol=1e-6)
 
 
 def test_overlap_of_equal_maps_is_larger_than_that_of_disjoint_ones():
     left = torch.zeros(1, 4, 4)
     left[:, :, :2] = 3.0
-    assert saliency.overlap(left, left).item() == pytest.approx(np.log(0.5))
-    assert saliency.overlap(left, left.flip(2)).item() == pytest.approx(np.log(1e-12), rel=1e-4)
-    assert saliency.overlap(torch.ones(1, 4, 4), left).isfinite().all()
+    assert explain.overlap(left, left).item() == pytest.approx(np.log(0.5))
+    assert explain.overlap(left, left.flip(2)).item() == pytest.approx(np.log(1e-12), rel=1e-4)
+    assert explain.overlap(torch.ones(1, 4, 4), left).isfinite().all()
 
 
 def test_statistics_equal_a_naive_loop_and_survive_an_interruption(tiny, pair_store, monkeypatch):
@@ -237,15 +237,15 @@ def test_statistics_equal_a_naive_loop_and_survive_an_interruption(tiny, pair_st
     (file,) = runs.path(settings, "explain").glob("*.jsonl")
     whole = file.read_text()
 
-    two, modalities, trained = saliency.targets(folder, Store(pair_store))
+    two, modalities, trained = explain.targets(folder, Store(pair_store))
     raw, bands = {"common": [], "unique": []}, []
     for i in range(10):
         images = embeddings.images(Store(pair_store), modalities.values(), [i], trained["crop_size"])
         for k, part in enumerate(raw):
-            one, other = (saliency._unit(saliency.gradcam(two[m], x, k))[0] for m, x in images.items())
+            one, other = (saliency._unit(explain.gradcam(two[m], x, k))[0] for m, x in images.items())
             raw[part].append(np.log(max(float((one * other).mean()), 1e-12)))
         bands.append(
-            saliency.integrated_gradients(two["optical"], images["optical"], 0, steps=4)[0][0].mean((1, 2)).numpy()
+            explain.integrated_gradients(two["optical"], images["optical"], 0, steps=4)[0][0].mean((1, 2)).numpy()
         )
     raw = {k: np.where(np.array(v) < np.log(1e-11), np.nan, v) for k, v in raw.items()}  # one of the maps is empty
     low, high = (f(np.concatenate(list(raw.values()))) for f in (np.nanmin, np.nanmax))
@@ -278,9 +278,9 @@ def test_statistics_of_models_without_a_part_or_without_maps(tiny, pair_store, k
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         found = explain.statistics(settings, folder, pair_store, samples=6, batch_size=4, steps=4)
-        plots.overlaps({part: found[f"overlap {part}"] for part in saliency.PARTS})
+        plots.overlaps({part: found[f"overlap {part}"] for part in explain.PARTS})
     empty = {"barlow_twins": ["unique"], "random": ["common", "unique"]}.get(settings.method, ["common"])
-    for part in saliency.PARTS:
+    for part in explain.PARTS:
         scores = found[f"overlap {part}"]
         assert scores.shape == (6,) and (np.isnan(scores).all() or part not in empty)
         if part in empty and settings.method != "random":
@@ -335,11 +335,11 @@ def test_maps_and_overlaps_of_three_modalities_go_by_their_blocks(tiny, tmp_path
             return 6
 
     found = explain.statistics(tiny(), tmp_path / "run", "a store", samples=6, batch_size=4, steps=2)
-    names = [f"overlap {pair} {part}" for pair in ("sar+optical", "sar+dem", "optical+dem") for part in saliency.PARTS]
+    names = [f"overlap {pair} {part}" for pair in ("sar+optical", "sar+dem", "optical+dem") for part in explain.PARTS]
     assert [name for name in found if name.startswith("overlap")] == names
     assert all(found[name].shape == (6,) for name in names)
     assert found["bands dem common"].shape == (1,) and found["bands optical unique"].shape == (13,)
-    made, _, _ = saliency.targets(tmp_path / "run", Fake())
+    made, _, _ = explain.targets(tmp_path / "run", Fake())
     z = embeddings.embeddings(tmp_path / "run", Fake(), samples=6)["sar"]
     z = (z - z.mean(0)) / z.std(0)
     expected = torch.stack([z[:, :5].mean(1), z[:, 5:].mean(1)], 1)
@@ -354,6 +354,6 @@ def test_the_split_that_a_run_found_says_what_is_common(tiny, pair_store):
     state = torch.load(folder / "final.pt", weights_only=True)
     state["settings"]["dim_common"], state["split"] = "auto", {"dim_common": 3, "rank": 5}
     checkpoints.save(state, folder / "final.pt")
-    found, _, settings = saliency.targets(folder, Store(pair_store), samples=8)
+    found, _, settings = explain.targets(folder, Store(pair_store), samples=8)
     assert settings["dim_common"] == 3 and "rank" not in settings
     assert [int((part != 0).sum()) for part in found["sar"].weights.T] == [3, 5]

@@ -16,7 +16,7 @@ from decur_core.data import datasets
 from decur_core.data.datasets import modalities_of
 from decur_core.data.raster import DataError
 from decur_core.data.store import Store
-from decur_core.data.tasks import Scene, mean_average_precision
+from decur_core.data.tasks import Scene
 from decur_core.model import MultimodalModel
 from decur_core.running import checkpoints
 from decur_core.running import folders as runs
@@ -35,7 +35,7 @@ def test_map_equals_scikit_learn_on_the_whole_set():
     labels = (random.random((200, 5)) < 0.3).astype(int)
     labels[:, 4] = 0
     scores = random.normal(size=(200, 5)) + labels
-    found = mean_average_precision(torch.tensor(scores), torch.tensor(labels))
+    found = transfer.mean_average_precision(torch.tensor(scores), torch.tensor(labels))
     per_class = [100 * average_precision_score(labels[:, k], scores[:, k]) for k in range(4)]
     assert found["per_class"][:4] == pytest.approx(per_class, abs=1e-3) and found["per_class"][4] is None
     assert found["macro"] == pytest.approx(np.mean(per_class), abs=1e-3)
@@ -48,28 +48,28 @@ def test_only_the_order_of_scores_counts_and_ties_count_as_one_threshold():
     ranks = random.integers(0, 40, (300, 4)) + 4 * labels
     expected = [100 * average_precision_score(labels[:, k], ranks[:, k]) for k in range(4)]
     for scores in (ranks, 2 * ranks + 20, ranks - 200, 1e-6 * ranks):  # where a sigmoid would round them to one value
-        found = mean_average_precision(torch.tensor(scores, dtype=torch.float32), torch.tensor(labels))
+        found = transfer.mean_average_precision(torch.tensor(scores, dtype=torch.float32), torch.tensor(labels))
         assert found["per_class"] == pytest.approx(expected, abs=1e-3)
         assert found["micro"] == pytest.approx(100 * average_precision_score(labels.ravel(), ranks.ravel()), abs=1e-4)
     with pytest.raises(DataError, match="no positive label"):
-        mean_average_precision(torch.rand(5, 2), torch.zeros(5, 2))
+        transfer.mean_average_precision(torch.rand(5, 2), torch.zeros(5, 2))
 
 
 def test_one_class_and_one_image_have_a_score():
     scores, labels = torch.tensor([[0.9], [0.1], [0.8], [0.3]]), torch.tensor([[1], [0], [0], [1]])
     expected = 100 * average_precision_score(labels.numpy(), scores.numpy())
-    found = mean_average_precision(scores, labels)
+    found = transfer.mean_average_precision(scores, labels)
     assert found == {"micro": pytest.approx(expected), "macro": pytest.approx(expected), "per_class": [found["macro"]]}
-    assert mean_average_precision(torch.rand(1, 3), torch.tensor([[1, 0, 1]]))["per_class"] == [100, None, 100]
-    assert mean_average_precision(torch.ones(4, 1), labels)["micro"] == pytest.approx(50)  # a constant score
+    assert transfer.mean_average_precision(torch.rand(1, 3), torch.tensor([[1, 0, 1]]))["per_class"] == [100, None, 100]
+    assert transfer.mean_average_precision(torch.ones(4, 1), labels)["micro"] == pytest.approx(50)  # a constant score
 
 
 def test_subset_has_no_duplicates_and_follows_the_seed():
-    chosen = evaluation.subset(1000, 0.01, seed=3)
+    chosen = transfer.subset(1000, 0.01, seed=3)
     assert len(chosen) == len(set(chosen)) == 10 and chosen == sorted(chosen)
-    assert chosen == evaluation.subset(1000, 0.01, seed=3) != evaluation.subset(1000, 0.01, seed=4)
-    assert evaluation.subset(1000, 1.0, seed=0) == list(range(1000))
-    assert len(evaluation.subset(20, 0.01, seed=0)) == 1
+    assert chosen == transfer.subset(1000, 0.01, seed=3) != transfer.subset(1000, 0.01, seed=4)
+    assert transfer.subset(1000, 1.0, seed=0) == list(range(1000))
+    assert len(transfer.subset(20, 0.01, seed=0)) == 1
 
 
 def changed(settings, **values):

@@ -32,6 +32,7 @@ FORMAT = 3
 TODO, STORED, QUARANTINED = range(3)
 REASON = 1024  # bytes that are kept of a reason
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_BLOCK = 1024  # rows that are looked at together
 
 
 def positions(count: int, shard: tuple[int, int], chunk: int = 1) -> range:
@@ -144,10 +145,12 @@ def summary(path: Path, index: dict, rows: range) -> dict:
     moments = there["moments"][0][rows.start : rows.stop] if "moments" in there else np.empty((len(ids), 2, 0))
     kept = np.flatnonzero(state == STORED)
     sha256 = hashlib.sha256("\n".join(ids[k] for k in kept).encode() + b"\n")
-    sha256.update(digests[kept].tobytes())
-    origin, count = moments[kept[0], 0] if len(kept) else 0.0, max(1, len(kept))
-    offset = moments[kept, 0] - origin  # near the mean, so that squares lose nothing
-    first, second = offset.sum(0) / count, (moments[kept, 1] + offset**2).sum(0) / count
+    origin, sums = moments[kept[0], 0] if len(kept) else 0.0, np.zeros((2, moments.shape[2]))
+    for block in np.split(kept, range(_BLOCK, len(kept), _BLOCK)):  # a few at a time: together they are large
+        sha256.update(digests[block].tobytes())
+        offset = moments[block, 0] - origin  # near the mean, so that squares lose nothing
+        sums += offset.sum(0), (moments[block, 1] + offset**2).sum(0)
+    first, second = sums / max(1, len(kept))
     bad = {ids[k]: reasons[k].decode(errors="ignore") for k in np.flatnonzero(state == QUARANTINED)}
     found = {"stored": len(kept), "quarantined": bad, "sha256": sha256.hexdigest()}
     for key, values in (("mean", origin + first), ("std", np.sqrt((second - first**2).clip(0)))):

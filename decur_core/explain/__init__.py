@@ -13,4 +13,13 @@ from decur_core.explain.embeddings import (  # noqa: F401
     retrieval,
     tsne,
 )
-from decur_core.explain.saliency import example_maps, statistics  # noqa: F401
+from decur_core.explain.saliency import (  # noqa: F401
+    PARTS,
+    CommonUnique,
+    example_maps,
+    gradcam,
+    integrated_gradients,
+    overlap,
+    statistics,
+    targets,
+)

@@ -87,7 +87,7 @@ def alignment(z1: Tensor, z2: Tensor) -> Tensor:
     return (1 - (losses.standardise(z1) * losses.standardise(z2)).sum(0)).square()
 
 
-def tsne(*z: Tensor, perplexity: float = 30.0) -> np.ndarray:
+def tsne(*z: Tensor, seed: int = 0, perplexity: float = 30.0) -> np.ndarray:
     """A map of embedding dimensions, one point each (Fig. 1): (K_1 + K_2 + …) x 2, modality after modality.
 
     ``z``: embeddings N x K_m of the same samples. Each dimension is described by its standardised values over the N
@@ -103,9 +103,10 @@ def tsne(*z: Tensor, perplexity: float = 30.0) -> np.ndarray:
     points = torch.cat([losses.standardise(each) for each in z], dim=1).T.contiguous().numpy()
     if np.ptp(points, axis=0).max() < 1e-6:  # scikit-learn would divide by their spread, and its C code crash
         raise ValueError("every dimension has the same values, so there is no map: this embedding has collapsed")
+    options = {"perplexity": min(perplexity, (len(points) - 1) / 3), "random_state": seed}
     from sklearn.manifold import TSNE  # here: with scipy it takes a second
 
-    return TSNE(perplexity=min(perplexity, (len(points) - 1) / 3), init="pca", random_state=0).fit_transform(points)
+    return TSNE(init="pca", **options).fit_transform(points)
 
 
 def neighbours(z1: Tensor, z2: Tensor) -> Tensor:

@@ -25,19 +25,17 @@ def _empty(row: Mapping[str, float]) -> bool:
 
 
 def panels(
-    by_run: Mapping[str, Mapping[str, Table]],
-    ceilings: Mapping[str, Mapping[str, Sequence[float]]],
-    kernel: str = "linear",
-    methods: Sequence[str] = SHOWN,
+    by_run: Mapping[str, Mapping[str, Table]], ceilings: Mapping[str, Mapping[str, Sequence[float]]]
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Means over seeds for ``figures.matrix``: the ceiling, a row per modality, then a table for each of some methods.
+    """Linear R2, means over seeds, for ``figures.matrix``: the ceiling, a row per modality, then a table for each of
+    some methods, a row per block.
 
     Not a number where a block has no dimension to read from.
     """
     means = {m: {f: float(np.mean(values)) for f, values in found.items()} for m, found in ceilings.items()}
     made = {"Supervised network: the ceiling, $R^2$": {title(m): row for m, row in means.items()}}
-    for name in methods:
-        if found := [by_kernel[kernel] for label, by_kernel in by_run.items() if method(label) == name]:
+    for name in SHOWN:
+        if found := [by_kernel["linear"] for label, by_kernel in by_run.items() if method(label) == name]:
             rows = made[name] = {}
             for m, block in found[0]:
                 row = {f: float(np.mean([table[m, block][f] for table in found])) for f in found[0][m, block]}
