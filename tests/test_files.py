@@ -100,6 +100,12 @@ def turns(tmp_path, **options) -> list[str]:
     return order
 
 
+def test_without_locks_one_that_waits_long_says_for_what(tmp_path, without_locks, monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", 0.1)
+    with pytest.warns(UserWarning, match=f"waiting for another process.*remove {tmp_path / '.lock-owner'}"):
+        assert turns(tmp_path, wait=True) == ["first", "other"]
+
+
 def test_an_error_while_a_folder_is_held_gives_it_back(tmp_path, without_locks):
     with pytest.raises(KeyError), locked(tmp_path):
         raise KeyError

@@ -27,8 +27,7 @@ def _empty(row: Mapping[str, float]) -> bool:
 def panels(
     by_run: Mapping[str, Mapping[str, Table]], ceilings: Mapping[str, Mapping[str, Sequence[float]]]
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Linear R2, means over seeds, for ``figures.matrix``: the ceiling, a row per modality, then a table for each of
-    some methods, a row per block.
+    """Linear R2, means over seeds, for ``figures.matrix``: the ceiling, then the blocks of each of some methods.
 
     Not a number where a block has no dimension to read from.
     """

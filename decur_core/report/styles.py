@@ -45,8 +45,7 @@ def modalities() -> dict[str, Modality]:
 
 
 def title(name: str) -> str:
-    """What readers call a method, a modality (and when: ``sar before``), several of them (``sar+optical``) or a loss
-    term (``intra/sar``)."""
+    """What readers call a method, modalities (``sar+optical``, ``sar before``) or a loss term (``intra/sar``)."""
     head, _, rest = name.partition(" ")
     if rest and head in modalities():
         return f"{title(head)} {rest}"

@@ -13,6 +13,7 @@ from pathlib import Path
 from filelock import SoftFileLock, Timeout
 
 TURNS = "DECUR_TURNS"  # set in the environment of chapters side by side, which wait for what another one makes
+PATIENCE = 10.0  # seconds until one that waits for a file says so: some file systems cannot tell that its owner died
 seen: list[dict] = []  # what the images are of every store that this process has opened
 
 
@@ -94,11 +95,16 @@ def locked(folder: Path, *, wait: bool = False, name: str = ".lock"):
             raise RuntimeError(f"{folder} is in use by another process; wait for it or stop it first") from None
         except OSError as error:
             if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                lock = SoftFileLock(owner := folder / f"{name}-owner")
+                stack.callback(lock.release)
                 try:
-                    stack.enter_context(SoftFileLock(owner := folder / f"{name}-owner", timeout=-1 if wait else 0))
+                    lock.acquire(timeout=PATIENCE if wait else 0)
                 except Timeout as held:  # says by whom, if that is on another machine
                     way = f"wait for it or stop it first; if it has died, remove {owner} ({error.strerror}). {held}"
-                    raise RuntimeError(f"{folder} is in use by another process; {way}") from None
+                    if not wait:
+                        raise RuntimeError(f"{folder} is in use by another process; {way}") from None
+                    warnings.warn(f"{folder}: waiting for another process; {way}", stacklevel=3)
+                    lock.acquire()
             elif error.errno not in (errno.EROFS, errno.EACCES):
                 raise
         yield
