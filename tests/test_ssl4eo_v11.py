@@ -15,7 +15,7 @@ from decur_core import config, pretrain, transfer
 from decur_core.data import prepare
 from decur_core.data.modality import DEM, OPTICAL, SAR
 from decur_core.data.raster import DataError
-from decur_core.data.ssl4eo_v11 import B10, DATASETS, FOLDERS, SSL4EOS12v11, darkest, find_offset
+from decur_core.data.ssl4eo_v11 import B10, DATASETS, FOLDERS, FORMS, LAND_COVER, SSL4EOS12v11, darkest, find_offset
 from decur_core.worlds import ssl4eo_v11 as worlds
 from decur_core.worlds.sar_optical import World
 from decur_core.worlds.ssl4eo_v11 import Rounded, write_ssl4eo_v11
@@ -98,6 +98,77 @@ def test_ground_level_images_have_no_cirrus_band(written, form):
 def test_elevation_alone_has_one_image(written):
     item = SSL4EOS12v11(written[TAR], "val", ("DEM",), missing="skip")[0]
     assert item["dem"].shape == (1, 1, TILE, TILE) and item["dates"] == {}
+
+
+class Mapped(Rounded):
+    """With land cover, a class for each value of the world's Layout.cover: (1, 1, H, W)."""
+
+    classes = np.array([LAND_COVER.index(name) for name in ("bare ground", "water", "built area", "crops")], np.uint8)
+
+    def __getitem__(self, i):
+        cover = self.world._layouts(*self.world._draw(i, 0))[0].cover
+        return super().__getitem__(i) | {"mask": self.classes[cover][None, None]}
+
+
+def with_land_cover(root, train, test):
+    made = {"train": Mapped(World(train, tile=TILE)), "test": Mapped(World(test, tile=TILE, seed=1), "val")}
+    for split, world in made.items():
+        part = "train" if split == "train" else "val"
+        write_ssl4eo_v11(root, world, part, range(len(world)), form=TAR, folders=("S1GRD", "S2L1C", "LULC"))
+    return root, made
+
+
+@pytest.fixture
+def mapped(tmp_path):
+    return with_land_cover(tmp_path, 3, 2)
+
+
+def test_land_cover_comes_with_the_first_images(mapped):
+    root, made = mapped
+    (dataset,) = (d for d in DATASETS if d.task)
+    for split, world in made.items():
+        data = dataset.read(root, split, missing="skip")
+        assert data.ids == world.ids and set(data.statistics) == {"sar", "optical"}
+        for i, expected in enumerate(world):
+            item = data[i]
+            assert set(item) == {"id", "sar", "optical", "mask", "dates"} and item["id"] == expected["id"]
+            assert item["dates"] == {name: times[:1] for name, times in expected["dates"].items()}
+            assert all(np.array_equal(item[key], expected[key][0]) for key in ("sar", "optical"))
+            assert item["mask"].dtype == np.uint8 and np.array_equal(item["mask"], expected["mask"][0, 0])
+    named = dict(enumerate(LAND_COVER))
+    assert {named[k] for k in np.unique(item["mask"])} == {"water", "crops", "built area", "bare ground"}
+    assert item["optical"][7][item["mask"] == LAND_COVER.index("water")].mean() < item["optical"][7].mean()
+    assert dataset.task.classes == LAND_COVER[1:] and dataset.task.ignore == LAND_COVER.index("no data") == 0
+
+
+@pytest.mark.parametrize("times", [1, 4])
+def test_land_cover_may_be_there_for_each_time(mapped, times):
+    root, made = mapped
+
+    def other(found):
+        found["bands"] = np.concatenate([found["bands"].astype(np.int16), np.zeros((times - 1, 1, TILE, TILE))])
+
+    change(root, TAR, "LULC", arrays(other))
+    item = SSL4EOS12v11(root, "train", ("S1GRD", "S2L1C", "LULC"), missing="skip")[0]
+    assert np.array_equal(item["mask"], made["train"][0]["mask"][0, 0])
+
+
+@pytest.mark.parametrize("value", [11, -1, 2.5])  # 11: rangeland in the maps that these come from
+def test_land_cover_of_another_numbering_is_refused(mapped, value):
+    def other(found):
+        found["bands"] = found["bands"].astype(np.float32)
+        found["bands"][..., 3, 5] = value
+
+    path = change(mapped[0], TAR, "LULC", arrays(other))
+    found = raised(mapped[0], folders=("S1GRD", "S2L1C", "LULC"))
+    assert f"{path}: land cover {value:g} in 0000000; expected 0 to 9" in found
+
+
+@pytest.mark.parametrize("name", ["DEM", "elevation", "b1"])
+def test_a_band_that_is_alone_may_have_any_name(root, form, name):
+    change(root, form, "DEM", arrays(lambda found: found.update(band=np.array([name]))))
+    item = SSL4EOS12v11(root, "train", THREE, missing="skip")[0]
+    assert np.array_equal(item["dem"], WORLDS["train"][0]["dem"])
 
 
 def test_spawned_workers_read_the_same_in_any_order(written):
@@ -343,12 +414,12 @@ def test_a_mixture_of_forms_and_bad_settings_are_refused(written, tmp_path):
     shutil.copytree(written[TAR] / "train", root / "train", dirs_exist_ok=True)
     with pytest.raises(DataError, match="S1GRD: both forms of the data set, .zarr.zip and .tar; keep one"):
         SSL4EOS12v11(root, "train")
-    with pytest.raises(ValueError, match="split is 'test'; allowed are train"):
-        SSL4EOS12v11(root, "test")
+    with pytest.raises(ValueError, match="split is 'tests'; allowed are train"):
+        SSL4EOS12v11(root, "tests")
     with pytest.raises(ValueError, match="missing is 'ignore'; allowed are error"):
         SSL4EOS12v11(root, missing="ignore")
     for folders in ((), ("S1GRD", "S2RGB"), ("S2L1C", "S2L2A")):
-        with pytest.raises(ValueError, match="some of S1GRD, S2L1C, S2L2A, DEM are needed, one of S2L1C and S2L2A"):
+        with pytest.raises(ValueError, match="some of S1GRD, S2L1C, S2L2A, DEM, LULC are needed"):
             SSL4EOS12v11(root, "train", folders)
     with pytest.raises(DataError, match="3812|477 files are not there"):
         SSL4EOS12v11(tmp_path / "nowhere", "train")
@@ -378,7 +449,7 @@ def test_the_worlds_are_those_of_other_pairs_as_files_hold_them():
     assert not np.array_equal(redrawn[1]["sar"], worlds.SSL4EO_V11.behind(settings, "train")[1]["sar"])
 
 
-@pytest.mark.parametrize("dataset", DATASETS, ids=[d.name for d in DATASETS])
+@pytest.mark.parametrize("dataset", DATASETS[:2], ids=[d.name for d in DATASETS[:2]])
 def test_the_twins_stand_in_for_the_data_sets(dataset, tmp_path):
     settings = SimpleNamespace(locations=3, test=2, tile=TILE, layout="coregistered", seed=1)
     module, name = dataset.world.split(":")
@@ -393,7 +464,7 @@ def test_the_twins_stand_in_for_the_data_sets(dataset, tmp_path):
     assert twin.behind(settings, "train").factors.keys() == twin.factors.keys()
 
 
-def test_encoders_are_scored_on_bigearthnet(pair_store, tiny):
+def test_encoders_are_scored_on_bigearthnet_and_land_cover(pair_store, tiny, monkeypatch):
     """Which has no pair of this name, but the same bands in the same bytes."""
     settings = tiny(pair="sar_optical_v11", epochs=1, **{"transfer.epochs": 1, "transfer.batch_size": 8})
     folder = pretrain.run(settings, pair_store)
@@ -405,3 +476,11 @@ def test_encoders_are_scored_on_bigearthnet(pair_store, tiny):
     assert record["patches"] == {"train": 24, "test": 16} and 0 < record["micro"] <= 100
     with pytest.raises(config.ConfigError, match="labelled data of pair sar_optical_v11"):
         prepare.labelled_stores(settings, "bigearthnet")
+    root, _ = with_land_cover(folder.parent / "v11", 24, 16)
+    monkeypatch.setitem(FORMS, TAR, (FORMS[TAR][0], {"train": 1, "val": 1}))  # files that were published
+    given = drawn | {"data.source": "published", "data.roots": {"ssl4eo_v11_lulc": str(root)}}
+    stores = prepare.labelled_stores(config.load("start", given, pair="sar_optical_v11"), "ssl4eo_v11_lulc")
+    record = transfer.evaluate(settings, folder, stores, dataset="ssl4eo_v11_lulc", protocol="linear")
+    title = "SSL4EO-S12 v1.1 with land cover"
+    assert (record["dataset"], record["metric"], record["patches"]["test"]) == (title, "mIoU (%)", 16)
+    assert 0 < record["miou"] < 100 and sum(v is not None for v in record["per_class"]) >= 4

@@ -104,14 +104,8 @@ def convert(
         "first_sample": {"id": dataset.ids[row], "sha256": first.digest().hex()},
     }
     shapes = {name: array.shape[1:] for name, array in first.images.items()}
-    form = {
-        "ids": dataset.ids,
-        "shapes": shapes,
-        "seasons": sizes.popitem()[1],
-        "labels": len(first.labels),
-        "meta": meta,
-    }
-    form |= {"chunk": getattr(dataset, "chunk", 1), "retry": retry, "allowed": allowed}
+    form = {"ids": dataset.ids, "shapes": shapes, "seasons": sizes.popitem()[1], "labels": len(first.labels)}
+    form |= {"meta": meta, "chunk": getattr(dataset, "chunk", 1), "retry": retry, "allowed": allowed}
     converted, parts = 0, index["parts"]
     for place in [shard] if shard[1] > 1 else [(i, parts) for i in range(parts)]:
         with StoreWriter(path, shard=place, **form) as writer:

@@ -42,12 +42,10 @@ def intrinsics(height: int, width: int) -> np.ndarray:
 
 
 def _metres(path: Path) -> np.ndarray:
-    with reading(path, "an array of depth in metres"), open(path, "rb") as file:
-        return np.lib.format.read_array(file, allow_pickle=False)
-
-
-def _millimetres(path: Path) -> np.ndarray:
-    """Depth image of 16 bits in millimetres -> float32 metres; the sensor ends at 10 m, so more is another unit."""
+    """Depth file: an array in metres, or 16 bits in millimetres; the sensor ends at 10 m, so more is another unit."""
+    if path.suffix == ".npy":
+        with reading(path, "an array of depth in metres"), open(path, "rb") as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
     if (depth := read_image(path, "I;16")).max() > 10_000:
         raise DataError(f"{path}: depth up to {depth.max()}, expected millimetres, 0 (hole) to 10000; convert its unit")
     return depth / np.float32(1000)
@@ -98,8 +96,8 @@ class NYUv2(Reader):
         item, files = {"id": (name := self.ids[i])}, dict.fromkeys(("rgb", "depth", "mask"), self.root / _MAT)
         if self._to_40 is None:
             files = {"rgb": self.root / f"RGB/{name}.jpg", "mask": self.root / f"Label/{name}.png"}
-            files["depth"] = path = self.root / "Depth" / f"{name}{self._depth}"
-            depth = _millimetres(path) if self._depth == ".png" else _metres(path)
+            depth = _metres(path := self.root / "Depth" / f"{name}{self._depth}")
+            files["depth"] = path
             item |= {"rgb": read_image(files["rgb"], "RGB"), "mask": read_image(files["mask"], "P", "L")}
         else:
             with reading(files["rgb"], _WANTED), h5py.File(files["rgb"]) as file:

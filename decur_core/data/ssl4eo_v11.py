@@ -3,10 +3,11 @@
 264 x 264 pixels of 10 m in every band. Two published forms, told by the names of the files:
 * Zarr archives of 64 places: `{train,val}/{S1GRD,S2L1C,S2L2A}/ssl4eos12_{train,val}_seasonal_data_<n>.zarr.zip` (3,812
   and 34), named by `splits/ssl4eos12_{train,val}.txt`; in them `bands` (place, time, band, y, x) and `sample`, the ids;
-* tar shards: `{train,val}/{S1GRD,S2L1C,S2L2A,DEM}/ssl4eos12_shard_<n>.tar` (477 and 5), a Zarr archive
+* tar shards: `{train,val}/{S1GRD,S2L1C,S2L2A,DEM,LULC}/ssl4eos12_shard_<n>.tar` (477 and 5), a Zarr archive
   `<key>.zarr.zip` per place, with `bands` (time, band, y, x).
 Sentinel-1: VV, VH in dB, float16. Sentinel-2: int16, reflectance x 10000, in the first form plus 1,000, as processing
-baseline 04.00 has it, in the second without. Elevation: metres, one image per place. Ids are not those of v1.
+baseline 04.00 has it, in the second without. Elevation: metres, one image per place. Land cover: see `LAND_COVER`. Ids
+are not those of v1.
 
 How to get it: huggingface.co/datasets/embed2scale/SSL4EO-S12-v1.1 or datapub.fz-juelich.de/ssl4eo-s12. CC-BY-4.0.
 """
@@ -26,30 +27,36 @@ import numpy as np
 from decur_core.data.datasets import DataSet
 from decur_core.data.modality import DEM, OPTICAL, SAR
 from decur_core.data.raster import MISSING, DataError, Reader, one_of, reading, visible
+from decur_core.data.tasks import Masks
 
 B10 = OPTICAL.bands.index("B10")
 OFFSET = 1000  # of processing baseline 04.00
 _L1C = tuple(f"B{int(name[1:]):02d}" if name[1:].isdigit() else name for name in OPTICAL.bands)
-# Folder -> modality, names of the bands in the files, and mean and deviation over the data set as published, which for
-# Sentinel-2 are those without the offset
+# Folder -> key of items, names of the bands in the files, and mean and deviation over the data set as published, which
+# for Sentinel-2 are those without the offset
 FOLDERS = {
-    "S1GRD": (SAR, ("vv", "vh"), (-12.577, -20.265), (5.179, 5.872)),
+    "S1GRD": ("sar", ("vv", "vh"), (-12.577, -20.265), (5.179, 5.872)),
     "S2L1C": (
-        OPTICAL, _L1C,
+        "optical", _L1C,
         (1607.345, 1393.068, 1320.225, 1373.963, 1562.536, 2110.071, 2392.832, 2321.154, 2583.77, 838.712, 21.753,
          2205.112, 1545.798),
         (786.523, 849.702, 875.318, 1143.578, 1126.248, 1161.98, 1273.505, 1246.79, 1342.755, 576.795, 45.626,
          1340.347, 1145.036),
     ),
     "S2L2A": (
-        OPTICAL, _L1C[:B10] + _L1C[B10 + 1 :],
+        "optical", _L1C[:B10] + _L1C[B10 + 1 :],
         (793.243, 924.863, 1184.553, 1340.936, 1671.402, 2240.082, 2468.412, 2563.244, 2627.704, 2711.071, 0.0,
          2416.714, 1849.625),
         (1160.144, 1201.092, 1219.943, 1397.225, 1400.035, 1373.136, 1429.17, 1485.025, 1447.836, 1652.703, 0.0,
          1471.002, 1365.307),
     ),
-    "DEM": (DEM, ("elevation",), (435.726,), (560.326,)),
+    "DEM": ("dem", ("DEM",), (435.726,), (560.326,)),
+    "LULC": ("mask", ("LULC",)),
 }  # fmt: skip
+# Value of LULC -> class, those of the yearly maps by Impact Observatory and Esri, numbered without their gaps, as in
+# TerraMesh (Blumenstiel et al. 2025, arXiv:2504.11172), which contains places of this data set
+_NAMES = "no data, water, trees, flooded vegetation, crops, built area, bare ground, snow and ice, clouds, rangeland"
+LAND_COVER = tuple(_NAMES.split(", "))
 # Form -> names of its files, and how many were published
 FORMS = {
     ".zarr.zip": ("ssl4eos12_{split}_seasonal_data_{number:06d}.zarr.zip", {"train": 3812, "val": 34}),
@@ -83,15 +90,17 @@ def find_offset(places: Iterable[np.ndarray]) -> int:
 
 
 class SSL4EOS12v11(Reader):
-    """SAR, optical images and elevation of one place, all four times of it per item.
+    """SAR, optical images and elevation of one place, all four times of it per item, or the first with land cover.
 
-    `root` holds train/ and val/; `split`: "train" or "val"; `folders`: products, keys of FOLDERS, not both S2L1C
-    and S2L2A; `missing` is about files (of the split list, or else as many as were published) and about places that not
-    every product has; `offset`: what was added to Sentinel-2, None to tell it from the data with `find_offset`.
+    `root` holds train/ and val/; `split`: "train" or "val", also called "test"; `folders`: products, keys of FOLDERS,
+    not both S2L1C and S2L2A; `missing` is about files (of the split list, or else as many as were published) and about
+    places that not every product has; `offset`: what was added to Sentinel-2, None to tell it from the data with
+    `find_offset`.
 
     Items: {"id": str, "sar": float32 (4, 2, H, W) in dB, "optical": float32 (4, 13, H, W) in reflectance x 10000
     without the offset, with 0 in place of less (noise over dark ground) and, for S2L2A, in B10, "dem": float32 (4, 1,
-    H, W) in metres, four times the same, "dates": {"sar": [...], "optical": [...]} as YYYYMMDDThhmmss}, by date.
+    H, W) in metres, four times the same, "dates": {"sar": [...], "optical": [...]} as YYYYMMDDThhmmss}, by date. With
+    LULC among the folders the first image of each, (C, H, W), and "mask": uint8 (H, W), index into LAND_COVER.
 
     `.chunk`: so many consecutive places share a file; the last block of it is kept, as Zarr archives are compressed
     over all of their places. `.statistics`: as published, modality -> (mean, std).
@@ -100,14 +109,14 @@ class SSL4EOS12v11(Reader):
     """
 
     def __init__(self, root: Path | str, split=None, folders=("S1GRD", "S2L1C"), *, missing="error", offset=None):
-        names = [FOLDERS[folder][0].name for folder in folders if folder in FOLDERS]
-        one_of(("train", "val", None), split=split)
+        names = [FOLDERS[folder][0] for folder in folders if folder in FOLDERS]
+        one_of(("train", "val", "test", None), split=split)
         one_of(MISSING, missing=missing)
         if not len(folders) == len(set(names)) > 0:
             raise ValueError(f"folders {folders}: some of {', '.join(FOLDERS)} are needed, one of S2L1C and S2L2A")
-        self.root, self.folders, self.left_out = Path(root), tuple(folders), {}
-        self.statistics = {name: FOLDERS[folder][2:] for name, folder in zip(names, folders, strict=True)}
-        parts = [split] if split else ["train", "val"]
+        self.root, self.folders, self.left_out, self._keys = Path(root), tuple(folders), {}, names
+        self.statistics = {n: FOLDERS[f][2:] for n, f in zip(names, folders, strict=True) if n != "mask"}
+        parts = [{"test": "val"}.get(split, split)] if split else ["train", "val"]
         wanted = [[self.root / part / folder / n for folder in folders] for part in parts for n in self._wanted(part)]
         absent = {k: f"no {path}" for k, paths in enumerate(wanted) for path in paths[::-1] if not path.is_file()}
         self._files = [paths for k, paths in enumerate(wanted) if k not in absent]  # by number those of every folder
@@ -125,8 +134,8 @@ class SSL4EOS12v11(Reader):
 
     def __getitem__(self, i: int) -> dict:
         item, dates = {}, {}
-        for k, name in enumerate(self.statistics):
-            images, times = self._read(i, k)
+        for k, name in enumerate(self._keys):
+            images, times = self._read(i, k, 1 if "mask" in self._keys else None)
             item[name] = self._reflectance(i, images) if name == "optical" else images.astype(np.float32)
             dates |= {name: times} if times else {}
         if len(item.get("dem", ())) == 1:
@@ -134,6 +143,12 @@ class SSL4EOS12v11(Reader):
         if len({(len(images), images.shape[2:]) for images in item.values()}) > 1:
             shapes = ", ".join(f"{name} {images.shape}" for name, images in item.items())
             raise DataError(f"{self._files[self._places[i, 0, 0]][0]}: {self.ids[i]} has {shapes}; not of one place")
+        if "mask" in item:
+            cover = item["mask"][0, 0]
+            if len(wrong := cover[~np.isin(cover, range(len(LAND_COVER)))]):
+                path = self._files[self._places[i, 0, 0]][self._keys.index("mask")]
+                raise DataError(f"{path}: land cover {wrong[0]:g} in {self.ids[i]}; expected 0 to 9, see LAND_COVER")
+            item = {name: images[0] for name, images in item.items()} | {"mask": cover.astype(np.uint8)}
         return {"id": self.ids[i], **item, "dates": dates}
 
     def _wanted(self, part: str) -> list[str]:
@@ -155,14 +170,14 @@ class SSL4EOS12v11(Reader):
 
     def _offset(self) -> int:
         """Told from the first images of places all over the data set."""
-        k, probes = list(self.statistics).index("optical"), []
+        k, probes = self._keys.index("optical"), []
         for i in np.unique(np.linspace(0, len(self.ids) - 1, 16).astype(int)):
             with suppress(DataError):  # a damaged place is refused when it is asked for
                 probes.append(self._read(i, k, 1)[0])
         return find_offset(probes)
 
     def _read(self, i: int, k: int, times: int | None = None) -> tuple[np.ndarray, list[str]]:
-        """Images of a place at the first times as they are stored, (T, C, H, W), and their dates, of elevation none."""
+        """Images of a place at the first times as they are stored, (T, C, H, W), and, if of satellites, their dates."""
         number, place, size = map(int, self._places[i, k])
         path, (_, names, *_) = self._files[number][k], FOLDERS[self.folders[k]]
         with reading(path, f"{self.folders[k]} of {self.ids[i]} as Zarr, (times, {len(names)}, H, W)"):
@@ -171,9 +186,9 @@ class SSL4EOS12v11(Reader):
             images = group["bands"][:times] if size else _block(path, place // step * step, step, times)[place % step]
             if images.ndim != 4 or images.shape[1] != len(names) or images.dtype.kind not in "fui":
                 raise ValueError(f"{images.dtype} of shape {images.shape}")
-            if "band" in group and (found := tuple(map(str, group["band"][:]))) != names:
+            if len(names) > 1 and "band" in group and (found := tuple(map(str, group["band"][:]))) != names:
                 raise ValueError(f"bands {found}")
-            dates = [] if self.folders[k] == "DEM" else _dates(group, ... if size else place)
+            dates = [] if len(names) == 1 else _dates(group, ... if size else place)
             return images, dates[:times]
 
     def _reflectance(self, i: int, images: np.ndarray) -> np.ndarray:
@@ -242,15 +257,17 @@ DATASETS = tuple(
         name=name,
         title=f"SSL4EO-S12 v1.1{title}",
         pair=pair,
-        modalities=tuple(FOLDERS[folder][0] for folder in folders),
+        modalities=tuple(m for m in (SAR, OPTICAL, DEM) if m.name in [FOLDERS[folder][0] for folder in folders]),
         read=partial(SSL4EOS12v11, folders=folders),
-        splits=("train", "val"),
-        pretrain="train",
-        world=f"decur_core.worlds.ssl4eo_v11:{name.upper()}",
+        splits=("train", "test" if task else "val"),
+        pretrain="" if task else "train",
+        task=task,
+        world="" if task else f"decur_core.worlds.ssl4eo_v11:{name.upper()}",
         cite="blumenstiel2025ssl4eo",
     )
-    for name, title, pair, folders in (
-        ("ssl4eo_v11", "", "sar_optical_v11", ("S1GRD", "S2L1C")),
-        ("ssl4eo_v11_dem", " with elevation", "sar_optical_dem", ("S1GRD", "S2L1C", "DEM")),
+    for name, title, pair, folders, task in (
+        ("ssl4eo_v11", "", "sar_optical_v11", ("S1GRD", "S2L1C"), None),
+        ("ssl4eo_v11_dem", " with elevation", "sar_optical_dem", ("S1GRD", "S2L1C", "DEM"), None),
+        ("ssl4eo_v11_lulc", " with land cover", "sar_optical_v11", ("S1GRD", "S2L1C", "LULC"), Masks(LAND_COVER[1:])),
     )
 )

@@ -62,9 +62,8 @@ def by_seed(records: Iterable[Mapping], number: int = 0) -> dict[int, float]:
     for r in records:
         if r["seed"] in found:
             about = ", ".join(f"{k} {r[k]}" for k in KEYS)
-            raise ValueError(
-                f"two records of {r['dataset']}, {about}, seed {r['seed']}; choose one data set and variant"
-            )
+            state = f"two records of {r['dataset']}, {about}, seed {r['seed']}"
+            raise ValueError(f"{state}; choose one data set and variant")
         found[r["seed"]] = numbers(r)[number]
     return found
 

@@ -49,9 +49,8 @@ def compare(values: Mapping[str, Mapping[int, float]], what: str, *, digits: int
         rest = f"; it is not told from {_listed(groups[False])}" if groups[False] else ""
         return f"{what}: {first}, with {about}, is ahead of {_listed(groups[True])}{rest}."
     if groups[False]:
-        return (
-            f"{what}: nobody is ahead; the highest mean, {first}'s {about}, is not told from {_listed(groups[False])}."
-        )
+        rest = _listed(groups[False])
+        return f"{what}: nobody is ahead; the highest mean, {first}'s {about}, is not told from {rest}."
     return f"{what}: {first} has {about}."
 
 

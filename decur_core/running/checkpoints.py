@@ -170,7 +170,5 @@ def same_settings(found: dict, wanted: dict, folder: Path) -> None:
     there, now = config.defaults() | found, config.defaults() | wanted
     if names := [k for k in found | wanted if k in there and there[k] != now.get(k)]:
         listed = "; ".join(f"{k}: {there[k]} there, {now.get(k)} now" for k in names)
-        raise config.ConfigError(
-            f"{folder} holds a run with other settings ({listed}). Use those settings, give this run another `name`,"
-            " or remove the folder."
-        )
+        way = "Use those settings, give this run another `name`, or remove the folder."
+        raise config.ConfigError(f"{folder} holds a run with other settings ({listed}). {way}")

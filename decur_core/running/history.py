@@ -24,10 +24,8 @@ def write(file, pending: list, folder: Path, settings: Settings, rate: float) ->
         row, values = dict(zip(terms, values, strict=False)), values[len(terms) :]
         if bad := ", ".join(f"{name} = {value}" for name, value in row.items() if not math.isfinite(value)):
             good = [f.name for f in checkpoints.files(folder)]
-            raise NonFinite(
-                f"{folder.name}: loss terms {bad} at step {step}; last good checkpoint: {good[-1] if good else 'none'}."
-                " Lower learning_rate, or look at the images of that step."
-            )
+            state = f"loss terms {bad} at step {step}; last good checkpoint: {good[-1] if good else 'none'}"
+            raise NonFinite(f"{folder.name}: {state}. Lower learning_rate, or look at the images of that step.")
         rates = {"learning_rate": share * settings.learning_rate, "pairs_per_second": round(rate, 2)}
         file.write(json.dumps({"step": step, **rates, **row}) + "\n")
     file.flush()

@@ -152,11 +152,8 @@ class RoomWorld(Locations):
         wall = room & (axis != 1)
         mask = np.where(wall, WALL, np.where(point[1] > 0, FLOOR, CEILING))
         rose, green, grey = np.array([[0.72, 0.48, 0.62], [0.46, 0.70, 0.50], [0.32, 0.30, 0.28]])
-        reflectance = {
-            WALL: rose + f["wall_hue"] * (green - rose),
-            FLOOR: grey * rng.uniform(0.85, 1.15),
-            CEILING: 0.78,
-        }
+        walls, floors = rose + f["wall_hue"] * (green - rose), grey * rng.uniform(0.85, 1.15)
+        reflectance = {WALL: walls, FLOOR: floors, CEILING: 0.78}
         colour = np.empty((3, piece.size), np.float32)
         for value in reflectance:
             colour.T[mask == value] = reflectance[value]

@@ -62,9 +62,9 @@ def write_ssl4eo_v11(root: Path | str, world: Rounded, split: str, indices: Iter
 
 def _stored(item: dict, folder: str, form: str) -> dict[str, np.ndarray]:
     """A place as a file of a folder has it, by the name of the array."""
-    key = FOLDERS[folder][0].name
-    if key == "dem":
-        return {"bands": item["dem"][:1]} | ({} if form == ".zarr.zip" else {"time": np.zeros(1, np.int64)})
+    key = FOLDERS[folder][0]
+    if key in ("dem", "mask"):
+        return {"bands": item[key][:1]} | ({} if form == ".zarr.zip" else {"time": np.zeros(1, np.int64)})
     images, dates = item[key], item["dates"][key]
     times = {
         "time": np.array([datetime.strptime(d, "%Y%m%dT%H%M%S") for d in dates], "datetime64[ns]").astype(np.int64)
