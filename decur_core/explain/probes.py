@@ -181,7 +181,7 @@ def ceiling(
     for m, seed in runs.progress(todo, desc=f"{settings.pair}, supervised"):
         about = {"backbone": settings.backbone, "steps": steps, "batch": settings.batch_size, "samples": size}
         about |= {"size": settings.crop_size, "store": store.sha256, "factors": list(factors)}
-        name = "-".join(filter(None, (settings.pair, m.name, f"seed{seed}", settings.name)))
+        name = "-".join(filter(None, (settings.pair, m.name, f"{steps}steps", f"seed{seed}", settings.name)))
         file = runs.path(settings, "ceiling", f"{name}.json")
         if not file.exists() or (kept := json.loads(file.read_text()))["settings"] != about:
             flips = replace(plain(settings.crop_size), p_hflip=m.policy.p_hflip, p_vflip=m.policy.p_vflip)
