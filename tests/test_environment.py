@@ -382,6 +382,19 @@ def test_records_of_other_programs_stay_out_of_the_book(tmp_path):
     assert json.loads((tmp_path / "out" / "records.json").read_text()) == [{"name": "", "micro": 1}]
 
 
+def test_records_of_chapters_that_did_not_run_here_stay_in_the_book(tmp_path):
+    """Runs lie in ignored folders, and may be on another machine than the one that makes a chapter anew."""
+    target, here = tmp_path / "out" / "records.json", tmp_path / "here"
+    for folder, evaluations in ((tmp_path / "there", {"a": 1, "c": 2}), (here, {"b": 3, "c": 4})):
+        for name, micro in evaluations.items():
+            runs.write_json(folder / f"{name}.json", {"evaluation": name, "name": "", "micro": micro})
+        runs.publish_records(folder, target)
+    assert {r["evaluation"]: r["micro"] for r in json.loads(target.read_text())} == {"a": 1, "b": 3, "c": 4}
+    before = target.read_bytes()
+    runs.publish_records(tmp_path / "none", target)
+    assert target.read_bytes() == before
+
+
 def test_other_systems_are_told_where_the_library_runs():
     code = "import sys; sys.modules['fcntl'] = None; import decur_core"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -40,9 +40,8 @@ def title(settings: config.Settings) -> str:
 
 def label(settings: config.Settings) -> str:
     """Name of a run for readers: method and seed, then ``variant`` and ``name`` if there are any."""
-    method = METHODS[settings.method].title
     seen = [m.title or m.name for m in config.modalities(settings) if m.name in _only(settings)]
-    parts = (method, *seen, f"seed {settings.seed}", settings.variant, settings.name)
+    parts = (METHODS[settings.method].title, *seen, f"seed {settings.seed}", settings.variant, settings.name)
     return ", ".join(filter(None, parts))
 
 
@@ -145,8 +144,9 @@ def write_record(settings: config.Settings, name: str, record: dict) -> dict:
 
 
 def publish_records(folder: Path, target: Path) -> None:
-    """The records of ``folder`` as one file for the book: of the profile's own runs, not of renamed trials."""
-    records = [json.loads(f.read_text()) for f in sorted(visible(folder, "*.json"))]
-    kept = [{k: v for k, v in r.items() if k != "label_ids"} for r in records if not r["name"]]
-    if kept:
+    """Add the records of ``folder``, of the profile's own runs and not of renamed trials, to the file of the book."""
+    before = json.loads(target.read_text()) if target.exists() else []
+    found = {r["evaluation"]: r for r in before if "evaluation" in r}  # of chapters whose runs need not be here
+    found |= {f.stem: json.loads(f.read_text()) for f in visible(folder, "*.json")}
+    if kept := [{k: v for k, v in r.items() if k != "label_ids"} for _, r in sorted(found.items()) if not r["name"]]:
         write_json(target, kept)
