@@ -257,9 +257,13 @@ def test_the_ceiling_is_computed_once_and_not_on_images_that_it_is_tested_on(tmp
     assert calls == [(24, 8, 200, 0), (24, 8, 200, 3)] * 2 and list(found) == ["sar", "optical"]
     assert found["sar"]["water"] == [1.5, 2.5] and found["optical"]["ratio"] == [3.5, 4.5]
     assert probe.ceiling(settings, store, factors, samples=16) == found and len(calls) == 4  # from the files
-    runs.path(settings, "ceiling", "sar_optical-sar-seed3.json").unlink()
+    runs.path(settings, "ceiling", "sar_optical-sar-200steps-seed3.json").unlink()
     probe.ceiling(settings, store, factors, samples=16)
     assert len(calls) == 5 and len(Store(store)) == 32
+    longer = config.load("mini", small | {"sweep": {"seed": [0, 3]}, "epochs": 51})  # 4 steps each
+    probe.ceiling(longer, store, factors, samples=16)
+    assert len(calls) == 9 and calls[-1][2] == 204
+    assert probe.ceiling(settings, store, factors, samples=16)["sar"]["water"] == [1.5, 5.5] and len(calls) == 9
 
 
 def test_blocks_without_dimensions_are_told_from_measured_ones(random):
