@@ -96,8 +96,8 @@ class NYUv2(Reader):
         item, files = {"id": (name := self.ids[i])}, dict.fromkeys(("rgb", "depth", "mask"), self.root / _MAT)
         if self._to_40 is None:
             files = {"rgb": self.root / f"RGB/{name}.jpg", "mask": self.root / f"Label/{name}.png"}
-            depth = _metres(path := self.root / "Depth" / f"{name}{self._depth}")
-            files["depth"] = path
+            files["depth"] = self.root / "Depth" / f"{name}{self._depth}"
+            depth = _metres(files["depth"])
             item |= {"rgb": read_image(files["rgb"], "RGB"), "mask": read_image(files["mask"], "P", "L")}
         else:
             with reading(files["rgb"], _WANTED), h5py.File(files["rgb"]) as file:

@@ -144,9 +144,9 @@ class SSL4EOS12v11(Reader):
             shapes = ", ".join(f"{name} {images.shape}" for name, images in item.items())
             raise DataError(f"{self._files[self._places[i, 0, 0]][0]}: {self.ids[i]} has {shapes}; not of one place")
         if "mask" in item:
-            cover = item["mask"][0, 0]
+            cover, k = item["mask"][0, 0], self._keys.index("mask")
             if len(wrong := cover[~np.isin(cover, range(len(LAND_COVER)))]):
-                path = self._files[self._places[i, 0, 0]][self._keys.index("mask")]
+                path = self._files[self._places[i, k, 0]][k]
                 raise DataError(f"{path}: land cover {wrong[0]:g} in {self.ids[i]}; expected 0 to 9, see LAND_COVER")
             item = {name: images[0] for name, images in item.items()} | {"mask": cover.astype(np.uint8)}
         return {"id": self.ids[i], **item, "dates": dates}
