@@ -61,6 +61,7 @@ def of_records(
 
     Methods without pretraining are in it where the protocol is theirs. ``data``: name the data set.
     """
+    records = list(records)
     found = [r for r in records if (r["inputs"], r["fraction"], r["protocol"]) == (inputs, fraction, protocol)]
     if not found:
         raise ValueError(f"no record with {protocol}, inputs {inputs}, {100 * fraction:g} % of the labels")
@@ -69,7 +70,8 @@ def of_records(
         for m in sorted({r["method"] for r in found}, key=place)
     }
     score = found[0]["numbers"][number]
-    what = f"{tables.NUMBERS.get(score, score)}, {protocol}, {100 * fraction:g} % of the labels, {title(inputs)}"
+    what = f"{tables.NUMBERS.get(score, score)}, {protocol}, {100 * fraction:g} % of the labels"
+    what = f"{what}, {tables.given(inputs, {r['inputs'] for r in records})}"
     return compare(values, f"{what}, {data_title(found[0])}" if data else what)
 
 

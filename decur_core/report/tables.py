@@ -75,6 +75,11 @@ def _column(task: tuple) -> str:
     return f"{100 * task[0]:g} % {task[-1]}"
 
 
+def given(inputs: str, kinds: Iterable[str]) -> str:
+    """The title of what a network is given, among the ``kinds`` of a task: both of more than two sensors are all."""
+    return "all sensors" if inputs == "both" and any("+" in kind for kind in kinds) else title(inputs)
+
+
 def markdown(rows: Sequence[dict], *, numbers: int = 2) -> str:
     """Rows of ``summary`` as Markdown tables: one per number and kind of inputs, methods as rows, DeCUR first.
 
@@ -82,12 +87,11 @@ def markdown(rows: Sequence[dict], *, numbers: int = 2) -> str:
 
     Mean ± standard deviation over seeds where there is more than one; the best of a column in bold; Δ: ``difference``.
     """
-    every, parts = "all" if any("+" in r["inputs"] for r in rows) else "both", []
-    kinds = sorted({r["inputs"] for r in rows}, key=order)
+    parts, kinds = [], sorted({r["inputs"] for r in rows}, key=order)
     for (k, (mean, more)), inputs in itertools.product(enumerate(PAIR[:numbers]), kinds):
         found = [r for r in rows if r["inputs"] == inputs]
-        number, name = found[0]["numbers"][k], every if inputs == "both" else title(inputs)
-        parts.append(f"**{NUMBERS.get(number, number)}, {name}: {found[0]['data']}**")
+        number = found[0]["numbers"][k]
+        parts.append(f"**{NUMBERS.get(number, number)}, {given(inputs, kinds)}: {found[0]['data']}**")
         tasks = sorted({_task(r) for r in found})
         apart = [[t for t in tasks if t[1:] == p] for p in sorted({t[1:] for t in tasks})]
         for columns in [tasks] if len(tasks) <= WIDEST else apart:
