@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import zarr
+from zarr.buffer import cpu
 
 from decur_core import config, pretrain, transfer
 from decur_core.data import prepare
@@ -95,6 +96,38 @@ def test_ground_level_images_have_no_cirrus_band(written, form):
     OPTICAL.check(data[2]["optical"])
 
 
+SHUFFLED = [0, 2, 3, 1]
+
+
+def shuffled(form, **changes):
+    """An edit of radar images: all but the first in another order than that of their dates, told as the form tells."""
+
+    def edit(found):
+        found["bands"] = np.take(found["bands"], SHUFFLED, axis=found["bands"].ndim - 4)
+        name = "file_id" if form == ZIP else "time"
+        found[name] = found[name][..., SHUFFLED]
+        if form == ZIP:  # of the whole file, and sorted
+            found["time_"] = np.sort(np.zeros(found["file_id"].shape, np.int64), axis=-1)
+        found.update(changes)
+
+    return arrays(edit)
+
+
+def test_images_come_by_date_whatever_their_order_in_the_file(root, form):
+    """The published Zarr archives have radar images in the order of names, S1A before S1B."""
+    change(root, form, "S1GRD", shuffled(form))
+    item = SSL4EOS12v11(root, "train", missing="skip")[0]
+    same(item, WORLDS["train"][0], ("sar", "optical"))
+
+
+def test_damaged_dates_tell_no_order(root, form):
+    if form == TAR:
+        times = np.array([1.6e18, 1.58e18, np.iinfo(np.int64).min, 1.61e18]).astype(np.int64)
+        change(root, form, "S1GRD", arrays(lambda found: found.update(time=times)))
+        item = SSL4EOS12v11(root, "train", missing="skip")[0]
+        assert np.array_equal(item["sar"], WORLDS["train"][0]["sar"]) and item["dates"]["sar"][2] == "NaT"
+
+
 def test_elevation_alone_has_one_image(written):
     item = SSL4EOS12v11(written[TAR], "val", ("DEM",), missing="skip")[0]
     assert item["dem"].shape == (1, 1, TILE, TILE) and item["dates"] == {}
@@ -139,6 +172,18 @@ def test_land_cover_comes_with_the_first_images(mapped):
     assert {named[k] for k in np.unique(item["mask"])} == {"water", "crops", "built area", "bare ground"}
     assert item["optical"][7][item["mask"] == LAND_COVER.index("water")].mean() < item["optical"][7].mean()
     assert dataset.task.classes == LAND_COVER[1:] and dataset.task.ignore == LAND_COVER.index("no data") == 0
+
+
+def test_land_cover_comes_with_the_first_images_by_date(mapped):
+    root, made = mapped
+
+    def last_is_first(found):
+        found.update(bands=found["bands"][::-1], time=found["time"][::-1])
+
+    change(root, TAR, "S1GRD", arrays(last_is_first))
+    item = SSL4EOS12v11(root, "train", ("S1GRD", "S2L1C", "LULC"), missing="skip")[0]
+    assert np.array_equal(item["sar"], made["train"][0]["sar"][0])
+    assert item["dates"]["sar"] == made["train"][0]["dates"]["sar"][:1]
 
 
 @pytest.mark.parametrize("times", [1, 4])
@@ -263,7 +308,7 @@ def arrays(edit):
 
     def apply(data):
         with zipfile.ZipFile(io.BytesIO(data)) as file:
-            parts = {name: zarr.buffer.cpu.Buffer.from_bytes(file.read(name)) for name in file.namelist()}
+            parts = {name: cpu.Buffer.from_bytes(file.read(name)) for name in file.namelist()}
         group = zarr.open_group(zarr.storage.MemoryStore(parts), mode="r", zarr_format=2)
         found = {name: array[...] for name, array in group.arrays()}
         edit(found)

@@ -5,11 +5,13 @@
   and 34), named by `splits/ssl4eos12_{train,val}.txt`; in them `bands` (place, time, band, y, x) and `sample`, the ids;
 * tar shards: `{train,val}/{S1GRD,S2L1C,S2L2A,DEM,LULC}/ssl4eos12_shard_<n>.tar` (477 and 5), a Zarr archive
   `<key>.zarr.zip` per place, with `bands` (time, band, y, x).
-Sentinel-1: VV, VH in dB, float16. Sentinel-2: int16, reflectance x 10000, in the first form plus 1,000, as processing
-baseline 04.00 has it, in the second without. Elevation: metres, one image per place. Land cover: see `LAND_COVER`. Ids
-are not those of v1.
+Sentinel-1: VV, VH in dB, float16, in the first form in the order of the scenes' names, S1A before S1B, while its dates
+`time_` are sorted; in the second by date. Sentinel-2: int16, reflectance x 10000, in the first form plus 1,000, as
+processing baseline 04.00 has it, in the second without. Elevation: metres, one image per place. Land cover: see
+`LAND_COVER`. Ids are not those of v1.
 
-How to get it: huggingface.co/datasets/embed2scale/SSL4EO-S12-v1.1 or datapub.fz-juelich.de/ssl4eo-s12. CC-BY-4.0.
+How to get it: huggingface.co/datasets/embed2scale/SSL4EO-S12-v1.1 (the second form; the first: …-v1.1-Zarr, or
+datapub.fz-juelich.de/ssl4eo-s12). CC-BY-4.0.
 """
 
 import io
@@ -133,9 +135,9 @@ class SSL4EOS12v11(Reader):
         self.offset = self._offset() if offset is None and "optical" in names else offset
 
     def __getitem__(self, i: int) -> dict:
-        item, dates = {}, {}
+        item, dates, kept = {}, {}, slice(1 if "mask" in self._keys else None)
         for k, name in enumerate(self._keys):
-            images, times = self._read(i, k, 1 if "mask" in self._keys else None)
+            images, times = (own[kept] for own in self._read(i, k))
             item[name] = self._reflectance(i, images) if name == "optical" else images.astype(np.float32)
             dates |= {name: times} if times else {}
         if len(item.get("dem", ())) == 1:
@@ -177,7 +179,7 @@ class SSL4EOS12v11(Reader):
         return find_offset(probes)
 
     def _read(self, i: int, k: int, times: int | None = None) -> tuple[np.ndarray, list[str]]:
-        """Images of a place at the first times as they are stored, (T, C, H, W), and, if of satellites, their dates."""
+        """Images of a place as they are stored, the first of them, (T, C, H, W), by date, and, if of satellites, dates."""
         number, place, size = map(int, self._places[i, k])
         path, (_, names, *_) = self._files[number][k], FOLDERS[self.folders[k]]
         with reading(path, f"{self.folders[k]} of {self.ids[i]} as Zarr, (times, {len(names)}, H, W)"):
@@ -188,8 +190,10 @@ class SSL4EOS12v11(Reader):
                 raise ValueError(f"{images.dtype} of shape {images.shape}")
             if len(names) > 1 and "band" in group and (found := tuple(map(str, group["band"][:]))) != names:
                 raise ValueError(f"bands {found}")
-            dates = [] if len(names) == 1 else _dates(group, ... if size else place)
-            return images, dates[:times]
+            dates = [] if len(names) == 1 else _dates(group, None if size else place)[:times]
+            if dates and all(date.startswith("2") for date in dates):  # a few are damaged, and tell no order
+                images, dates = images[np.argsort(dates, kind="stable")], sorted(dates)
+            return images, dates
 
     def _reflectance(self, i: int, images: np.ndarray) -> np.ndarray:
         """Stored values of Sentinel-2 -> float32 (T, 13, H, W) without the offset."""
@@ -244,9 +248,9 @@ def _places(path: Path) -> list[tuple[str, int, int]]:
         return [place for place in places if not Path(place[0]).name.startswith(".")]
 
 
-def _dates(group, row) -> list[str]:
-    """When the images of a place were taken, YYYYMMDDThhmmss."""
-    if "file_id" in group:  # names of scenes, which begin with or contain the start
+def _dates(group, row: int | None) -> list[str]:
+    """When the images of a place were taken, YYYYMMDDThhmmss; `row`: of the place, None in an archive of its own."""
+    if row is not None:  # names of scenes, which begin with or contain the start
         return [re.search(r"\d{8}T\d{6}", str(name))[0] for name in group["file_id"][row]]
     taken = group["time"][:].astype("datetime64[ns]").astype("datetime64[s]")
     return [re.sub("[-:]", "", str(time)) for time in taken]
