@@ -1,3 +1,4 @@
+import fcntl
 import pickle
 import re
 import shutil
@@ -181,6 +182,13 @@ def test_tree_and_published_file_give_the_same_items(tree, published):
     shutil.rmtree(tree / "RGB")
     for split, names in (*SPLITS.items(), (None, list("01234"))):
         check(pickle.loads(pickle.dumps(NYUv2(published, split))), names)
+
+
+def test_a_file_that_cannot_be_locked_is_read(published):
+    """On many network file systems and read-only disks there are no locks; one that another program holds is as good."""
+    with open(published / "nyu_depth_v2_labeled.mat", "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        check(NYUv2(published, "test"), SPLITS["test"])
 
 
 def test_lists_may_have_bare_names(tree):

@@ -1,3 +1,4 @@
+import fcntl
 import pickle
 import re
 import shutil
@@ -200,6 +201,14 @@ def test_the_toolboxs_split_is_read_where_the_text_lists_are_not(tree):
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(DataError, match="allsplit.mat: cannot be read"):
         SUNRGBD(root, "train")
+
+
+def test_masks_that_cannot_be_locked_are_read(tree):
+    """On many network file systems and read-only disks there are no locks; one that another program holds is as good."""
+    root, truth = tree
+    with open(root / "SUNRGBDtoolbox" / "Metadata" / "SUNRGBD2Dseg.mat", "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert np.array_equal(SUNRGBD(root, "train")[0]["mask"], truth[TRAIN[0]]["mask"])
 
 
 def edit(path, old, new):

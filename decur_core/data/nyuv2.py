@@ -74,7 +74,7 @@ class NYUv2(Reader):
             here = {path.stem for path in visible(self.root / "RGB", "*.jpg")}
             self._depth = ".npy" if visible(self.root / "Depth", "*.npy") else ".png"
         else:
-            with reading(path := self.root / _MAT, _WANTED), h5py.File(path) as file:
+            with reading(path := self.root / _MAT, _WANTED), h5py.File(path, locking=False) as file:
                 here = set(map(str, range(len(file["images"]))))
             self._to_40 = np.append(0, self._matlab("classMapping40.mat", "mapClass")).astype(np.uint8)
         wanted = self._list(split) if split else sorted(here, key=lambda i: (len(i), i))
@@ -100,7 +100,7 @@ class NYUv2(Reader):
             depth = _metres(files["depth"])
             item |= {"rgb": read_image(files["rgb"], "RGB"), "mask": read_image(files["mask"], "P", "L")}
         else:
-            with reading(files["rgb"], _WANTED), h5py.File(files["rgb"]) as file:
+            with reading(files["rgb"], _WANTED), h5py.File(files["rgb"], locking=False) as file:
                 rgb, depth, labels = (file[k][int(name)].swapaxes(-1, -2) for k in ("images", "depths", "labels"))
                 if labels.max() >= len(self._to_40):
                     raise ValueError(f"label {labels.max()} in image {name}")

@@ -98,7 +98,7 @@ class SUNRGBD(Reader):
         if twice := repeated(frames):
             raise DataError(f"{self.root}: the split lists name {twice[0]} twice; take both as published")
         if has_masks:
-            with reading(path := self.root / _MASKS, _WANTED), h5py.File(path) as file:
+            with reading(path := self.root / _MASKS, _WANTED), h5py.File(path, locking=False) as file:
                 count = len(file["SUNRGBD2Dseg/seglabel"])
             if count != len(frames):
                 raise DataError(f"{path}: {count} masks, but {len(frames)} frames in the lists; take both as published")
@@ -128,7 +128,7 @@ class SUNRGBD(Reader):
         if self._rows:
             if (row := self._rows.get(self.ids[i])) is None:
                 raise DataError(f"{frame}: in neither split list, so without a mask; leave it out")
-            with reading(file := self.root / _MASKS, _WANTED), h5py.File(file) as masks:
+            with reading(file := self.root / _MASKS, _WANTED), h5py.File(file, locking=False) as masks:
                 item["mask"] = masks[masks["SUNRGBD2Dseg/seglabel"][row, 0]][()].T
             files["mask"] = file
         return checked(item, files, len(CLASSES_37))
