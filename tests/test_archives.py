@@ -264,8 +264,13 @@ def test_the_command_checks_published_names(tmp_path, capsys, monkeypatch):
     assert "a.tar.gz.part: md5 as published, 1 files" in said and "b.tar.gz: not checked, 1 files" in said
     assert set(files(tmp_path / "out")) == {"s1/a.txt", "s2c/a.txt"}
     shutil.copy(tmp_path / "in/b.tar.gzaa", tmp_path / "in/a.tar.gz.partab")
-    with pytest.raises(DataError, match="partab: md5"):
-        archives.main([*inputs, "--to", str(tmp_path / "out")])
+    for args, words in (
+        (inputs, "partab: md5 .*; download it again"),
+        ([str(tmp_path / "in" / "c.zip")], "c.zip: expected NAME.tar.gz"),
+        ([str(tmp_path / "in" / "s1_grd.tar.gz.part*")], r"part\*: expected NAME.tar.gz"),  # no file fits
+    ):
+        with pytest.raises(SystemExit, match=words):
+            archives.main([*args, "--to", str(tmp_path / "out")])
 
 
 @pytest.mark.parametrize("way", ["beside", "through a link", "as a hard link", "in parts"])
@@ -305,6 +310,21 @@ def test_content_decides_what_is_there(tmp_path, theirs):
     with pytest.raises(DataError, match=f"{out}: has other content than in the archive; .*remove that file"):
         run([tmp_path / "a.tar.gz"], tmp_path / "out")
     assert out.read_bytes() == theirs
+
+
+@pytest.mark.parametrize(("place", "mine"), [("s1/a.txt", None), ("s1", b"mine"), ("s1/b", b"mine")])
+def test_a_file_in_the_place_of_a_folder_is_named_and_kept(tmp_path, place, mine):
+    folder = tarfile.TarInfo()
+    folder.type, folder.mode = tarfile.DIRTYPE, 0o755
+    (tmp_path / "a.tar.gz").write_bytes(tar({"s1/a.txt": b"x", "s1/b": folder, "s1/b/c.txt": b"y"}))
+    there = tmp_path / "out" / place
+    there.parent.mkdir(parents=True)
+    there.mkdir() if mine is None else there.write_bytes(mine)
+    with pytest.raises(
+        DataError, match=f"{there}: a file where the archive has a folder, or the other way; unpack into"
+    ):
+        run([tmp_path / "a.tar.gz"], tmp_path / "out")
+    assert there.is_dir() if mine is None else there.read_bytes() == mine
 
 
 def test_files_larger_than_a_block_are_compared_and_completed(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import string
+import sys
 import tarfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -92,6 +93,9 @@ def unpack(parts: Sequence, target: Path | str, *, md5: Mapping[str, str] | None
                 pass
         except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as error:
             raise DataError(f"{paths[0].with_name(archive)}: damaged, or the last part is missing ({error})") from error
+        except (FileExistsError, IsADirectoryError, NotADirectoryError) as error:
+            kinds = "a file where the archive has a folder, or the other way"
+            raise DataError(f"{error.filename}: {kinds}; {_ELSEWHERE}") from error
     return written
 
 
@@ -165,10 +169,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to unpack into")
     parser.add_argument("--unchecked", action="store_true", help="do not compare with the published md5")
     options = parser.parse_args(argv)
-    for archive, files in itertools.groupby(sorted(options.files, key=_archive), _archive):
-        count = unpack(files := list(files), options.to, md5={} if options.unchecked else PUBLISHED)
-        how = "not checked" if options.unchecked or files[0].name not in PUBLISHED else "md5 as published"
-        print(f"{archive}: {how}, {count} files written to {options.to}")
+    try:
+        for archive, files in itertools.groupby(sorted(options.files, key=_archive), _archive):
+            count = unpack(files := list(files), options.to, md5={} if options.unchecked else PUBLISHED)
+            how = "not checked" if options.unchecked or files[0].name not in PUBLISHED else "md5 as published"
+            print(f"{archive}: {how}, {count} files written to {options.to}")
+    except (DataError, OSError) as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":
