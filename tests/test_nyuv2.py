@@ -185,7 +185,7 @@ def test_tree_and_published_file_give_the_same_items(tree, published):
 
 
 def test_a_file_that_cannot_be_locked_is_read(published):
-    """On many network file systems and read-only disks there are no locks; one that another program holds is as good."""
+    """Many network file systems and read-only disks have no locks; one that another program holds is as good."""
     with open(published / "nyu_depth_v2_labeled.mat", "rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         check(NYUv2(published, "test"), SPLITS["test"])

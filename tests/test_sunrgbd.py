@@ -204,7 +204,7 @@ def test_the_toolboxs_split_is_read_where_the_text_lists_are_not(tree):
 
 
 def test_masks_that_cannot_be_locked_are_read(tree):
-    """On many network file systems and read-only disks there are no locks; one that another program holds is as good."""
+    """Many network file systems and read-only disks have no locks; one that another program holds is as good."""
     root, truth = tree
     with open(root / "SUNRGBDtoolbox" / "Metadata" / "SUNRGBD2Dseg.mat", "rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

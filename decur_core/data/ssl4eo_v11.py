@@ -179,7 +179,7 @@ class SSL4EOS12v11(Reader):
         return find_offset(probes)
 
     def _read(self, i: int, k: int, times: int | None = None) -> tuple[np.ndarray, list[str]]:
-        """Images of a place as they are stored, the first of them, (T, C, H, W), by date, and, if of satellites, dates."""
+        """Images of a place (the first ones) as stored, (T, C, H, W), by date, and, if of satellites, their dates."""
         number, place, size = map(int, self._places[i, k])
         path, (_, names, *_) = self._files[number][k], FOLDERS[self.folders[k]]
         with reading(path, f"{self.folders[k]} of {self.ids[i]} as Zarr, (times, {len(names)}, H, W)"):
