@@ -1,3 +1,4 @@
+import gzip
 import json
 import pickle
 import re
@@ -19,6 +20,7 @@ from decur_core.data.bigearthnet import (
     CLASSES_19,
     BigEarthNetMM,
     BigEarthNetV2,
+    _read,
     labels_19,
     read_list,
 )
@@ -207,6 +209,25 @@ def test_partners_come_from_the_list_or_from_the_json(tree):
         BigEarthNetMM(tree, "val")
     assert BigEarthNetMM(tree, "val", missing="skip").ids == PATCHES[1:]
     assert BigEarthNetMM(tree, missing="skip").ids == PATCHES[1:]
+
+
+def test_lists_are_read_as_the_record_of_the_data_set_has_them(tree):
+    """Compressed with gzip, and by the plain name of the split."""
+    everything = BigEarthNetMM(tree)
+    lists = {"train": PATCHES[1:], "val": PATCHES[:1], "patches_with_seasonal_snow": PATCHES[3:]}
+    for name, patches in lists.items():
+        with gzip.open(tree / f"{name}.csv.gz", "wt") as file:
+            file.write("".join(f"{s2},{everything._partners[s2]}\n" for s2 in patches))
+    assert BigEarthNetMM(tree, "train").ids == PATCHES[1:] and BigEarthNetMM(tree, "val").ids == PATCHES[:1]
+    assert _read(tree, "train", exclude=True).ids == PATCHES[1:3]
+    (tree / "bigearthnet-train.csv").write_text(f"{PATCHES[0]}\n")  # which is told apart, and goes first
+    assert BigEarthNetMM(tree, "train").ids == PATCHES[:1]
+    with pytest.raises(DataError, match="bigearthnet-test.csv: missing; expected a list of S2 patches"):
+        BigEarthNetMM(tree, "test")
+    path = tree / "val.csv.gz"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DataError, match="val.csv.gz: cannot be read; expected a list"):
+        BigEarthNetMM(tree, "val")
 
 
 def test_labels_decide_and_are_checked(tree):

@@ -2,8 +2,8 @@
 
 BigEarthNet-MM (v1; Sumbul et al. 2019, 2021), 590,326 patches: `BigEarthNet-v1.0/<S2 patch>/<S2 patch>_{B01..B12,B8A}.
 tif` (uint16, reflectance x 10000, level 2A: no B10; 120, 60 and 20 pixels), `BigEarthNet-S1-v1.0/<S1 patch>/*_{VV,VH}.
-tif` (float32, dB, 120 pixels), in every patch a `*_labels_metadata.json`, and beside them
-`bigearthnet-{train,val,test}.csv` with `<S2 patch>,<S1 patch>` per line (older lists: the S2 patch only).
+tif` (float32, dB, 120 pixels), in every patch a `*_labels_metadata.json`, and beside them `{train,val,test}.csv.gz`, or
+`bigearthnet-{train,val,test}.csv`, with `<S2 patch>,<S1 patch>` per line (some lists: the S2 patch only).
 
 BigEarthNet v2 (reBEN; Clasen et al. 2024), 549,488 patches: the same files in `BigEarthNet-S2/<scene>/<S2 patch>` and
 `BigEarthNet-S1/<scene>/<S1 patch>`, with new labels and splits of all patches in `metadata.parquet` instead of JSON.
@@ -12,6 +12,7 @@ Names hold times such as 20170924T93020, so they are never cut at fixed position
 """
 
 import bz2
+import gzip
 import json
 from collections.abc import Sequence
 from contextlib import suppress
@@ -82,9 +83,9 @@ def labels_19(names: Sequence[str], *, source: Path | str) -> np.ndarray:
 
 
 def read_list(path: Path | str) -> dict[str, str | None]:
-    """S2 patch -> S1 patch (None where the list has one column) of a .csv or .csv.bz2 without header, in its order."""
-    opened = bz2.open if Path(path).suffix == ".bz2" else open
-    with reading(path, "a list of S2 patches (.csv or .csv.bz2)"), opened(path, "rt") as file:
+    """S2 patch -> S1 patch (None where there is one column) of a .csv, .csv.gz or .csv.bz2 without header, in order."""
+    opened = {".bz2": bz2.open, ".gz": gzip.open}.get(Path(path).suffix, open)
+    with reading(path, "a list of S2 patches (.csv, .csv.gz or .csv.bz2)"), opened(path, "rt") as file:
         rows = [line.split(",") for line in file.read().split()]
     if wrong := [row for row in rows if len(row) > 2 or not row[0].startswith("S2")]:
         found = ",".join(wrong[0])
@@ -158,7 +159,9 @@ class BigEarthNetMM(_Patches):
         if split is None:
             partners = dict.fromkeys(sorted(here["S2"]))
         else:
-            partners = read_list(self.root / f"bigearthnet-{split}.csv" if split in ("train", "val", "test") else split)
+            lists = [self.root / name for name in (f"bigearthnet-{split}.csv", f"{split}.csv.gz", f"{split}.csv")]
+            official = next(filter(Path.exists, lists), lists[0]) if split in ("train", "val", "test") else split
+            partners = read_list(official)
         if None in partners.values():  # ask the JSON of every S1 patch
             asked = {self._metadata("S1", s1)[0].get("corresponding_s2_patch"): s1 for s1 in sorted(here["S1"])}
             partners = {s2: s1 or asked.get(s2) for s2, s1 in partners.items()}
