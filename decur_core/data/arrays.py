@@ -114,6 +114,9 @@ def maps(path: Path, index: dict) -> dict[str, list[np.memmap]]:
 def make(path: Path, index: dict) -> None:
     """Every file at its full size, `state` last, with the room for them taken at once where the file system can."""
     every = files(index)
+    for file, *_ in (each for group in every.values() for each in group):  # of one killed here, which took the room
+        for made in (path / file, path / f".{file}"):
+            made.unlink(missing_ok=True)
     need = sum(np.dtype(d).itemsize * math.prod(s) for k, v in every.items() if k != "reasons" for _, d, s in v)
     if need > (free := shutil.disk_usage(path).free):
         why = f"the store needs {need / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free on its disk"
