@@ -94,8 +94,7 @@ def unpack(parts: Sequence, target: Path | str, *, md5: Mapping[str, str] | None
         except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as error:
             raise DataError(f"{paths[0].with_name(archive)}: damaged, or the last part is missing ({error})") from error
         except (FileExistsError, IsADirectoryError, NotADirectoryError) as error:
-            kinds = "a file where the archive has a folder, or the other way"
-            raise DataError(f"{error.filename}: {kinds}; {_ELSEWHERE}") from error
+            raise DataError(f"{error.filename}: of another kind than in the archive; {_ELSEWHERE}") from error
     return written
 
 

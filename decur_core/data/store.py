@@ -146,16 +146,6 @@ class StoreWriter:
     def __reduce__(self) -> tuple:
         return _joined, (self.path,)
 
-    @property
-    def ids(self) -> list[str]:
-        """Of the part."""
-        return self.index["ids"][self.span.start : self.span.stop]
-
-    @property
-    def done(self) -> set[str]:
-        """Ids of the part that are stored or quarantined."""
-        return {self.index["ids"][row] for row in self.span if self.state[row] != TODO}
-
     def put(self, id: str | int, images: dict, labels: Sequence | None = None, *, moments=None) -> bytes:
         """Store uint8 (seasons, C, H, W) per modality and labels (L,) of an id, or of the one at a position.
 
