@@ -113,28 +113,27 @@ def maps(path: Path, index: dict) -> dict[str, list[np.memmap]]:
 
 def make(path: Path, index: dict) -> None:
     """Every file at its full size, `state` last, with the room for them taken at once where the file system can."""
-    every = files(index)
-    for file, *_ in (each for group in every.values() for each in group):  # of one killed here, which took the room
+    every = [(name, *each) for name, group in files(index).items() for each in group]
+    for _, file, *_ in every:  # of a process that was killed here: it has taken the room
         for made in (path / file, path / f".{file}"):
             made.unlink(missing_ok=True)
-    need = sum(np.dtype(d).itemsize * math.prod(s) for k, v in every.items() if k != "reasons" for _, d, s in v)
+    need = sum(np.dtype(dtype).itemsize * math.prod(shape) for name, _, dtype, shape in every if name != "reasons")
     if need > (free := shutil.disk_usage(path).free):
         why = f"the store needs {need / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free on its disk"
         raise OSError(errno.ENOSPC, why)
     # Not os.posix_fallocate, which writes to every block where the file system cannot.
     fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", lambda *_: 0)
-    for name, each in every.items():
-        for file, dtype, shape in each:
-            made = path / f".{file}"
-            np.lib.format.open_memmap(made, "w+", dtype, shape)
-            with open(made, "r+b") as opened:
-                size = ctypes.c_int64(made.stat().st_size if name != "reasons" else 1)  # most of those stay holes
-                if fallocate(opened.fileno(), 0, ctypes.c_int64(0), size):
-                    number = ctypes.get_errno()
-                    if number in _FULL:
-                        raise OSError(number, os.strerror(number))
-                os.fsync(opened.fileno())
-            os.replace(made, path / file)
+    for name, file, dtype, shape in every:
+        made = path / f".{file}"
+        np.lib.format.open_memmap(made, "w+", dtype, shape)
+        with open(made, "r+b") as opened:
+            size = ctypes.c_int64(made.stat().st_size if name != "reasons" else 1)  # most of those stay holes
+            if fallocate(opened.fileno(), 0, ctypes.c_int64(0), size):
+                number = ctypes.get_errno()
+                if number in _FULL:
+                    raise OSError(number, os.strerror(number))
+            os.fsync(opened.fileno())
+        os.replace(made, path / file)
 
 
 def summary(path: Path, index: dict, rows: range) -> dict:

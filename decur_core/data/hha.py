@@ -143,8 +143,7 @@ def _gravity(normals: np.ndarray) -> np.ndarray:
     Where several directions fit equally well (a bare wall in view), it is the one of them nearest to the last guess.
     """
     normals = normals.reshape(3, -1)
-    if not (known := np.isfinite(normals[0])).all():
-        normals = normals[:, known]
+    normals = normals[:, np.isfinite(normals[0])]
     down, count = np.array([0.0, 1.0, 0.0]), normals.shape[1]
     for stage in _STAGES:
         before = None

@@ -10,8 +10,7 @@ Sentinel-1: VV, VH in dB, float16, in the first form in the order of the scenes'
 processing baseline 04.00 has it, in the second without. Elevation: metres, one image per place. Land cover: see
 `LAND_COVER`. Ids are not those of v1.
 
-How to get it: huggingface.co/datasets/embed2scale/SSL4EO-S12-v1.1 (the second form; the first: …-v1.1-Zarr, or
-datapub.fz-juelich.de/ssl4eo-s12). CC-BY-4.0.
+How to get it: huggingface.co/datasets/embed2scale, SSL4EO-S12-v1.1-Zarr (first form) or SSL4EO-S12-v1.1. CC-BY-4.0.
 """
 
 import io

@@ -66,12 +66,9 @@ def _stored(item: dict, folder: str, form: str) -> dict[str, np.ndarray]:
     if key in ("dem", "mask"):
         return {"bands": item[key][:1]} | ({} if form == ".zarr.zip" else {"time": np.zeros(1, np.int64)})
     images, dates = item[key], item["dates"][key]
-    times = {
-        "time": np.array([datetime.strptime(d, "%Y%m%dT%H%M%S") for d in dates], "datetime64[ns]").astype(np.int64)
-    }
-    if form == ".zarr.zip":
-        scenes = [_scene("S1A", d, int(item["id"])) if key == "sar" else f"{d}_{d}_T33UUP" for d in dates]
-        times = {"file_id": np.array(scenes)}
+    scenes = [_scene("S1A", d, int(item["id"])) if key == "sar" else f"{d}_{d}_T33UUP" for d in dates]
+    taken = np.array([datetime.strptime(d, "%Y%m%dT%H%M%S") for d in dates], "datetime64[ns]").astype(np.int64)
+    times = {"file_id": np.array(scenes)} if form == ".zarr.zip" else {"time": taken}
     if key == "sar":
         return {"bands": images.astype(np.float16)} | times
     if folder == "S2L2A":  # without the atmosphere, which is why the darkest pixel of a band is not dark, and B10
