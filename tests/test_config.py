@@ -206,6 +206,8 @@ def test_broken_yaml_and_missing_profiles(profile, tmp_path):
         config.load("nope")
     with pytest.raises(ConfigError, match="other.yaml"):
         config.load(str(tmp_path / "other.yaml"))
+    with pytest.raises(ConfigError, match="profile '10': no file .*10.yaml"):
+        config.load(10)  # which papermill makes of `-p profile 010`
 
 
 @pytest.mark.parametrize("written", ["1e-6", "1E-6", "1.0e-6", "0.000001", "1e-06"])
@@ -475,6 +477,8 @@ def test_what_a_command_line_sets_is_refused_by_name(item, message):
         ("name: ", "name", ""),
         ("intra: false", "intra", False),
         ("intra: 'true'", "intra", True),
+        ("intra: True", "intra", True),
+        ("intra: FALSE", "intra", False),
         ("dim_common: 010", "dim_common", 10),
         ("dim_common: auto", "dim_common", "auto"),
         ("projector: [0100, 1e2]\ndim_common: 2", "projector", (100, 100)),
@@ -505,6 +509,7 @@ def test_a_setting_is_what_was_typed(tmp_path, text, name, value):
         ("epochs: ~", "epochs = '~'; expected a whole number"),
         ("epochs: 1e400", "epochs = inf; expected a whole number"),
         ("intra: no", "intra = 'no'; expected true or false"),
+        ("intra: tRUE", "intra = 'tRUE'; expected true or false"),
         ("intra: 1", "intra = 1; expected true or false"),
         ("lambd: .nan", "lambd = '.nan'; expected a number"),
         ("dim_common: some", "dim_common = 'some'; expected a whole number or auto"),
@@ -558,6 +563,25 @@ def test_text_on_a_command_line_is_not_read_as_yaml(tmp_path, monkeypatch):
     ):
         with pytest.raises(ConfigError, match=f"--set {item}: .*{message}"):
             config.overrides([item])
+
+
+def test_a_name_of_a_sweep_takes_a_list_on_a_command_line(profile):
+    typed = config.overrides(["sweep.seed=[0, 1]", "sweep.world.seed=[010]"])
+    assert typed == {"sweep.seed": [0, 1], "sweep.world.seed": [10]}
+    members = config.members(config.load(profile, {"sweep.method": ["decur", "random"], **typed}))
+    assert [(m.method, m.seed, m.world.seed) for m in members] == [
+        (method, seed, 10) for method in ("decur", "random") for seed in (0, 1)
+    ]
+    with pytest.raises(ConfigError, match="--set sweep.sede=.*unknown setting 'sede'"):
+        config.overrides(["sweep.sede=[1]"])
+
+
+def test_an_empty_text_undoes_what_a_profile_chose(tmp_path):
+    (tmp_path / "own.yaml").write_text("variant: short\nvariants: {short: {epochs: 3}}\nepochs: 7")
+    assert config.load(tmp_path / "own.yaml").epochs == 3
+    assert config.load(tmp_path / "own.yaml", config.overrides(["variant="])).epochs == 7
+    with pytest.raises(ConfigError, match="pair = ''; allowed: sar_optical"):
+        config.load(tmp_path / "own.yaml", {"pair": ""})
 
 
 def test_paths_start_where_they_were_written(tmp_path, monkeypatch):

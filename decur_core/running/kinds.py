@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # What the core schema of YAML 1.2 takes for a number. `inf` is none there; it counts, to be refused as not finite.
 _INTEGER = re.compile(r"[-+]?[0-9]{1,999}|0o[0-7]+|0x[0-9a-fA-F]+")
 _REAL = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?inf")
-_TRUTH = {"true": True, "false": False}
+_TRUTH = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _WRITTEN: dict[str, str] = {}  # absolute path: how it was written, for messages
 
 

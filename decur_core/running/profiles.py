@@ -47,7 +47,7 @@ def section(values, where: str) -> dict:
 
 def located(profile: str | Path) -> str:
     """A profile's name as it is; the path of a YAML file made absolute, so that it holds in any folder."""
-    path = os.path.expanduser(profile)
+    path = os.path.expanduser(str(profile))
     return os.path.abspath(path) if path.endswith((".yaml", ".yml")) else path
 
 
@@ -65,7 +65,7 @@ def layered(model: type[Section], profile: str | Path, overrides, **chosen: str 
     pairs, variants = (section(values.pop(k, None), f"{file.name}: {k}") for k in ("pairs", "variants"))
     values, here = model.given(values, file.name), Path.cwd()
     extensions, last = values.get("extensions", []), model.given(top, "overrides", here)
-    chosen = {k: v or last.get(k) or values.get(k) or model.model_fields[k].default for k, v in chosen.items()}
+    chosen = {k: v or last.get(k, values.get(k, model.model_fields[k].default)) for k, v in chosen.items()}
     pair, variant = chosen["pair"], chosen["variant"]
     if variant and variant not in variants:
         raise ConfigError(f"{file.name}: variants: {variant!r} is not there; defined: {', '.join(variants) or 'none'}")
@@ -94,7 +94,7 @@ def combinations(sweep: dict) -> Iterator[dict]:
 
 
 def assigned(model: type[Section], items: Iterable[str]) -> dict:
-    """``NAME=VALUE`` of a command line, typed. VALUE is text where the setting takes it as it stands, else YAML."""
+    """``NAME=VALUE`` of a command line, typed. VALUE is text where the setting takes text alone, else YAML."""
     made = {}
     for item in items:
         name, equals, text = item.partition("=")
@@ -102,7 +102,8 @@ def assigned(model: type[Section], items: Iterable[str]) -> dict:
             raise ConfigError(f"--set {item}: expected KEY=VALUE")
         where, here = f"--set {item}", Path.cwd()
         try:
-            made[name] = at(model.given({name: text}, where, here), name)
+            typed = parse(text, where) if name.startswith("sweep.") else text
+            made[name] = at(model.given({name: typed}, where, here), name)
         except ConfigError:
             made[name] = at(model.given({name: parse(text, where)}, where, here), name)
     return made
