@@ -340,7 +340,7 @@ def main(argv: list[str] | None = None) -> None:
                 prepare.pretraining_store(settings)  # the others find it finished
             processes.largest()
             run_members(settings, prepare.pretraining_store(settings), shard=args.shard)
-    except (config.ConfigError, DataError, Interrupted, NonFinite, OSError) as error:
+    except (config.ConfigError, DataError, Interrupted, NonFinite, runs.InUse, OSError) as error:
         sys.exit(str(error))
 
 

@@ -209,7 +209,7 @@ def test_only_checkpoints_and_halves_of_files_that_are_ours_are_removed(tiny, pa
     folder = runs.path(settings, "pretrain", runs.title(settings))
     folder.mkdir(parents=True)
     theirs = [".notes.2024", "checkpoint-best.pt", "checkpoint-000000003 copy.pt", ".nfs.0001", ".final.pt.old.2"]
-    ours = [".final.pt.4711", ".run.json.1", ".history.jsonl.22", ".checkpoint-000000003.pt.9"]
+    ours = [".final.pt.4711", ".run.json.1", ".split.json.5", ".history.jsonl.22", ".checkpoint-000000003.pt.9"]
     for name in theirs + ours:
         (folder / name).write_text("x")
     pretrain.run(settings, pair_store)

@@ -20,7 +20,7 @@ import torch
 from conftest import make_store
 
 from decur_core import backbones, config, pretrain
-from decur_core.data import datasets
+from decur_core.data import datasets, prepare
 from decur_core.data.modality import OPTICAL, SAR
 from decur_core.data.store import Store
 from decur_core.model import MultimodalModel
@@ -355,6 +355,14 @@ def test_two_processes_cannot_share_a_folder(tiny, pair_store):
     folder = runs.path(settings, "pretrain", runs.title(settings))
     with runs.locked(folder), pytest.raises(RuntimeError, match="in use by another process"):
         pretrain.run(settings, pair_store)
+
+
+def test_a_command_whose_folder_is_in_use_ends_with_a_sentence(tmp_path, pair_store, monkeypatch):
+    monkeypatch.setattr(prepare, "pretraining_store", lambda settings: pair_store)
+    settings = config.members(config.load("start", {"runs": str(tmp_path)}))[0]
+    folder = runs.path(settings, "pretrain", runs.title(settings))
+    with runs.locked(folder), pytest.raises(SystemExit, match=f"{folder} is in use by another process; wait for it"):
+        pretrain.main(["start", "--set", f"runs={tmp_path}"])
 
 
 def test_batch_larger_than_the_store_is_refused(tiny, pair_store):

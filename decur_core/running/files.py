@@ -17,6 +17,10 @@ PATIENCE = 10.0  # seconds until one that waits for a file says so: some file sy
 seen: list[dict] = []  # what the images are of every store that this process has opened
 
 
+class InUse(RuntimeError):
+    """Another process holds a folder."""
+
+
 def visible(folder: Path | str, pattern: str) -> list[Path]:
     """Files, or folders for a pattern that ends with a slash, in any order: the one rule for what belongs to the data.
 
@@ -56,7 +60,7 @@ def replacing(file: Path):
 
 
 # Names under which ``replacing`` writes the files of a pretraining; nothing else that is hidden there is ours.
-_TORN = re.compile(r"\.(checkpoint-\d+\.pt|final\.pt|history\.jsonl|run\.json)\.\d+")
+_TORN = re.compile(r"\.(checkpoint-\d+\.pt|final\.pt|history\.jsonl|(run|split)\.json)\.\d+")
 
 
 def remove_torn(folder: Path) -> None:
@@ -81,7 +85,7 @@ def write_json(file: Path, value) -> None:
 def locked(folder: Path, *, wait: bool = False, name: str = ".lock"):
     """Hold ``folder``, or what ``name`` stands for in it, for this process.
 
-    A second process that wants it gets a RuntimeError, or its turn: with ``wait``, and among chapters that are executed
+    A second process that wants it gets an ``InUse``, or its turn: with ``wait``, and among chapters that are executed
     side by side. Where nothing can be written nothing is held: who reads a finished result of a read-only disk needs no
     lock. File systems without locks have a file instead that says who holds the folder, for as long as it does.
     """
@@ -92,7 +96,7 @@ def locked(folder: Path, *, wait: bool = False, name: str = ".lock"):
             file = stack.enter_context(open(folder / name, "a"))
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise RuntimeError(f"{folder} is in use by another process; wait for it or stop it first") from None
+            raise InUse(f"{folder} is in use by another process; wait for it or stop it first") from None
         except OSError as error:
             if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 lock = SoftFileLock(owner := folder / f"{name}-owner")
@@ -102,7 +106,7 @@ def locked(folder: Path, *, wait: bool = False, name: str = ".lock"):
                 except Timeout as held:  # says by whom, if that is on another machine
                     way = f"wait for it or stop it first; if it has died, remove {owner} ({error.strerror}). {held}"
                     if not wait:
-                        raise RuntimeError(f"{folder} is in use by another process; {way}") from None
+                        raise InUse(f"{folder} is in use by another process; {way}") from None
                     warnings.warn(f"{folder}: waiting for another process; {way}", stacklevel=3)
                     lock.acquire()
             elif error.errno not in (errno.EROFS, errno.EACCES):

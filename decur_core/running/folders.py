@@ -16,7 +16,7 @@ import tqdm.auto
 
 from decur_core import config
 from decur_core.losses import METHODS
-from decur_core.running.files import locked, remove_torn, replacing, seen, visible, write_json, write_text  # noqa: F401
+from decur_core.running.files import InUse, locked, remove_torn, replacing, seen, visible, write_json, write_text  # noqa: F401
 
 IMAGES, SENTINEL = "decur: images ", "decur: notebook finished"
 
