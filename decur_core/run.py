@@ -175,11 +175,11 @@ def find(numbers: list[str], notebooks: Path) -> list[Path]:
 
 def lighter(data: dict) -> None:
     """Of a figure, keep lines as SVG if they are not too many, else a PNG (base64) in 256 colours, halved if large."""
-    svg = data.pop("image/svg+xml", "<image")
+    svg = data.get("image/svg+xml", "<image")
     if "<image" not in svg and len(svg) < HEAVY:
-        data["image/svg+xml"] = svg
-        del data["image/png"]
+        data.pop("image/png", None)
     elif "image/png" in data:
+        data.pop("image/svg+xml", None)
         image = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB")
         for size in (image, image.reduce(2)):
             size.quantize(256).save(made := io.BytesIO(), "PNG", optimize=True)
@@ -220,6 +220,7 @@ def run_one(path: Path, state: State, *, parameters: dict, output: Path, execute
     commit = f"{made_by}-dirty" if modified else made_by
     date, seconds = datetime.now(UTC).isoformat(timespec="seconds"), round(time.monotonic() - start, 1)
     publish(done, executed / path.name, {**parameters, "date": date, "seconds": seconds, "commit": commit})
+    runs.publish_records(output.parent / "records", executed / "records.json")
     print(f"{path.name}: {seconds} s, published in {executed}", flush=True)
 
 
@@ -242,7 +243,10 @@ def run(
         for path in paths:
             state.cell = State.cell
             print(f"{path.name}: profile {profile}", flush=True)
-            error = run_one(path, state, parameters=parameters, output=output, executed=executed, cwd=cwd)
+            try:
+                error = run_one(path, state, parameters=parameters, output=output, executed=executed, cwd=cwd)
+            except OSError as failed:  # where the copies, pages or records go
+                error = f"{type(failed).__name__}: {failed}"
             if state.received:
                 name = signal.Signals(state.received).name
                 print(f"{path.name}: {name} {state.cell}; the same command resumes", file=sys.stderr)
@@ -250,7 +254,6 @@ def run(
             if error:
                 print(f"{path.name}: failed {state.cell}: {error}\nsee {output / path.name}", file=sys.stderr)
                 return 1
-            runs.publish_records(output.parent / "records", executed / "records.json")
     return 0
 
 

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
 from decur_core import run
+from decur_core.running import folders as runs
 from decur_core.running.folders import SENTINEL
 
 DRIVER = """
@@ -244,6 +246,24 @@ def test_published_figures_are_lines_or_few_colours():
     found = np.asarray(small.convert("RGB"))
     assert small.size == (80, 60) and (found[:20] == 255).all() and len(photographs["image/png"]) < len(text) / 2
     assert np.abs(found.astype(int) - noise).mean() < 30
+
+
+@pytest.mark.parametrize("drawing", ["<svg><path/></svg>", "<svg><image/></svg>", "<svg>" + run.HEAVY * " " + "</svg>"])
+def test_a_drawing_that_has_no_other_form_is_published(drawing):
+    run.lighter(data := {"image/svg+xml": drawing, "text/plain": "1"})
+    assert data == {"image/svg+xml": drawing, "text/plain": "1"}
+
+
+@pytest.mark.parametrize("place", ["executed", "runs", "executed/records.json"])
+def test_where_nothing_can_be_written_a_chapter_fails_with_a_sentence(tmp_path, capfd, place):
+    write(tmp_path / "10_good.ipynb", END)
+    if place == "executed/records.json":
+        runs.write_json(tmp_path / "records" / "a.json", {"name": "", "micro": 1})
+        (tmp_path / place).mkdir(parents=True)  # in the place of a file
+    else:
+        (tmp_path / place).write_text("in the place of a folder")
+    assert drive(tmp_path, "10_good.ipynb") == 1
+    assert re.search(rf"10_good.ipynb: failed .*: \w+Error: .*{tmp_path}/{place}", capfd.readouterr().err)
 
 
 def test_figures_that_would_weigh_much_are_made_lighter():
