@@ -11,7 +11,9 @@ import pytest
 from decur_core import config
 from decur_core.data import datasets, prepare
 from decur_core.data.bigearthnet import BigEarthNetMM
+from decur_core.data.convert import convert
 from decur_core.data.modality import OPTICAL, SAR
+from decur_core.data.raster import Reader
 from decur_core.data.ssl4eo import SSL4EOS12
 from decur_core.data.store import Store
 from decur_core.data.sunrgbd import AsHHA
@@ -135,6 +137,27 @@ def test_rooms_of_other_sizes_are_brought_to_one_after_hha():
     np.testing.assert_array_equal(large["mask"], small["mask"])
     assert set(np.unique(large["mask"])) == {1, 2}
     assert np.abs(large["hha"].astype(int) - small["hha"])[0].max() <= 1, "disparity does not depend on the size"
+
+
+class Rooms(Reader):
+    ids = ["a", "b"]
+
+    def __getitem__(self, i):
+        return {"id": self.ids[i], **{name: np.full((3, 24, 32), 100, np.uint8) for name in ("rgb", "hha")}}
+
+
+def test_a_store_of_another_size_than_the_settings_is_refused(tmp_path):
+    """Its runs would be recorded with a size that their images did not have."""
+    where = {"data": {"source": "published", "stores": str(tmp_path), "rgbd_height": 24, "rgbd_width": 32}}
+    mappings = {m.name: m for m in datasets.find("nyuv2").modalities}
+    convert(Rooms(), tmp_path / "start" / "nyuv2-published-train", preprocessing=mappings)
+    settings = config.load("start", where, pair="rgb_depth")
+    assert len(Store(prepare.store(settings, "nyuv2", "train"))) == 2
+    other = settings.model_copy(update={"data": settings.data.model_copy(update={"rgbd_height": 48})})
+    with pytest.raises(
+        config.ConfigError, match="train: holds images of 24 x 32 px; remove it, or set data.rgbd_height"
+    ):
+        prepare.store(other, "nyuv2", "train")
 
 
 def test_command_line_converts_in_parts_and_verifies(tmp_path, capsys):

@@ -141,14 +141,18 @@ def store(settings: config.Settings, dataset: str, split: str, *, shard: tuple[i
 
     One that is there is used as it is: its source files may be gone by then. ``options``: of ``convert``.
     """
-    target = _target(settings, dataset, split)
+    target, found, drawn = _target(settings, dataset, split), datasets.find(dataset), settings.data.source == "world"
+    size = (settings.data.rgbd_height, settings.data.rgbd_width)
     with contextlib.suppress(DataError):  # unfinished or not there
-        if not (there := Store(target)).meta["quarantined"] or not options.get("retry"):
+        there = Store(target)
+        if found.stored and not drawn and (old := there.shapes[found.modalities[0].name][1:]) != size:
+            way = "remove it, or set data.rgbd_height and data.rgbd_width to that"
+            raise config.ConfigError(f"{target}: holds images of {old[0]} x {old[1]} px; {way}")
+        if not there.meta["quarantined"] or not options.get("retry"):
             return there.path
-    found, images, drawn = datasets.find(dataset), reader(settings, dataset, split), settings.data.source == "world"
+    images = reader(settings, dataset, split)
     if found.stored:
-        size = miniature(found).size(settings.world) if drawn else (settings.data.rgbd_height, settings.data.rgbd_width)
-        images = found.stored(images, size)
+        images = found.stored(images, miniature(found).size(settings.world) if drawn else size)
     preprocessing = {m.name: _measured(settings, m, images) for m in found.modalities}
     about = {"name": found.name, "title": miniature(found).title if drawn else found.title, "split": split}
     about |= {"source": settings.data.source, "drawn": drawn, "classes": list(found.task.classes) if found.task else []}
