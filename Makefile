@@ -30,13 +30,16 @@ look: environment
 soak: environment
 	$(RUN) pytest -q -m soak
 
-# Installs once, and again when pyproject.toml changes or the interpreter behind the environment has gone. .decur marks
-# an environment as made here: nothing else is cleared or removed.
+# Installs once, and again when pyproject.toml changes, the interpreter behind the environment has gone, or the
+# environment was moved, after which its programs start no more. .decur marks an environment as made here: nothing else
+# is cleared or removed. .installed holds its place.
 environment:
 	@set -e; \
-	if [ -f "$$VENV/.installed" ] && [ ! pyproject.toml -nt "$$VENV/.installed" ] \
-	  && "$$VENV/bin/python" -c "" 2>/dev/null; then exit 0; fi; \
-	if ! "$$VENV/bin/python" -c "" 2>/dev/null; then \
+	place() { cd "$$VENV" && pwd -P; }; \
+	stays() { [ ! -s "$$VENV/.installed" ] || [ "$$(cat "$$VENV/.installed")" = "$$(place)" ]; }; \
+	works() { "$$VENV/bin/python" -c "" && stays; }; \
+	if [ -f "$$VENV/.installed" ] && [ ! pyproject.toml -nt "$$VENV/.installed" ] && works 2>/dev/null; then exit 0; fi; \
+	if ! works 2>/dev/null; then \
 	  if [ -e "$$VENV" ] && [ ! -f "$$VENV/.decur" ] && [ -n "$$(ls -A "$$VENV")" ]; then \
 	    echo "$$VENV holds something else than an environment made here; remove it, or name another: make VENV=..."; \
 	    exit 1; \
@@ -56,7 +59,7 @@ environment:
 	fi; \
 	echo "Installing the packages that pyproject.toml pins: some GB, minutes without further output"; \
 	"$$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable '.[test]'; \
-	touch "$$VENV/.installed"
+	(place) > "$$VENV/.installed"
 
 clean:
 	@if [ -f "$$VENV/.decur" ]; then rm -rf "$$VENV"; \

@@ -80,6 +80,13 @@ def test_makefile_installs_from_pyproject_and_names_no_version_itself(tmp_path):
     assert make("soak")[::2] == (0, [install, "-m pytest -q -m soak"])
     (work / ".venv" / "bin" / "python").unlink()
     assert make("soak")[2][:2] == ["-m venv --clear .venv", install]
+    os.utime(work / "pyproject.toml", (0, 0))
+    assert make("book")[2] == book
+    (work / ".venv").rename(work / "an env")  # its programs look for the interpreter where it was
+    assert make("book", VENV="an env")[2] == ["-m venv --clear an env", install, *book]
+    assert make("book", VENV="an env")[2] == book
+    (work / "an env" / ".installed").write_text("")  # of an earlier version
+    assert make("book", VENV="an env")[2] == book
 
 
 def test_make_removes_what_it_made_and_nothing_else(tmp_path):
