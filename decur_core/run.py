@@ -199,7 +199,7 @@ def publish(notebook, target: Path, note: dict) -> None:
 
 
 def run_one(path: Path, state: State, *, parameters: dict, output: Path, executed: Path, cwd: Path) -> str | None:
-    """Execute the notebook at ``path`` and publish it; returns None, or what went wrong."""
+    """Execute the notebook at ``path`` and publish it; returns None, or what went wrong in it."""
     output.mkdir(parents=True, exist_ok=True)
     ledger = output / f"{path.stem}.seconds"  # an interrupted run's page says how long all its attempts took
     start = time.monotonic() - (float(ledger.read_text()) if ledger.exists() else 0)
@@ -208,14 +208,12 @@ def run_one(path: Path, state: State, *, parameters: dict, output: Path, execute
         done = execute_notebook(path, output / path.name, parameters, cwd=cwd, state=state, **options)
     except PapermillExecutionError as error:
         return re.sub(r"\x1b\[[0-9;]*m", "", "\n".join([f"{error.ename}: {error.evalue}", *error.traceback]))
-    except Exception as error:  # a dead kernel, an unreadable notebook: the run ends, the message says why
-        return f"{type(error).__name__}: {error}"
     finally:
         runs.write_text(ledger, f"{time.monotonic() - start:.1f}")
     if state.received:
         return "a signal came"
     if not is_finished(done):
-        return f"the last cell did not print {runs.SENTINEL!r}; decur_core.runs.finished() does"
+        return f"the last cell did not print {runs.SENTINEL!r}; decur_core.running.folders.finished() does"
     made_by, modified = runs.commit()
     commit = f"{made_by}-dirty" if modified else made_by
     date, seconds = datetime.now(UTC).isoformat(timespec="seconds"), round(time.monotonic() - start, 1)
@@ -245,7 +243,7 @@ def run(
             print(f"{path.name}: profile {profile}", flush=True)
             try:
                 error = run_one(path, state, parameters=parameters, output=output, executed=executed, cwd=cwd)
-            except OSError as failed:  # where the copies, pages or records go
+            except Exception as failed:  # a dead kernel, an unreadable notebook, a full disk: the message says why
                 error = f"{type(failed).__name__}: {failed}"
             if state.received:
                 name = signal.Signals(state.received).name
