@@ -300,7 +300,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="e.g. epochs=5")
     parser.add_argument("--jobs", type=int, default=1, help="notebooks at a time (%(default)s)")
     parser.add_argument("--grace", type=float, default=60, help="seconds for a checkpoint after a signal (%(default)s)")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     try:
         overrides = config.overrides(args.set)
         settings = config.load(args.profile, overrides)

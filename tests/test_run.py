@@ -223,6 +223,17 @@ def test_usage_errors_come_before_any_compute(argv, message, capsys):
     assert end.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "argv", ["mini 10 20 --jobs 2", "mini --jobs 2 20 10", "--jobs 2 mini 10 20", "mini 10 --jobs 2 20"]
+)
+def test_chapters_may_stand_on_either_side_of_an_option(argv, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        run, "run", lambda paths, **options: asked.append([p.name[:2] for p in paths]) or options["jobs"]
+    )
+    assert run.main(argv.split()) == 2 and asked == [["10", "20"]]
+
+
 def test_a_page_counts_the_seconds_of_every_attempt(tmp_path):
     write(tmp_path / "10_late.ipynb", "import os, time\ntime.sleep(1)\nassert os.path.exists('ready')", END)
     assert drive(tmp_path, "10_late.ipynb") == 1
