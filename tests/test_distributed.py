@@ -483,6 +483,7 @@ def test_gradient_accumulation_is_an_unknown_setting():
 
 STUBS = {
     "python": """echo "python $*" >> calls
+        echo "$DECUR_HEADLESS" > headless
         trap "echo usr1 >> calls; exit 3" USR1
         trap "echo term >> calls; exit 4" TERM
         touch ready
@@ -510,6 +511,7 @@ def test_job_scripts_pass_signals_on_and_requeue_before_the_time_limit(tmp_path,
     job.send_signal(number)
     assert job.wait(20) == (4 if name != "multi-node" and number == signal.SIGTERM else 3)
     said = (tmp_path / "calls").read_text().splitlines()
+    assert name == "one-node" or (tmp_path / "headless").read_text() == "1\n"  # there it is the driver that sees to it
     assert ("scontrol requeue 7" in said) == (number == signal.SIGUSR1)
     if name == "one-node":
         assert said[:2] == ["python -m decur_core.run a100 20 --grace 540", number.name[3:].lower()]
