@@ -79,10 +79,12 @@ def test_own_data_are_those_of_a_tree_that_links_rearrange(tmp_path, monkeypatch
     own = {m: {"bands": names, "unit": "8 bits"} for m, names in bands.items()}
     places = {"roots": {"mine": str(tmp_path / "here/data/mine")}, "stores": str(tmp_path / "stores"), "processes": 0}
     small = {"modalities": own, "data": places, "runs": str(tmp_path / "runs"), "epochs": 2, "batch_size": 16}
+    small |= {"dim_common": 0, "blocks": {"radar+camera": 40, "radar": 24, "camera": 24}}  # as three sensors have them
     (path,) = run.find(["02"], ROOT / "notebooks")
     done = execute(path, "mine", small, tmp_path)
     said = "".join(o.get("text", "") for c in done.cells if c.cell_type == "code" for o in c.outputs)
     assert run.is_finished(done) and count > 32 and f"{count} places" in said and "no labels: nothing to score" in said
+    assert "radar looks for its own place" in said
     assert len(list((tmp_path / "runs/mine/export").glob("*.safetensors"))) == 2
 
 
