@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import make_store
 from sklearn.metrics import average_precision_score
 
 from decur_core import config, pretrain, transfer
@@ -173,6 +174,18 @@ def test_fine_tuning_that_could_not_take_a_step_is_refused(pretrained, patch_sto
     with pytest.raises(config.ConfigError, match="batches of 1 .1 labelled images, transfer.batch_size = 16"):
         transfer.evaluate(settings, folder, patch_stores, protocol="finetune", fraction=0.02)
     assert transfer.evaluate(settings, folder, patch_stores, protocol="linear", fraction=0.02)["patches"]["train"] == 1
+
+
+@pytest.mark.parametrize("validation, learnt", [(0.01, 48), (0.9, 0)])
+def test_images_held_out_must_be_some_and_not_all(pretrained, patch_stores, tmp_path, validation, learnt):
+    settings, folder = pretrained
+    paths = dict(patch_stores)
+    if not learnt:
+        paths["train"] = make_store(tmp_path / "one", count=1, seasons=1, labels=True)
+    with pytest.raises(
+        config.ConfigError, match=f"validation = {validation} of .*: {learnt} are learnt from; at least"
+    ):
+        transfer.evaluate(changed(settings, validation=validation), folder, paths, protocol="linear")
 
 
 def test_a_diverged_training_is_not_scored(pretrained, patch_stores):

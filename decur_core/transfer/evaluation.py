@@ -71,6 +71,9 @@ def evaluate(
     for store in (train, *opened.values()):
         _check(store, key, task, modalities)
     learnt = len(train) - round(t.validation * len(train))
+    if t.validation and not 0 < learnt < len(train):
+        found = f"transfer.validation = {t.validation:g} of {len(train)} images: {learnt} are learnt from"
+        raise config.ConfigError(f"{train.path}: {found}; at least one must be, and at least one scored")
     scored = {part: (store, range(len(store))) for part, store in opened.items()}
     if t.validation:
         scored = {"test": (train, range(learnt, len(train)))}
