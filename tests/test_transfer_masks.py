@@ -266,6 +266,10 @@ def test_images_held_out_of_training_are_scored_and_further_sets_too(settings, s
     whole = len(Store(paths["train"]))
     assert held["patches"] == {"train": whole - round(whole / 4), "test": round(whole / 4)}
     assert held["split"] == "validation" and not held["further"] and held["evaluation"] != record["evaluation"]
+    shown, train = transfer.example_predictions(held, chosen, paths), Store(paths["train"])
+    assert [example["id"] for example in shown] == [f"drawn {19 + i}" for i in range(6)]
+    for i, example in enumerate(shown, start=held["patches"]["train"]):
+        np.testing.assert_array_equal(example["mask"], train.read(i, "mask", 0)[0])
     few = transfer.evaluate(
         settings(transfer={**TRANSFER, "epochs": 1, "validation": 0.25}), folder, paths, **how, fraction=0.5
     )

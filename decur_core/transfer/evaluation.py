@@ -216,9 +216,10 @@ def example_predictions(record: dict, settings: Settings, stores: Mapping[str, P
     Items: ``id``, the modalities' stored uint8 images (C x H x W), ``mask`` and ``predicted`` uint8 (H x W).
     """
     predicted = json.loads(_predicted(settings, record["evaluation"]).read_text())
-    test, items = Store(stores["test"]), []
-    season = record["given"][-1][1]
-    for i, found in enumerate(predicted[:count]):
+    held = record.get("split") == "validation"  # the last training images were scored
+    test, items = Store(stores["train" if held else "test"]), []
+    first, season = record["settings"]["patches"][0] * held, record["given"][-1][1]
+    for i, found in enumerate(predicted[:count], start=first):
         images = {name: test.read(i, name, season) for name in test.shapes}
         name = f"drawn {i + 1}" if record["drawn"] else test.ids[i]
         items.append({"id": name, **images, "mask": images["mask"][0], "predicted": np.array(found, np.uint8)})
