@@ -131,6 +131,13 @@ def test_scores_of_a_whole_set():
     assert found["accuracy"] == pytest.approx(100 * float((guess == truth)[keep].float().mean()))
 
 
+def test_one_class_has_a_score():
+    truth = torch.tensor([[[0, 1], [1, 1]]], dtype=torch.uint8)
+    task = Masks(("roof",))
+    found = task.score([(torch.zeros(1, 2, 2, dtype=torch.int64), task.target(truth))])
+    assert found == {"miou": 100.0, "accuracy": 100.0, "per_class": [100.0]}
+
+
 def test_a_class_that_is_only_predicted_counts_as_zero():
     found = tasks.mean_iou(torch.tensor([[6, 2, 0], [0, 0, 0], [0, 0, 0]]))
     assert found == {"miou": 37.5, "accuracy": 75.0, "per_class": [75.0, 0.0, None]}
