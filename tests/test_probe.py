@@ -1,5 +1,7 @@
 """Probes against cases whose answer is known, and against scikit-learn's ridge regression."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -107,6 +109,21 @@ def test_collapsed_and_diverged_embeddings(random):
         assert np.abs(probe.r2(np.full((40, 3), 2.5), y, kernel=kernel)).max() < 0.2
         with pytest.raises(ValueError, match="not finite; the run that made them has diverged"):
             probe.r2(np.full((40, 3), np.nan), y, kernel=kernel)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 7.3])
+def test_a_factor_that_never_varies_is_neither_known_nor_unknown(random, value):
+    x, varied = random.normal(size=(40, 3)), random.normal(size=40)
+    y = np.stack([np.full(40, value), varied], 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        for kernel in ("linear", "rbf"):
+            for features in (x, x[:, :0]):
+                found = probe.r2(features, y, kernel=kernel)
+                assert np.isnan(found[0]) and found[1] == pytest.approx(probe.r2(features, y[:, 1:], kernel=kernel)[0])
+        held = matrix(x, x, 1, {"c": varied, "a": y[:, 0], "b": varied})
+        found = probe.scores(held, SEEN_BY)
+    assert np.isfinite(list(found.values())).all(), "factors that vary have their scores"
 
 
 def test_scale_shift_and_useless_dimensions_do_not_matter(random):

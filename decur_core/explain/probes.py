@@ -59,7 +59,8 @@ def r2(features: np.ndarray, factors: np.ndarray, *, kernel: str = "linear", sam
 
     ``features``: (N, D), ``factors``: (N, F), both real; the first half trains (at most ``samples``), the second tests.
     ``kernel``: linear, or rbf (radial). Penalty and width are chosen by leave-one-out error in the training half. With
-    no dimension (D = 0) the result is 0. A ValueError for less than 8 samples and for values that are not finite.
+    no dimension (D = 0) the result is 0, for a factor that never varies not a number. A ValueError for less than 8
+    samples and for values that are not finite.
     """
     n = len(features)
     if n < 8 or len(factors) != n or kernel not in ("linear", "rbf"):
@@ -67,8 +68,9 @@ def r2(features: np.ndarray, factors: np.ndarray, *, kernel: str = "linear", sam
         raise ValueError(f"found {found}; expected equally many, at least 8, and kernel 'linear' or 'rbf'")
     if not (np.isfinite(features).all() and np.isfinite(factors).all()):
         raise ValueError("features or factors hold values that are not finite; the run that made them has diverged")
+    varies = np.where(np.ptp(factors, 0) > 0, 1, np.nan)
     if features.shape[1] == 0:
-        return np.zeros(factors.shape[1])
+        return 0 * varies
     train, test = slice(0, min(n // 2, samples)), slice(n // 2, n)
     x, y = features.astype(np.float64), factors.astype(np.float64)
     spread = x[train].std(0)
@@ -86,7 +88,7 @@ def r2(features: np.ndarray, factors: np.ndarray, *, kernel: str = "linear", sam
         model, error = ridge(inside, y[train] - centre)
         better = error < best
         best[better], predicted[:, better] = error[better], (model.predict(across) + centre)[:, better]
-    return 1 - ((y[test] - predicted) ** 2).mean(0) / ((y[test] - centre) ** 2).mean(0)
+    return 1 - ((y[test] - predicted) ** 2).mean(0) / (varies * ((y[test] - centre) ** 2).mean(0))
 
 
 def matrix(
@@ -264,7 +266,7 @@ def scores(table: Table, seen_by: Mapping[str, str]) -> dict[str, float]:
         for m in everyone.split("+"):
             there = {block: row[factor] for (other, block), row in table.items() if other == m}
             if not carries(who, m):
-                impossible += there.values()
+                impossible += [value for value in there.values() if value == value]
                 continue
             best.append(np.maximum(0, max(there.values())))
             for block, value in ({home: 0.0} | there).items():
