@@ -298,3 +298,7 @@ def test_blocks_without_dimensions_are_told_from_measured_ones(random):
     again = {k.replace("0", "1"): v for k, v in by_run.items()}
     spaced = matrices.table(by_run | again, SEEN_BY)
     assert "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.00" in spaced and " ± " not in spaced
+    unread = {m: dict.fromkeys("cab", [0.0]) for m in ("sar", "optical")}
+    with pytest.warns(UserWarning, match="no ceiling"):
+        dashes = matrices.table(probe.normalised(by_run | again, unread, SEEN_BY), SEEN_BY)
+    assert "| DeCUR | linear | – | – | – |" in dashes, "of several seeds, none of which could be measured"

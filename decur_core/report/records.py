@@ -47,8 +47,9 @@ def numbers(record: Mapping) -> tuple[float, float]:
 
 
 def spread(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean and sample standard deviation, None where there are too few values."""
-    return statistics.fmean(values) if values else None, statistics.stdev(values) if len(values) > 1 else None
+    """Mean and sample standard deviation, None where there are too few values or, for the latter, one is no number."""
+    mean = statistics.fmean(values) if values else None
+    return mean, statistics.stdev(values) if len(values) > 1 and mean == mean else None
 
 
 def paired(mine: Mapping[int, float], other: Mapping[int, float]) -> tuple[float | None, float | None]:
