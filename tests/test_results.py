@@ -242,6 +242,10 @@ def test_source_names_data_profile_commit_and_hardware():
         for c, r in zip("xyyy", RECORDS, strict=True)
     ]
     assert "commit abc and 2 earlier, " in records.source(RECORDS + earlier)
+    on_gpu = RECORDS[0]["provenance"]["hardware"] | {"gpus": ["some GPU"]}
+    both = [RECORDS[1], RECORDS[0] | {"provenance": RECORDS[0]["provenance"] | {"hardware": on_gpu}}]
+    for found in (both, both[::-1]):  # machines with the same processor
+        assert "some GPU" in records.source(found) and "2 cores of some CPU" in records.source(found)
 
 
 def test_the_papers_numbers_are_the_papers():

@@ -145,9 +145,9 @@ def source(records: Sequence[dict]) -> str:
     origins = [r["provenance"] for r in records]
     profiles, last = sorted({r["profile"] for r in records}), max(origins, key=lambda o: o["date"])
     earlier = len({o["commit"] for o in origins}) - 1
-    hardware = {o["hardware"]["processor"]: o["hardware"] for o in origins}
-    machines = ", ".join(", ".join(h["gpus"]) or f"{h['cores']} cores of {name}" for name, h in hardware.items())
+    hardware = [o["hardware"] for o in origins]
+    machines = dict.fromkeys(", ".join(h["gpus"]) or f"{h['cores']} cores of {h['processor']}" for h in hardware)
     seeds = len({r["seed"] for r in records})
     made = f"profile {', '.join(profiles)}, {seeds} seed{'s' if seeds > 1 else ''}, commit {last['commit']}"
     before, data, whose = f" and {earlier} earlier" if earlier else "", " and ".join(names), head(records)
-    return f"{whose[0].upper()}{whose[1:]}: {data}; {made}{before}, {machines}, {last['date'][:10]}."
+    return f"{whose[0].upper()}{whose[1:]}: {data}; {made}{before}, {', '.join(machines)}, {last['date'][:10]}."
