@@ -281,6 +281,22 @@ def test_a_sentence_names_a_winner_only_where_the_paired_difference_exceeds_its_
         sentences.of_records(found, **task | {"protocol": "finetune"})
 
 
+def test_a_higher_mean_of_other_seeds_is_not_called_a_lead():
+    found = [record("clip", s, m) for s, m in enumerate((10.0, 10.0, 100.0))]
+    found += [record("decur", s, m) for s, m in enumerate((20.0, 20.5))]
+    task = {"protocol": "linear", "inputs": "both", "fraction": 0.01}
+    text = sentences.of_records(found, **task)
+    assert text.endswith(
+        "the highest mean, CLIP's 40.0 ± 52.0 (3 seeds), is behind, over the seeds of both, DeCUR (by -10.2 ± 0.4)."
+    )
+    assert "ahead" not in text
+    more = [*found, *(record("vicreg", s, m) for s, m in enumerate((9.0, 9.1, 9.2)))]
+    more += [record("simclr", s, m) for s, m in enumerate((5.0, 5.0))]
+    text = sentences.of_records(more, **task)
+    assert "is ahead of SimCLR-cross (by 5.0 ± 0.0); it is not told from VICReg" in text
+    assert text.endswith("; it is behind, over the seeds of both, DeCUR (by -10.2 ± 0.4).")
+
+
 def test_a_sentence_of_masks_holds_methods_without_pretraining_to_their_own_protocol():
     found = [segmented("decur", s, 40.0 + s) | {"protocol": "linear"} for s in (0, 1)]
     found += [segmented("random", s, 30.0 + s) | {"protocol": "linear"} for s in (0, 1)]

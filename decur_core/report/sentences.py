@@ -39,18 +39,20 @@ def compare(values: Mapping[str, Mapping[int, float]], what: str, *, digits: int
         listed = _listed([f"{n} {tables.number(*means[n], digits)}" for n in sorted(means, key=lambda n: -means[n][0])])
         return f"{what}, one seed, which tells nobody from anybody: {listed}."
     about = f"{tables.number(*means[first], digits)} ({count} seed{'s' if count > 1 else ''})"
-    groups: dict[bool, list[str]] = {True: [], False: []}
+    ahead, close, behind = [], [], []
     for name in values:
         if name != first:
             difference = paired(values[first], values[name])
             number = f"by {tables.number(*difference, digits)}" if difference[0] is not None else "no seed in common"
-            groups[told(difference)].append(f"{name} ({number})")
-    if groups[True]:
-        rest = f"; it is not told from {_listed(groups[False])}" if groups[False] else ""
-        return f"{what}: {first}, with {about}, is ahead of {_listed(groups[True])}{rest}."
-    if groups[False]:
-        rest = _listed(groups[False])
-        return f"{what}: nobody is ahead; the highest mean, {first}'s {about}, is not told from {rest}."
+            group = close if not told(difference) else ahead if difference[0] > 0 else behind
+            group.append(f"{name} ({number})")
+    verbs = {"is not told from": close, "is behind, over the seeds of both,": behind}
+    rest = [f"{verb} {_listed(names)}" for verb, names in verbs.items() if names]
+    if ahead:
+        return f"{what}: {'; it '.join([f'{first}, with {about}, is ahead of {_listed(ahead)}', *rest])}."
+    if rest:
+        nobody = "" if behind else "nobody is ahead; "
+        return f"{what}: {nobody}the highest mean, {first}'s {about}, {' and '.join(rest)}."
     return f"{what}: {first} has {about}."
 
 
