@@ -228,6 +228,30 @@ def test_shares_of_the_ceiling_leave_alone_what_a_modality_does_not_carry():
     assert len(plots.matrix(panels, unit="").axes) == 3  # two panels and the scale
 
 
+def test_panels_of_runs_that_found_other_blocks_hold_all_of_them():
+    shared, own = {"f": 0.8}, {"f": 0.2}
+    runs_of = [{("a", "a+b"): shared, ("a", "a"): own, ("b", "b"): own}, {("a", "a"): {"f": 0.4}, ("b", "b"): own}]
+    for found in (runs_of, runs_of[::-1]):
+        by_run = {f"DeCUR, seed {seed}": {"linear": table} for seed, table in enumerate(found)}
+        rows = matrices.panels(by_run, {m: {"f": [1.0]} for m in ("a", "b", "c")})["DeCUR"]
+        assert {name: row["f"] for name, row in rows.items()} == pytest.approx(
+            {"a + b, a": 0.8, "unique, a": 0.3, "unique, b": 0.2}
+        )
+
+
+def test_variants_of_a_method_are_not_averaged_like_seeds():
+    by_run = {
+        f"DeCUR, seed {seed}, dim_common{k}": {"linear": table({"common 1": (held,) * 3, "unique 1": (held,) * 3})}
+        for k, held in ((16, 0.2), (64, 0.6))
+        for seed in (0, 1)
+    }
+    lines = matrices.table(by_run, {"c": "common"}).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| DeCUR, dim_common16", "| DeCUR, dim_common64"]
+    shown = matrices.panels(by_run, {"sar": {"c": [1.0]}, "optical": {"c": [1.0]}})
+    values = {name: rows["common, SAR"]["c"] for name, rows in shown.items() if name.startswith("DeCUR")}
+    assert values == pytest.approx({"DeCUR, dim_common16": 0.2, "DeCUR, dim_common64": 0.6})
+
+
 def test_over_shares_has_a_point_for_every_share_and_seed():
     settings = config.load("mini", {"sweep": {"dim_common": [16, 64], "seed": [0, 1]}})
     members = config.members(settings)

@@ -322,3 +322,8 @@ def test_a_sentence_of_r2_matrices_pairs_runs_by_their_seeds():
     )
     right = sentences.of_matrices(by_run, {"c": "common", "a": "sar"}, score="right")
     assert right.startswith("right block, linear probe: DeCUR")
+    shares = {
+        f"DeCUR, seed {s}, dim_common{k}": table(own) for s in (0, 1) for k, own in ((16, 0.6 + s / 10), (64, 0.1))
+    }
+    apart = sentences.of_matrices(shares, {"c": "common", "a": "sar"})
+    assert "DeCUR, dim_common16, with" in apart and "is ahead of DeCUR, dim_common64 (by" in apart

@@ -1,5 +1,6 @@
 """What blocks of embeddings know of known factors (``explain.probes``), as panels of a figure and as a table."""
 
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -15,8 +16,8 @@ COLUMNS |= {name: name for name in ("block score", "impossible")}
 
 
 def method(label: str) -> str:
-    """The part of a run's label (``folders.label``) before the seed."""
-    return label.partition(", seed")[0]
+    """A run's label (``folders.label``) without the seed: runs of other variants are apart."""
+    return re.sub(r", seed \d+", "", label)
 
 
 def _empty(row: Mapping[str, float]) -> bool:
@@ -33,13 +34,15 @@ def panels(
     """
     means = {m: {f: float(np.mean(values)) for f, values in found.items()} for m, found in ceilings.items()}
     made = {"Supervised network: the ceiling, $R^2$": {title(m): row for m, row in means.items()}}
-    for name in SHOWN:
-        if found := [by_kernel["linear"] for label, by_kernel in by_run.items() if method(label) == name]:
-            rows = made[name] = {}
-            for m, block in found[0]:
-                row = {f: float(np.mean([table[m, block][f] for table in found])) for f in found[0][m, block]}
-                kind = "unique" if block == m else "common" if block == "+".join(ceilings) else title(block)
-                rows[f"{kind}, {title(m)}"] = dict.fromkeys(row, np.nan) if _empty(row) else row
+    kinds = {method(label): label.partition(", seed")[0] for label in by_run}
+    for name in sorted((name for name, of in kinds.items() if of in SHOWN), key=lambda name: SHOWN.index(kinds[name])):
+        found = [by_kernel["linear"] for label, by_kernel in by_run.items() if method(label) == name]
+        rows = made[name] = {}
+        for m, block in {place: None for each in found for place in each}:  # runs that found a split differ in them
+            there = [each[m, block] for each in found if (m, block) in each]
+            row = {f: float(np.mean([values[f] for values in there])) for f in there[0]}
+            kind = "unique" if block == m else "common" if block == "+".join(ceilings) else title(block)
+            rows[f"{kind}, {title(m)}"] = dict.fromkeys(row, np.nan) if _empty(row) else row
     return made
 
 
