@@ -176,6 +176,13 @@ def test_fine_tuning_that_could_not_take_a_step_is_refused(pretrained, patch_sto
     assert transfer.evaluate(settings, folder, patch_stores, protocol="linear", fraction=0.02)["patches"]["train"] == 1
 
 
+@pytest.mark.parametrize("fraction", [0, -0.5, 10, float("nan")])
+def test_a_share_of_labels_that_is_none_is_refused(pretrained, patch_stores, fraction):
+    settings, folder = pretrained
+    with pytest.raises(config.ConfigError, match=f"fraction = {fraction}; allowed: a share above 0, up to 1"):
+        transfer.evaluate(settings, folder, patch_stores, protocol="linear", fraction=fraction)
+
+
 @pytest.mark.parametrize("validation, learnt", [(0.01, 48), (0.9, 0)])
 def test_images_held_out_must_be_some_and_not_all(pretrained, patch_stores, tmp_path, validation, learnt):
     settings, folder = pretrained

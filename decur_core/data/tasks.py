@@ -150,8 +150,7 @@ def mean_average_precision(scores: Tensor, labels: Tensor) -> dict:
     # Places in the order of all: of scores outside of 0 to 1 the metric takes a sigmoid, which makes large ones equal.
     order = scores.detach().flatten().unique(return_inverse=True)[1].view_as(scores).double() / scores.numel()
     columns = list(zip(order.T, labels.int().T, strict=True))
-    each = [100 * float(binary_average_precision(o, y)) if y.any() else None for o, y in columns]
-    per_class = [None if v is None else round(v, 4) for v in each]
+    per_class = [round(100 * float(binary_average_precision(o, y)), 4) if y.any() else None for o, y in columns]
     macro = statistics.fmean(v for v in per_class if v is not None)
     micro = 100 * float(binary_average_precision(order.flatten(), labels.int().flatten()))
     return {"micro": micro, "macro": macro, "per_class": per_class}

@@ -59,8 +59,7 @@ def r2(features: np.ndarray, factors: np.ndarray, *, kernel: str = "linear", sam
 
     ``features``: (N, D), ``factors``: (N, F), both real; the first half trains (at most ``samples``), the second tests.
     ``kernel``: linear, or rbf (radial). Penalty and width are chosen by leave-one-out error in the training half. With
-    no dimension (D = 0) the result is 0, for a factor that never varies not a number. A ValueError for less than 8
-    samples and for values that are not finite.
+    no dimension it is 0, for a constant factor not a number. ValueError: less than 8 samples, or values not finite.
     """
     n = len(features)
     if n < 8 or len(factors) != n or kernel not in ("linear", "rbf"):

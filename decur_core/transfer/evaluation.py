@@ -61,6 +61,8 @@ def evaluate(
     """
     if protocol not in ("linear", "finetune"):
         raise config.ConfigError(f"protocol = {protocol!r}; allowed: linear, finetune")
+    if not 0 < fraction <= 1:
+        raise config.ConfigError(f"fraction = {fraction!r}; allowed: a share above 0, up to 1")
     pretrained, everything, pretraining = load_pretrained(folder)
     modalities = given(everything.values(), inputs)
     inputs = "both" if len(modalities) == len(everything) else "+".join(m.name for m in modalities)
