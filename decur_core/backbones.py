@@ -1,6 +1,7 @@
 """Backbones with any number of input channels: ResNets, SegFormer's Mix Transformers, and a small network for CPUs."""
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,11 @@ def _mix_transformer(name: str, channels: int, *, depths: Sequence[int]) -> nn.M
     from segmentation_models_pytorch.encoders.mix_transformer import LayerNorm, MixVisionTransformer  # as below
 
     class MixTransformer(MixVisionTransformer):
+        def forward_features(self, images: Tensor) -> list[Tensor]:
+            if min(images.shape[2:]) < 29:  # the first attention looks at 8 x 8 positions at once, 4 px apart
+                raise ValueError(f"images of {tuple(images.shape[2:])} px; {name} needs 29 or more: raise crop_size")
+            return super().forward_features(images)
+
         def forward(self, images: Tensor) -> Tensor:
             return self.forward_features(images)[-1].mean((2, 3))
 
@@ -70,10 +76,7 @@ def _resnet_maps(network: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def _one_by_one(stages: Sequence[nn.Module], images: Tensor) -> list[Tensor]:
-    maps = []
-    for stage in stages:
-        maps.append(images := stage(images))
-    return maps
+    return list(itertools.accumulate(stages, lambda maps, stage: stage(maps), initial=images))[1:]
 
 
 class Backbone(NamedTuple):

@@ -118,6 +118,14 @@ def test_gradients_reach_every_parameter(named):
     network.zero_grad()
 
 
+def test_images_too_small_for_a_transformer_are_refused():
+    network, _ = backbones.build("mit_b0", 2)
+    assert network.eval()(torch.rand(1, 2, 29, 40)).shape == (1, 256)
+    for look in (network, lambda images: backbones.feature_maps(network, images)):
+        with pytest.raises(ValueError, match=r"images of \(40, 28\) px; mit_b0 needs 29 or more: raise crop_size"):
+            look(torch.rand(1, 2, 40, 28))
+
+
 def test_settings_that_cannot_be_built():
     with pytest.raises(ValueError, match="'vgg'; allowed: resnet18, resnet50, small, medium, mit_b0, mit_b2, mit_b5"):
         backbones.build("vgg", 3)
