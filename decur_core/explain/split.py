@@ -218,11 +218,8 @@ def _folds(n: int, strata: Sequence | None, permutations: int, seed: int) -> _Fo
         raise ValueError(f"{len(rows)} of {n} samples can be compared with others: expected {MINIMUM} or more")
     cells, half = np.unique(cells[rows], return_inverse=True)[1], half[rows]
     fit, score = np.flatnonzero(half == 0), np.flatnonzero(half == 1)
-    shuffles = []
-    for _ in range(permutations):
-        order = np.empty(len(rows), int)
-        order[np.argsort(cells, kind="stable")] = np.lexsort((random.random(len(rows)), cells))
-        shuffles.append(order)
+    place = np.argsort(np.argsort(cells, kind="stable"))  # of each row among all sorted by their cell
+    shuffles = [np.lexsort((random.random(len(rows)), cells))[place] for _ in range(permutations)]
     return _Folds(rows, cells, [(fit, score), (score, fit)], shuffles)
 
 

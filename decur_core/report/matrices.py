@@ -34,8 +34,7 @@ def panels(
     """
     means = {m: {f: float(np.mean(values)) for f, values in found.items()} for m, found in ceilings.items()}
     made = {"Supervised network: the ceiling, $R^2$": {title(m): row for m, row in means.items()}}
-    kinds = {method(label): label.partition(", seed")[0] for label in by_run}
-    for name in sorted((name for name, of in kinds.items() if of in SHOWN), key=lambda name: SHOWN.index(kinds[name])):
+    for name in dict.fromkeys(method(run) for kind in SHOWN for run in by_run if run.partition(", seed")[0] == kind):
         found = [by_kernel["linear"] for label, by_kernel in by_run.items() if method(label) == name]
         rows = made[name] = {}
         for m, block in {place: None for each in found for place in each}:  # runs that found a split differ in them

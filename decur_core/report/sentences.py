@@ -40,19 +40,19 @@ def compare(values: Mapping[str, Mapping[int, float]], what: str, *, digits: int
         return f"{what}, one seed, which tells nobody from anybody: {listed}."
     about = f"{tables.number(*means[first], digits)} ({count} seed{'s' if count > 1 else ''})"
     ahead, close, behind = [], [], []
-    for name in values:
-        if name != first:
-            difference = paired(values[first], values[name])
-            number = f"by {tables.number(*difference, digits)}" if difference[0] is not None else "no seed in common"
-            group = close if not told(difference) else ahead if difference[0] > 0 else behind
-            group.append(f"{name} ({number})")
+    for name in [name for name in values if name != first]:
+        difference = paired(values[first], values[name])
+        number = f"by {tables.number(*difference, digits)}" if difference[0] is not None else "no seed in common"
+        group = close if not told(difference) else ahead if difference[0] > 0 else behind
+        group.append(f"{name} ({number})")
     verbs = {"is not told from": close, "is behind, over the seeds of both,": behind}
     rest = [f"{verb} {_listed(names)}" for verb, names in verbs.items() if names]
     if ahead:
         return f"{what}: {'; it '.join([f'{first}, with {about}, is ahead of {_listed(ahead)}', *rest])}."
     if rest:
-        nobody = "" if behind else "nobody is ahead; "
-        return f"{what}: {nobody}the highest mean, {first}'s {about}, {' and '.join(rest)}."
+        return (
+            f"{what}: {'' if behind else 'nobody is ahead; '}the highest mean, {first}'s {about}, {' and '.join(rest)}."
+        )
     return f"{what}: {first} has {about}."
 
 

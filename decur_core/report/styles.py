@@ -37,9 +37,8 @@ TERMS = {"intra": "intra-modal", "anchor": "anchors"}  # loss terms of one modal
 
 def modalities() -> dict[str, Modality]:
     """Every modality that a data set declares, by name, in the order of the data sets."""
-    declared = (m for name in datasets.names() for m in datasets.find(name).modalities)
     found: dict[str, Modality] = {}
-    for m in declared:
+    for m in (m for name in datasets.names() for m in datasets.find(name).modalities):
         found.setdefault(m.name, m)
     return found
 

@@ -117,10 +117,6 @@ def worth(parts: Mapping[str, Sequence[dict]]) -> str:
     return grid(["", *(f"{way}, less {title(without).lower()}" for way, _, without in ways)], body)
 
 
-def _best(values: Iterable[float | None]) -> float | None:
-    return max((v for v in values if v is not None), default=None)
-
-
 def _beside(
     rows: Mapping[str, list],
     ours: Mapping[str, Sequence[Mapping[int, float]]],
@@ -144,7 +140,7 @@ def _beside(
             compared = [row for row in rows if (row, k) not in apart]
             means = {row: spread([*ours[row][k].values()]) for row in rows}
             best = [
-                _best(found[row] for row in compared)
+                max((found[row] for row in compared if found[row] is not None), default=None)
                 for found in ({r: v[k] for r, v in rows.items()}, {r: m[0] for r, m in means.items()})
             ]
             for row, values in rows.items():
@@ -243,6 +239,6 @@ def share_table(found: dict[str, Sequence[dict]]) -> str:
     for name, records in found.items():
         for size, points in by_share(records).items():
             scores = {x: spread(points[x]) for x in sorted(points)}
-            best = _best(mean for mean, _ in scores.values())
+            best = max(mean for mean, _ in scores.values())
             rows += [[name, size, f"{x:g} %", cell(*each, best)] for x, each in scores.items()]
     return grid(["Pair", "Embedding", "Common", "Score (%)"], rows)

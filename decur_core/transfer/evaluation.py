@@ -1,10 +1,10 @@
 """What pretrained encoders are worth on labelled images: linear probe and fine-tuning (paper, section 5)."""
 
-import functools
 import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -104,18 +104,16 @@ def evaluate(
     kind = NETWORKS[t.segmenter if task.dense else "linear"]
     network = kind.build(pretrained, pretraining, [m for m, _ in looks], task.outputs, protocol == "linear")
     network.to(device, memory_format=torch.channels_last)
-    batch = functools.partial(samples, kind, task, looks, t, device=device)
+    batch = partial(samples, kind, task, looks, t, device=device)
     file = runs.path(settings, "transfer", f"{name}.pt")
     about = {"protocol": protocol, "loss": task.loss, "autocast": pretrain.autocast(settings, device)}
     about |= {"seed": seed, "desc": name, "file": file, "digest": digest}
-    steps = fitting.fit(network, kind, functools.partial(batch, train), chosen, t, **about)
+    steps = fitting.fit(network, kind, partial(batch, train), chosen, t, **about)
     examples: list[Tensor] = []
-    found = fitting.predictions(network, kind, functools.partial(batch, test), rows, t)
+    answers = partial(fitting.predictions, network, kind)
+    found = answers(partial(batch, test), rows, t)
     result = {"metric": task.metric, "numbers": list(task.numbers), **task.score(_noting(found, examples))}
-    further = {
-        part: task.score(fitting.predictions(network, kind, functools.partial(batch, store), used, t))
-        for part, (store, used) in scored.items()
-    }
+    further = {part: task.score(answers(partial(batch, store), used, t)) for part, (store, used) in scored.items()}
     if task.dense:
         runs.write_json(_predicted(settings, name), [task.picture(x).tolist() for x in examples])
     facts = test.meta.get("data") or {}

@@ -6,7 +6,6 @@ Targets and predictions are int64, the number of a class or IGNORE = unlabelled,
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +18,6 @@ from decur_core.data.tasks import IGNORE
 from decur_core.transfer.encoders import OnEncoders
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of images in the training of the published CMX
-# Nothing but a crop and perhaps a flip.
-_CROP = augment.Policy(**GEOMETRY, p_vflip=0.0)
 
 
 class FCN(OnEncoders):
@@ -116,7 +113,7 @@ def crop(
     for x in images:
         if (x.shape[0], *x.shape[2:]) != tuple(truth.shape):
             raise DataError(f"images of shape {tuple(x.shape)} do not lie on the grid of masks {tuple(truth.shape)}")
-    policy = replace(_CROP, size=size, crop_scale=tuple(scale), p_hflip=flip)
+    policy = augment.Policy(**GEOMETRY, size=size, crop_scale=tuple(scale), p_hflip=flip, p_vflip=0.0)
     before, views = generator.get_state(), []
     for x in images:
         generator.set_state(before)
