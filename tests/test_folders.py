@@ -124,6 +124,14 @@ def test_splits_are_lists(root):
             Folders(root, MODALITIES, "train")
 
 
+def test_lists_are_read_as_text_editors_write_them(root):
+    (root / "train.txt").write_bytes("\ufeffc\r\na\r\n".encode())
+    assert Folders(root, MODALITIES, "train").ids == ["c", "a"]
+    (root / "train.txt").write_text("c\na\n", encoding="utf-16")
+    with pytest.raises(DataError, match="train.txt: cannot be read; expected ids, a line each: Unicode"):
+        Folders(root, MODALITIES, "train")
+
+
 def one_missing(root):
     (root / "heat" / "c.tif").unlink()
     return "1 of 3 ids are not in every folder, c for one is not in heat"
@@ -288,6 +296,12 @@ LABELS = {"a": ["inland water"], "b.2": [], "c": ["forest", "inland water"]}
         ("c,forest,inland water\nb.2\na,inland water\n\n", ()),
         ("ID,first,second\na,inland water,\nb.2,,\nc,inland water,forest\n", ()),
         ("a,inland water\nb.2,\nc,forest;inland water\n", ("forest", "inland water", "snow")),
+        ("id;forest;inland water\r\na;0;1\r\nb.2;0;0\r\nc;1;1\r\n", ()),
+        ("id\tforest\tinland water\na\t0\t1\nb.2\t0\t0\nc\t1\t1\n", ("forest", "inland water")),
+        ('id, "forest", "inland water"\n"a", "0", "1"\n"b.2", "0", "0"\n"c", "1", "1"\n', ()),
+        ("id,forest,inland water\na,0.0,1.0\nb.2,0.0,0.0\nc,1.0,1.0\n", ()),
+        ("id,forest,inland water\na,False,True\nb.2,False,False\nc,True,True\n", ()),
+        ("c;forest;inland water\nb.2\na;inland water\n", ()),
     ],
 )
 def test_labels_of_every_form(root, text, classes):
@@ -297,6 +311,14 @@ def test_labels_of_every_form(root, text, classes):
     for i, id in enumerate(IDS):
         labels = data[i]["labels"]
         assert labels.dtype == bool and [n for n, own in zip(data.classes, labels, strict=True) if own] == LABELS[id]
+
+
+@pytest.mark.parametrize("cell", ["2", "", "nan", "yes"])
+def test_columns_of_0_and_1_hold_nothing_else(root, cell):
+    (root / "labels.csv").write_text(f"id,forest,water\na,0,1\nb.2,{cell},0\nc,1,1\n")
+    for classes in ((), ("forest", "water")):
+        with pytest.raises(DataError, match=f"labels.csv: .*b.2 has '{cell}' beside 0 and 1"):
+            Folders(root, MODALITIES, classes=classes)
 
 
 def test_names_without_other_separators_are_separated_by_spaces(root):

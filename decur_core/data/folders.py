@@ -26,6 +26,7 @@ from decur_core.data.modality import Modality
 from decur_core.data.raster import MISSING, DataError, Reader, one_of, reading, repeated, visible
 
 DRIVERS = {".tif": "GTiff", ".tiff": "GTiff", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".npy": ""}
+TRUTH = {"0": False, "1": True, "0.0": False, "1.0": True, "False": False, "True": True, "FALSE": False, "TRUE": True}
 MASK = Modality(name="mask", bands=("class",), unit="number of a class", valid_range=(0.0, 255.0), scheme="bytes")
 
 
@@ -186,7 +187,8 @@ class Folders(Reader):
         if not (path := self.root / f"{split}.txt").is_file():
             lists = ", ".join(sorted(other.stem for other in self.root.glob("*.txt"))) or "none"
             raise DataError(f"{path}: missing; lists of this root: {lists}; 'all' needs no list")
-        wanted = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        with reading(path, "ids, a line each"):
+            wanted = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         if wrong := [i for i in wanted if i not in known] or repeated(wanted):
             raise DataError(f"{path}: {wrong[0]} is unknown or there twice; a line is an id, without suffix")
         return wanted
@@ -194,7 +196,7 @@ class Folders(Reader):
     def _match(self, path: Path, found: dict, known: set[str]) -> None:
         """Refuse labels or masks of ids that are not known, and ids without."""
         if unknown := sorted(found.keys() - known):
-            raise DataError(f"{path}: labels for {len(unknown)} unknown ids, first {unknown[0]}; remove them")
+            raise DataError(f"{path}: labels for {len(unknown)} unknown ids, first {unknown[0]}; remove or rename them")
         if lacking := [i for i in self.ids if i not in found]:
             raise DataError(f"{path}: nothing for {len(lacking)} of {len(self.ids)} ids, first {lacking[0]}")
 
@@ -202,18 +204,24 @@ class Folders(Reader):
 def read_labels(path: Path, classes: Sequence[str] = ()) -> tuple[tuple[str, ...], dict[str, list[str]]]:
     """Names of the classes, those given or else all that occur, and those of each id.
 
-    Either a header `id,<class>,<class>,…` and 0 or 1 in the columns; or names of classes, after a header that begins
-    with `id` or without one: separated by `;` if there is one in the file, else in columns of their own if there are
-    several, else by spaces (a given class may contain them). A row with the id alone has none of the classes.
-    A DataError names an id that is there twice, or that has a class that is not given.
+    Either a header `id,<class>,<class>,…` and 0 or 1 (or False or True) in the columns; or names of classes, after a
+    header that begins with `id` or without one: separated by `;` if there is one in the file, else in columns of their
+    own if there are several, else by spaces (a given class may contain them). A row with the id alone has none of the
+    classes. In a file without a comma it is `;` that separates columns or, without that too, the tab.
+    A DataError names an id that is there twice, that has a class that is not given, or another value beside 0 and 1.
     """
-    with reading(path, "rows of an id and its classes"), open(path, newline="", encoding="utf-8-sig") as file:
-        rows = [[cell.strip() for cell in row] for row in csv.reader(file) if any(map(str.strip, row))]
+    with reading(path, "rows of an id and its classes"):
+        text = path.read_text(encoding="utf-8-sig")
+        separator = next((mark for mark in ",;" if mark in text), "\t")
+        lines = csv.reader(text.split("\n"), delimiter=separator, skipinitialspace=True)
+        rows = [[cell.strip() for cell in row] for row in lines if any(map(str.strip, row))]
         header = rows.pop(0)[1:] if rows[0][0].lower() == "id" else []
         cells = {cell for row in rows for cell in row[1:]}
-        if header and cells <= {"0", "1"}:
+        if header and (cells <= TRUTH.keys() or len(header) > 1 and cells & TRUTH.keys()):
+            if wrong := [f"{row[0]} has {cell!r}" for row in rows for cell in row[1:] if cell not in TRUTH]:
+                raise ValueError(f"{wrong[0]} beside 0 and 1")
             found = header
-            names = [[n for n, cell in zip(header, row[1:], strict=True) if cell == "1"] for row in rows]
+            names = [[n for n, cell in zip(header, row[1:], strict=True) if TRUTH[cell]] for row in rows]
         else:
             between = ";" if any(";" in cell for cell in cells) else "$" if max(map(len, rows)) > 2 else r"\s"
             parts = {cell: [cell] if cell in classes else map(str.strip, re.split(between, cell)) for cell in cells}
