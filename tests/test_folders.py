@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
-from PIL import Image
+from PIL import Image, ImageOps
 from rasterio import Affine
 
 from decur_core.data import datasets, modality
@@ -74,6 +74,20 @@ def test_a_photograph_is_close_to_what_was_saved(root):
     save(root / "rgb" / "a.jpg", smooth)
     item = Folders(root, MODALITIES)[0]
     assert item["rgb"].dtype == np.uint8 and abs(item["rgb"].astype(int) - smooth).max() < 12
+
+
+@pytest.mark.parametrize("held", range(1, 9))
+def test_a_photograph_stands_upright_however_the_camera_was_held(root, held):
+    (root / "rgb" / "a.png").unlink()
+    y, x = np.indices((24, 40), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = held
+    Image.fromarray(np.stack([6 * x, 10 * y, 3 * x], -1)).save(root / "rgb" / "a.jpg", exif=exif, quality=98)
+    with Image.open(root / "rgb" / "a.jpg") as image:
+        upright = np.asarray(ImageOps.exif_transpose(image)).transpose(2, 0, 1)
+    save(root / "heat" / "a.tif", np.random.default_rng(0).random((1, *upright.shape[1:])))
+    found = Folders(root, MODALITIES)[0]["rgb"]
+    assert found.shape == upright.shape and abs(found.astype(int) - upright).max() < 12
 
 
 def seasonal(root, names):

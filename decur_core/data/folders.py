@@ -48,20 +48,23 @@ class Image(NamedTuple):
 
 
 def read(path: Path) -> Image:
-    """A whole image. Pixels that a file of more than 8 bits marks as having no data become NaN."""
+    """A whole image, upright. Pixels that a file of more than 8 bits marks as having no data become NaN."""
     with reading(path, "a GeoTIFF, PNG, JPEG or array of real numbers"), warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         if not (driver := DRIVERS[path.suffix.lower()]):
-            values, place = np.load(path, allow_pickle=False), ()
+            values, place, turn = np.load(path, allow_pickle=False), (), 1
             values = values[None] if values.ndim == 2 else values
         else:
             if driver == "PNG" and b"IEND" not in path.read_bytes()[-64:]:  # GDAL fills what is missing with zeros
                 raise ValueError("truncated")
             with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"), rasterio.open(path, driver=driver) as file:
                 values, place = file.read(masked=file.dtypes[0] != "uint8"), (file.crs, file.transform)
+                turn = int(file.tags().get("EXIF_Orientation", 1))  # 1 to 8: how a camera was held
             values = values.astype(np.float32).filled(np.nan) if np.ma.is_masked(values) else np.asarray(values)
         if values.ndim != 3 or values.dtype.kind not in "fui" or not values.size:
             raise ValueError(f"{values.dtype} values of shape {values.shape}")
+        values = values.swapaxes(1, 2) if turn > 4 else values
+        values = values[:, :: -1 if turn in (3, 4, 7, 8) else 1, :: -1 if turn in (2, 3, 6, 7) else 1]
     return Image(path, values, *place)
 
 
