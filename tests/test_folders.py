@@ -425,6 +425,21 @@ def test_georeferenced_files_must_share_a_grid(root):
     assert np.array_equal(Folders(root, MODALITIES)[0]["heat"], pixels("a", 1))  # within half a pixel
 
 
+def test_turned_and_mirrored_grids_are_told_apart(root):
+    east, turned = placed(500_000, 5_000_000, 10), Affine(0, 10, 500_000, -10, 0, 5_000_000)  # one square, two grids
+    mirrored = Affine(-10, 0, 500_120, 0, -10, 5_000_000)
+    for grid, other, fits in ((east, turned, False), (east, mirrored, False), (mirrored, mirrored, True)):
+        grid, other = (g if isinstance(g, dict) else east | {"transform": g} for g in (grid, other))
+        (root / "rgb" / "a.png").unlink(missing_ok=True)
+        save(root / "rgb" / "a.tif", pixels("a", 3, size=(12, 12)).astype(np.uint8), **grid)
+        save(root / "heat" / "a.tif", pixels("a", 1, size=(12, 12)).astype(np.uint16), **other)
+        if fits:
+            assert np.array_equal(Folders(root, MODALITIES)[0]["heat"], pixels("a", 1, size=(12, 12)))
+        else:
+            with pytest.raises(DataError, match="heat/a.tif: 12 x 12 pixels at .* resample: true"):
+                Folders(root, MODALITIES)[0]
+
+
 def test_resampling_is_by_place_where_files_say_it(root):
     y, x = np.indices((20, 20))
     for id in IDS:

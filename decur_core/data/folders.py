@@ -38,13 +38,15 @@ class Image(NamedTuple):
 
     def __str__(self) -> str:
         height, width = self.values.shape[1:]
-        place = f" at {', '.join(f'{v:.10g}' for v in self.bounds)} of {self.crs}" if self.crs else ""
+        bounds = array_bounds(height, width, self.transform)  # west, south, east and north
+        place = f" at {', '.join(f'{v:.10g}' for v in bounds)} of {self.crs}" if self.crs else ""
         return f"{height} x {width} pixels{place}"
 
     @property
-    def bounds(self) -> tuple[float, float, float, float]:
-        """West, south, east and north in the units of `crs`."""
-        return array_bounds(*self.values.shape[1:], self.transform)
+    def corners(self) -> np.ndarray:
+        """Three corners, which tell turned and mirrored images apart, in the units of `crs`."""
+        height, width = self.values.shape[1:]
+        return np.reshape(self.transform[:6], (2, 3)) @ [[0, width, 0], [0, 0, height], [1, 1, 1]]
 
 
 def read(path: Path) -> Image:
@@ -74,8 +76,8 @@ def on_grid(image: Image, grid: Image, resample: bool, method: Resampling = Resa
     By place where both say where they lie (one grid: the same to half a pixel), else corner to corner.
     """
     (h, w), (height, width) = image.values.shape[1:], grid.values.shape[1:]
-    placed, half = image.crs and grid.crs, (grid.bounds[2] - grid.bounds[0]) / width / 2
-    near = image.crs == grid.crs and np.abs(np.subtract(image.bounds, grid.bounds)).max() <= half
+    placed, half = image.crs and grid.crs, np.abs(grid.transform[:2]).max() / 2
+    near = image.crs == grid.crs and np.abs(image.corners - grid.corners).max() <= half
     if (h, w) == (height, width) and (near or not placed):
         return image.values
     state, values = f"{image.path}: {image}", np.full((len(image.values), height, width), np.nan, np.float32)
