@@ -116,6 +116,13 @@ def test_seasons_go_together_in_the_order_of_their_names(root):
         Folders(root, MODALITIES)[0]
 
 
+def test_a_season_without_content_is_refused_by_its_file(root):
+    seasonal(root, {"rgb": ["1.png", "2.png"], "heat": ["1.tif", "2.tif"]})
+    save(root / "heat" / "a" / "2.tif", np.zeros((1, *SIZE), np.uint16))
+    with pytest.raises(DataError, match="heat/a/2.tif: band thermal of a is 0 all over"):
+        Folders(root, MODALITIES)[0]
+
+
 def test_an_image_without_seasons_goes_with_all_of_them(root):
     seasonal(root, {"rgb": ["1.png", "2.png", "3.png"], "heat": ["1.tif"]})
     for id in IDS:

@@ -148,10 +148,10 @@ class Folders(Reader):
             grid = grid or images[0]
             found[modality.name] = pixels = np.stack([self._pixels(image, modality, grid) for image in images])
             seasons |= {modality.name: len(images)} if path.is_dir() else {}
-            for band, values in zip(modality.bands, pixels.swapaxes(0, 1), strict=True):
-                if modality is not MASK and values.min() == values.max():
-                    state = f"band {band} of {id} is {values.flat[0]:g} all over"
-                    raise DataError(f"{images[0].path}: {state}; leave the id or the band out")
+            even = pixels.min((2, 3)) == pixels.max((2, 3))
+            for season, band in np.argwhere(even) if modality is not MASK else ():
+                state = f"band {modality.bands[band]} of {id} is {pixels[season, band, 0, 0]:g} all over"
+                raise DataError(f"{images[season].path}: {state}; leave the id or the band out")
         if len({*seasons.values()}) > 1:
             raise DataError(f"{self.root}: {id} has {seasons} seasons; give each modality the same number")
         count, mask = max(seasons.values(), default=0), found.pop(MASK.name, None)
