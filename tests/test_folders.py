@@ -488,6 +488,13 @@ def test_a_mapping_is_measured_and_said(root, capsys):
     assert "look like 8-bit images, kept as they are, declared as 8-bit colour" in capsys.readouterr().out
 
 
+def test_values_far_from_zero_are_measured_as_finely_as_they_need(root):
+    for id in IDS:
+        save(root / "heat" / f"{id}.tif", 1e6 + pixels(id, 1) / 4096)
+    heat = Modality.from_mapping(measure(Folders(root, MODALITIES), HEAT))
+    assert 1e6 <= heat.low[0] < 1e6 + 0.1 and 1e6 + 0.9 < heat.high[0] <= 1e6 + 1
+
+
 def test_measuring_leaves_out_what_cannot_be_read(root, capsys):
     constant = np.full((1, *SIZE), 9, np.uint16)
     save(root / "heat" / "a.tif", constant)

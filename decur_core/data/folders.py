@@ -265,7 +265,8 @@ def measure(reader, modality: Modality, *, samples: int = 256) -> dict:
     values = np.concatenate(pixels, axis=1)
     limits = np.percentile(values, (1, 99), axis=1)
     limits = np.where(limits[0] < limits[1], limits, [values.min(axis=1), values.max(axis=1)])  # else nearly all is one
-    low, high = (tuple(float(f"{v:.6g}") for v in own) for own in limits)
+    short = [[float(f"{v:.6g}") for v in own] for own in limits]
+    low, high = map(tuple, short if np.less(*short).all() else limits.tolist())
     measured = {"scheme": "bytes"} if values.dtype == np.uint8 else {"scheme": "range_8bit", "low": low, "high": high}
     ranges = ", ".join(f"{band} {a:g} to {z:g}" for band, a, z in zip(modality.bands, low, high, strict=True))
     left_out = f"; {len(reasons)} left out, first: {reasons[0]}" if reasons else ""
