@@ -252,6 +252,22 @@ def mask_of_colours(root):
     return r"mask/c.png: 3 band\(s\), expected 1 \(class\) of mask"
 
 
+def no_labels(root):
+    return "labels.csv: missing; expected rows of an id and its classes"
+
+
+def no_masks(root):
+    return "mask: missing; the root holds a folder per modality, and of declared masks"
+
+
+@pytest.mark.parametrize(
+    ("damage", "options"), [(no_labels, {"classes": ("snow", "forest")}), (no_masks, {"masks": ("road",)})]
+)
+def test_what_is_declared_has_to_be_there(root, damage, options):
+    with pytest.raises(DataError, match=damage(root)):
+        Folders(root, MODALITIES, **options)
+
+
 def no_modality(root):
     (root / "heat").rename(root / "cold")
     return "heat: missing; the root holds a folder per modality"

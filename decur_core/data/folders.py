@@ -119,7 +119,7 @@ class Folders(Reader):
         self.left_out, self.classes, self._labels = Counter(), tuple(classes), {}
         self._files = {modality.name: self._scan(modality.name) for modality in modalities}
         known = set().union(*self._files.values())
-        if (self.root / MASK.name).is_dir():
+        if (self.root / MASK.name).is_dir() or self.masks:
             self._files[MASK.name] = self._scan(MASK.name)
         wanted = sorted(known) if split in (None, "all") else self._list(split, known)
         lacking = {i: m.name for m in modalities for i in wanted if i not in self._files[m.name]}
@@ -132,7 +132,7 @@ class Folders(Reader):
         self.left_out = +(self.left_out + Counter(ids=len(lacking)))
         if self.left_out:
             warnings.warn(f"{self.root}: left out: {dict(self.left_out)}", stacklevel=2)
-        if (path := self.root / "labels.csv").is_file():
+        if (path := self.root / "labels.csv").is_file() or self.classes:
             self.classes, self._labels = read_labels(path, self.classes)
             self._match(path, self._labels, known)
         if MASK.name in self._files:
@@ -177,7 +177,7 @@ class Folders(Reader):
     def _scan(self, name: str) -> dict[str, str]:
         """id -> name of its file, or of its folder of seasons."""
         if not (folder := self.root / name).is_dir():
-            raise DataError(f"{folder}: missing; the root holds a folder per modality")
+            raise DataError(f"{folder}: missing; the root holds a folder per modality, and of declared masks")
         found = {}
         for path in sorted(visible(folder, "*")):
             if not (is_folder := path.is_dir()) and path.suffix.lower() not in DRIVERS:
