@@ -399,6 +399,30 @@ def test_a_declared_data_set_reads_them(root, monkeypatch):
         found.read(root, missing="skip")[1]
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("resample", "no", "true or false"),
+        ("resample", "False", "true or false"),
+        ("drawn", 0, "true or false"),
+        ("labels", "forest", "a list"),
+        ("splits", "train", "a list"),
+        ("title", ["a"], "text"),
+    ],
+)
+def test_a_declaration_of_another_kind_is_refused(monkeypatch, field, value, expected):
+    monkeypatch.setattr(datasets, "_TABLE", dict(datasets._TABLE))
+    with pytest.raises(ValueError, match=f"'mine': {field} = .*; expected {expected}"):
+        datasets.declared("mine", {"modalities": ["rgb", "heat"], field: value}, {"heat": HEAT})
+
+
+@pytest.mark.parametrize("name", ["id", "labels", "mask"])
+def test_a_modality_is_not_called_like_another_part_of_an_item(monkeypatch, name):
+    monkeypatch.setattr(datasets, "_TABLE", dict(datasets._TABLE))
+    with pytest.raises(ValueError, match="none called id, labels or mask"):
+        datasets.declared("mine", {"modalities": ["rgb", name]}, {name: replace(HEAT, name=name)})
+
+
 def test_other_sizes_are_resampled_on_request(root):
     y, x = np.indices((6, 8))
     ramp = (100 * x + 20 * y + 500).astype(np.uint16)[None]

@@ -45,8 +45,9 @@ class DataSet:
 def register(dataset: DataSet) -> DataSet:
     """Make a data set known by its name, in the place of one that had it."""
     used = [m.name for m in dataset.modalities]
-    if len(set(used)) < max(2, len(used)):
-        raise ValueError(f"data set {dataset.name!r}: modalities {used}; at least two different ones are needed")
+    if len({*used} - {"id", "labels", "mask"}) < max(2, len(used)):
+        wanted = "at least two different ones are needed, none called id, labels or mask"
+        raise ValueError(f"data set {dataset.name!r}: modalities {used}; {wanted}")
     for other in of_pair(dataset.pair):
         if other.name != dataset.name and other.modalities != dataset.modalities:
             raise ValueError(f"data set {dataset.name!r}: pair {dataset.pair!r} has other modalities in {other.name!r}")
@@ -114,6 +115,11 @@ def declared(name: str, spec: Mapping, modalities: Mapping[str, Modality]) -> Da
     known |= {"resample": False, "drawn": False}
     if unknown := [key for key in spec if key not in known]:
         raise ValueError(f"data set {name!r}: {', '.join(unknown)} unknown; known: {', '.join(known)}")
+    kinds = {tuple: (list | tuple, "a list"), bool: (bool, "true or false"), str: (str, "text")}
+    for key, value in spec.items():
+        kind, words = kinds[type(known[key])]
+        if not isinstance(value, kind):
+            raise ValueError(f"data set {name!r}: {key} = {value!r}; expected {words}")
     given = SimpleNamespace(**known | dict(spec))
     own = {m.name: m for m in vars(modality).values() if isinstance(m, Modality)} | dict(modalities)
     if unknown := [m for m in given.modalities if m not in own]:
