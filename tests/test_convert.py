@@ -417,6 +417,23 @@ def test_a_tile_is_decoded_once(tmp_path):
     assert [len(part) for part in rows] == [8, 8, 10]
 
 
+def test_labels_beside_masks_need_not_be_of_the_masks_classes(tmp_path):
+    class Both(Tiles):
+        given = {}
+
+        def __getitem__(self, i):
+            return super().__getitem__(i) | {"labels": self.given.get(i, [1, 0, 1])}
+
+    options = ELEVATION | {"about": {"name": "both", "classes": list("abcdefghij")}}
+    data = Both(4, log=str(tmp_path / "log"), seasons=np.uint8)
+    convert(data, tmp_path / "store", **options)
+    found = Store(tmp_path / "store")
+    assert found.labels.tolist() == 4 * [[1, 0, 1]] and "mask" in found.shapes
+    data.given = {2: [1, 0]}
+    with pytest.raises(DataError, match=r"0000002: labels int64 .1, 0.; 3 of them are expected"):
+        convert(data, tmp_path / "uneven", **options)
+
+
 def test_masks_are_kept_as_they_are(tmp_path):
     data = tiles(9, tmp_path / "log", bad=[2], larger=[4])
     report = convert(data, tmp_path / "store", **ELEVATION)

@@ -100,7 +100,7 @@ class Encoder:
             raise FormError(f"{id}: the item at its place has the id {sample.get('id')!r}; {wanted}")
         labels = np.asarray(sample.get("labels", np.zeros(0, np.uint8)))
         binary = labels.ndim == 1 and labels.dtype.kind in "bui" and np.isin(labels, (0, 1)).all()
-        expected = 0 if "mask" in sample and "labels" not in sample else self.labels  # classes are those of the pixels
+        expected = self.labels if self.good or "mask" not in sample else None  # classes may be those of the pixels
         if not binary or len(labels) != (len(labels) if expected is None else expected):
             count = "" if expected is None else f" {expected} of them are expected;"
             raise FormError(f"{id}: labels {labels.dtype} {labels.tolist()!s:.60};{count} {wanted}")
