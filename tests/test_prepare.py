@@ -95,6 +95,19 @@ def test_other_pairs_pass_through_published_files_and_agree_with_their_world(pai
         assert set(seen_by.values()) == {"common", first.name, second.name}
 
 
+def test_a_mapping_is_that_of_the_pretraining_images_whichever_store_is_made_first(tmp_path):
+    options = {"batch_size": 4, "world": WORLD, "data.processes": 0}
+    made = [
+        config.load("start", options | {"data.stores": str(tmp_path / name)}, pair="mine") for name in ("one", "other")
+    ]
+    paths = {}
+    for settings, order in zip(made, (("train", "test"), ("test", "train")), strict=True):
+        for split in order:
+            paths.setdefault(split, []).append(prepare.store(settings, "mine", split))
+    one, *others = (Store(path).meta["preprocessing"] for both in paths.values() for path in both)
+    assert one["radar"]["scheme"] == "range_8bit" and all(other == one for other in others)
+
+
 def test_command_line_tries_again_what_is_quarantined(tmp_path):
     options = ["start", "--set", f"data.stores={tmp_path}", "batch_size=4"]
     options.append("world={locations: 8, through_files: 8, tile: 36}")

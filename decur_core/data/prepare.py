@@ -153,7 +153,7 @@ def store(settings: config.Settings, dataset: str, split: str, *, shard: tuple[i
     images = reader(settings, dataset, split)
     if found.stored:
         images = found.stored(images, miniature(found).size(settings.world) if drawn else size)
-    preprocessing = {m.name: _measured(settings, m, images) for m in found.modalities}
+    preprocessing = {m.name: _measured(settings, m, target, images) for m in found.modalities}
     about = {"name": found.name, "title": miniature(found).title if drawn else found.title, "split": split}
     about |= {"source": settings.data.source, "drawn": drawn, "classes": list(found.task.classes) if found.task else []}
     options |= {"preprocessing": preprocessing, "shard": shard, "workers": settings.data.processes}
@@ -161,13 +161,14 @@ def store(settings: config.Settings, dataset: str, split: str, *, shard: tuple[i
     return target
 
 
-def _measured(settings: config.Settings, modality, images: Reader):
+def _measured(settings: config.Settings, modality, target: Path, images: Reader):
     """A modality with its 8-bit mapping; one that is declared without is measured on the pretraining images."""
     if modality.scheme != "measured":
         return modality
     first = _target(settings, *_pretraining(settings))
-    with contextlib.suppress(DataError):  # not there yet: this is the store of the pretraining images
+    with contextlib.suppress(DataError):  # not there yet
         return modality.mapped(Store(first).meta["preprocessing"][modality.name])
+    images = images if target == first else reader(settings, *_pretraining(settings))
     return modality.mapped(folders.measure(images, modality))
 
 
