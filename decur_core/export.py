@@ -20,7 +20,7 @@ from decur_core.data.modality import Modality
 from decur_core.data.raster import DataError, visible
 from decur_core.losses import METHODS
 from decur_core.model import backbone_state
-from decur_core.running import checkpoints
+from decur_core.running import checkpoints, profiles
 from decur_core.running import folders as runs
 
 RESULTS = ("dataset", "images", "protocol", "inputs", "seasons", "fraction", "metric")
@@ -42,6 +42,7 @@ def write(folder: Path | str, target: Path | str, modality: str) -> Path:
     if modality not in (names := list(saved["preprocessing"])):
         raise DataError(f"{folder.name}: modality {modality!r} is unknown; it has {' and '.join(names)}")
     about = json.loads((folder / "run.json").read_text())
+    profiles.extend(about.get("settings", {}).get("extensions", ()))  # which may hold the backbone
     if modality not in (trained := about.get("trained") or names):  # of a run without training, the start is the result
         raise DataError(f"{folder.name}: has not trained {modality}, only {' and '.join(trained)}")
     every = (json.loads(f.read_text()) for f in sorted(visible(folder.parent.parent / "records", "*.json")))
@@ -168,6 +169,7 @@ def _data(data: dict) -> str:
 def _section(metadata: dict) -> str:
     """Of the model card, for one file."""
     settings, made, backbone = metadata["settings"], metadata["provenance"], metadata["backbone"]
+    method = settings["method"]  # maybe one that is not known here
     name, channels = f"{metadata['run']}-{metadata['modality']}.safetensors", _channels(metadata)
     code = [f'network, features = decur_core.backbones.build("{backbone}", {channels})']
     if backbone.startswith("resnet"):
@@ -176,7 +178,7 @@ def _section(metadata: dict) -> str:
         code += [f"network = torchvision.models.{backbone}()", "network.fc = torch.nn.Identity()"]
         code += [f"network.conv1 = torch.nn.Conv2d({channels}, 64, 7, 2, 3, bias=False)"] * (channels != 3)
     code += [f'network.load_state_dict(safetensors.torch.load_file("{name}"))']
-    labels = "" if settings["method"] == "supervised" else ", no labels"
+    labels = "" if method == "supervised" else ", no labels"
     scored = metadata["evaluations"]
     columns = [k for k in RESULTS if any(each.get(k, "") != "" for each in scored)]
     values = [[f"{v:.4g}" if isinstance(v := each.get(k, ""), float) else str(v) for k in columns] for each in scored]
@@ -188,7 +190,7 @@ def _section(metadata: dict) -> str:
 ## {name}
 
 - Network: {backbone} for {channels} channels, without a classifier.
-- Method: {METHODS[settings["method"]].title}, {settings["pair"]}, {metadata["steps"]} steps{labels}.
+- Method: {getattr(METHODS.get(method), "title", method)}, {settings["pair"]}, {metadata["steps"]} steps{labels}.
 - Code: commit {made["commit"]}{", with changes" if made["modified"] else ""}; {made["date"]}.
 - Data: {_data(metadata.get("data") or {})}.
 - Input: {in_words(Modality.from_mapping(metadata["preprocessing"]))}

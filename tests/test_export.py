@@ -2,6 +2,9 @@
 
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -15,6 +18,7 @@ from decur_core.data.modality import DEM, HHA, OPTICAL, RGB, SAR, Modality
 from decur_core.data.raster import DataError
 from decur_core.model import MultimodalModel
 
+ROOT = Path(__file__).resolve().parents[1]
 PAIRS = {"sar_optical": (SAR, OPTICAL), "rgb_dem": (RGB, DEM), "rgb_depth": (RGB, HHA)}
 
 
@@ -150,6 +154,35 @@ def test_a_real_run_is_exported(tiny, pair_store, tmp_path):
     assert torch.equal(state["0.weight"], final["model"]["backbones.optical.0.weight"])
     assert metadata["steps"] == final["step"] == 4 and metadata["settings"] == final["settings"]
     assert metadata["evaluations"] == [] and "Evaluations: none" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_what_a_profile_adds_is_known_to_the_command_line_and_to_nobody_else(tmp_path, monkeypatch):
+    """The backbone and the method of a run are in a file of someone else, which the command has to read."""
+    monkeypatch.setattr(decur_core.backbones, "BACKBONES", dict(decur_core.backbones.BACKBONES))
+    run, _ = make_run(tmp_path, "resnet18")
+    state, about = torch.load(run / "final.pt"), json.loads((run / "run.json").read_text())
+    state["settings"] |= {"backbone": "added", "method": "agree"}
+    torch.save(state, run / "final.pt")
+    (tmp_path / "adds_for_export.py").write_text(
+        "from decur_core.backbones import BACKBONES\nfrom decur_core.losses import METHODS, Method\n"
+        "known = BACKBONES['resnet18']\n"
+        "BACKBONES['added'] = known._replace(build=lambda _, channels: known.build('resnet18', channels))\n"
+        "METHODS['agree'] = Method('Agreement')\n"
+    )
+    about["settings"]["extensions"] = [str(tmp_path / "adds_for_export.py")]
+    (run / "run.json").write_text(json.dumps(about))
+    command = [sys.executable, "-m", "decur_core.export", run, tmp_path / "out"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)  # this process would know it from here on
+    assert done.returncode == 0, done.stderr
+    assert "- Network: added for 2 channels" in (card := (tmp_path / "out" / "README.md").read_text())
+    assert "- Method: Agreement, " in card
+    other, _ = make_run(tmp_path / "other", "resnet18", "rgb_dem")  # beside it, where the method is not known
+    export.write(other, tmp_path / "out", "rgb")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- Method: agree, " in card and "- Method: DeCUR, " in card
+    (tmp_path / "adds_for_export.py").unlink()
+    with pytest.raises(SystemExit, match="not exported: extensions: no file "):
+        export.main([str(run), str(tmp_path / "out")])
 
 
 def test_the_card_lists_what_its_encoder_took_part_in_and_further_images(tmp_path):
