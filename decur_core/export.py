@@ -130,12 +130,9 @@ def _header(path: Path | str) -> dict:
     return json.loads(header["decur"])
 
 
-def _channels(metadata: dict) -> int:
-    return Modality.from_mapping(metadata["preprocessing"]).channels
-
-
 def _check(state: dict[str, Tensor], metadata: dict, source: Path | str) -> None:
-    expected = backbones.build(metadata["backbone"], _channels(metadata))[0].state_dict()
+    channels = Modality.from_mapping(metadata["preprocessing"]).channels
+    expected = backbones.build(metadata["backbone"], channels)[0].state_dict()
     if fault := backbones.misfit(expected, state):
         raise DataError(f"{source}: these are not the weights of a {metadata['backbone']}: {fault}")
 
@@ -170,7 +167,8 @@ def _section(metadata: dict) -> str:
     """Of the model card, for one file."""
     settings, made, backbone = metadata["settings"], metadata["provenance"], metadata["backbone"]
     method = settings["method"]  # maybe one that is not known here
-    name, channels = f"{metadata['run']}-{metadata['modality']}.safetensors", _channels(metadata)
+    sensor = Modality.from_mapping(metadata["preprocessing"])
+    name, channels = f"{metadata['run']}-{metadata['modality']}.safetensors", sensor.channels
     code = [f'network, features = decur_core.backbones.build("{backbone}", {channels})']
     if backbone.startswith("resnet"):
         options = f'num_classes=0, in_chans={channels}, checkpoint_path="{name}"'
@@ -193,7 +191,7 @@ def _section(metadata: dict) -> str:
 - Method: {getattr(METHODS.get(method), "title", method)}, {settings["pair"]}, {metadata["steps"]} steps{labels}.
 - Code: commit {made["commit"]}{", with changes" if made["modified"] else ""}; {made["date"]}.
 - Data: {_data(metadata.get("data") or {})}.
-- Input: {in_words(Modality.from_mapping(metadata["preprocessing"]))}
+- Input: {in_words(sensor)}
 - Use: a start for models of such images, or frozen as a feature extractor; untested on other sensors, units or bands.
 - Evaluations: {results}
 

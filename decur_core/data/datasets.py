@@ -46,8 +46,7 @@ def register(dataset: DataSet) -> DataSet:
     """Make a data set known by its name, in the place of one that had it."""
     used = [m.name for m in dataset.modalities]
     if len({*used} - {"id", "labels", "mask"}) < max(2, len(used)):
-        wanted = "at least two different ones are needed, none called id, labels or mask"
-        raise ValueError(f"data set {dataset.name!r}: modalities {used}; {wanted}")
+        raise ValueError(f"data set {dataset.name!r}: modalities {used}; at least two, none called id, labels or mask")
     for other in of_pair(dataset.pair):
         if other.name != dataset.name and other.modalities != dataset.modalities:
             raise ValueError(f"data set {dataset.name!r}: pair {dataset.pair!r} has other modalities in {other.name!r}")
@@ -126,17 +125,8 @@ def declared(name: str, spec: Mapping, modalities: Mapping[str, Modality]) -> Da
         raise ValueError(f"data set {name!r}: modality {unknown[0]!r} is not declared; known: {', '.join(own)}")
     chosen, splits = tuple(own[m] for m in given.modalities), tuple(given.splits) or ("all",)
     options = {"resample": given.resample, "classes": given.labels, "masks": given.masks}
-    labels, masks = Scene(tuple(given.labels)), Masks(tuple(given.masks))
-    return register(
-        DataSet(
-            name=name,
-            title=given.title,
-            pair=given.pair,
-            modalities=chosen,
-            read=lambda root, split=None, **more: folders.Folders(root, chosen, split, **options, **more),
-            splits=splits,
-            pretrain=splits[0],
-            task=labels if given.labels else masks if given.masks else None,
-            world="decur_core.worlds.folders:OWN" if given.drawn else "",
-        )
-    )
+    about = {"name": name, "title": given.title, "pair": given.pair, "splits": splits, "pretrain": splits[0]}
+    about["read"] = lambda root, split=None, **more: folders.Folders(root, chosen, split, **options, **more)
+    about["task"] = Scene(tuple(given.labels)) if given.labels else Masks(tuple(given.masks)) if given.masks else None
+    about["world"] = "decur_core.worlds.folders:OWN" if given.drawn else ""
+    return register(DataSet(**about, modalities=chosen))

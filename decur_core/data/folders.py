@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 import rasterio
 from rasterio import Affine
-from rasterio.crs import CRS
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import array_bounds
 from rasterio.warp import Resampling, reproject
@@ -33,7 +32,7 @@ MASK = Modality(name="mask", bands=("class",), unit="number of a class", valid_r
 class Image(NamedTuple):
     path: Path
     values: np.ndarray  # (C, H, W)
-    crs: CRS | None = None
+    crs: rasterio.crs.CRS | None = None
     transform: Affine = Affine.identity()
 
     def __str__(self) -> str:
@@ -41,12 +40,6 @@ class Image(NamedTuple):
         bounds = array_bounds(height, width, self.transform)  # west, south, east and north
         place = f" at {', '.join(f'{v:.10g}' for v in bounds)} of {self.crs}" if self.crs else ""
         return f"{height} x {width} pixels{place}"
-
-    @property
-    def corners(self) -> np.ndarray:
-        """Three corners, which tell turned and mirrored images apart, in the units of `crs`."""
-        height, width = self.values.shape[1:]
-        return np.reshape(self.transform[:6], (2, 3)) @ [[0, width, 0], [0, 0, height], [1, 1, 1]]
 
 
 def read(path: Path) -> Image:
@@ -77,13 +70,13 @@ def on_grid(image: Image, grid: Image, resample: bool, method: Resampling = Resa
     """
     (h, w), (height, width) = image.values.shape[1:], grid.values.shape[1:]
     placed, half = image.crs and grid.crs, np.abs(grid.transform[:2]).max() / 2
-    near = image.crs == grid.crs and np.abs(image.corners - grid.corners).max() <= half
+    ends = np.subtract(image.transform[:6], grid.transform[:6]).reshape(2, 3) @ [[0, w, 0], [0, 0, h], [1, 1, 1]]
+    near = image.crs == grid.crs and np.abs(ends).max() <= half  # three corners, for an image may be turned or mirrored
     if (h, w) == (height, width) and (near or not placed):
         return image.values
     state, values = f"{image.path}: {image}", np.full((len(image.values), height, width), np.nan, np.float32)
     if not resample:
-        ways = "bring them to one grid, or have it done with resample: true"
-        raise DataError(f"{state}, but {grid.path} of the same id has {grid}; {ways}")
+        raise DataError(f"{state}, but {grid.path} of the same id has {grid}; make it one grid, or set resample: true")
     if not placed:
         image = image._replace(crs="EPSG:3857", transform=Affine.scale(width / w, height / h))
         grid = grid._replace(crs="EPSG:3857", transform=Affine.identity())
@@ -209,11 +202,11 @@ class Folders(Reader):
 def read_labels(path: Path, classes: Sequence[str] = ()) -> tuple[tuple[str, ...], dict[str, list[str]]]:
     """Names of the classes, those given or else all that occur, and those of each id.
 
-    Either a header `id,<class>,<class>,…` and 0 or 1 (or False or True) in the columns; or names of classes, after a
-    header that begins with `id` or without one: separated by `;` if there is one in the file, else in columns of their
-    own if there are several, else by spaces (a given class may contain them). A row with the id alone has none of the
-    classes. In a file without a comma it is `;` that separates columns or, without that too, the tab.
-    A DataError names an id that is there twice, that has a class that is not given, or another value beside 0 and 1.
+    Either a header `id,<class>,<class>,…` and 0 or 1 (False or True) in the columns; or names of classes, after a
+    header that begins with `id` or without: separated by `;` if there is one in the file, else in columns of their own
+    if there are several, else by spaces (a given class may hold them). A row with the id alone has none of the classes.
+    In a file without commas `;`, else the tab, separates columns. A DataError names an id that is there twice, or that
+    has a class that is not given or another value beside 0 and 1.
     """
     with reading(path, "rows of an id and its classes"):
         text = path.read_text(encoding="utf-8-sig")

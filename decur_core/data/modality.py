@@ -72,8 +72,7 @@ class Modality:
         ``images``: uint8 N x bands x H x W on any device; ``policy``: the modality's own unless given; ``options``: of
         ``augment.augment``.
         """
-        views = augment.augment(images, replace(policy or self.policy, size=size), **options)
-        return self.copied(views)
+        return self.copied(augment.augment(images, replace(policy or self.policy, size=size), **options))
 
     def copied(self, images: Tensor) -> Tensor:
         """Float images N x bands x H x W as a network takes them: N x channels x H x W, channels last."""

@@ -120,8 +120,7 @@ def labelled_stores(settings: config.Settings, dataset: str) -> dict[str, Path]:
     """The finished stores of a data set with labels, ``train``, ``test``, further ones; converts what is missing."""
     labelled = [d.name for d in datasets.of_pair(settings.pair) if d.task]
     if dataset not in labelled:
-        allowed = ", ".join(labelled)
-        raise config.ConfigError(f"dataset = {dataset!r}; labelled data of pair {settings.pair}: {allowed}")
+        raise config.ConfigError(f"dataset = {dataset!r}; labelled data of pair {settings.pair}: {', '.join(labelled)}")
     return {split: store(settings, dataset, split) for split in ("train", "test", *datasets.find(dataset).further)}
 
 

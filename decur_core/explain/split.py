@@ -97,8 +97,7 @@ def estimate(
     """
     views = {"1": (h1_a, h1_b), "2": (h2_a, h2_b)}
     found = estimate_many(views, permutations=permutations, seed=seed, strata=strata)
-    counts = (*found.ranks.values(), found.shared["1+2"])
-    return Split(*counts, *(found.spectra[name] for name in ("1", "2", "1+2")), found.thresholds["1+2"])
+    return Split(*found.ranks.values(), found.shared["1+2"], *found.spectra.values(), found.thresholds["1+2"])
 
 
 def estimate_many(
@@ -299,9 +298,8 @@ def _orthonormal(z: np.ndarray) -> np.ndarray:
 
 def _followed(names: list[str], content: dict[str, list[np.ndarray]], folds: _Folds) -> int:
     """How many directions are shared by the first two modalities, of these by the third, and so on."""
-    first, *others = names
-    through = content[first]
-    for m in others:
+    through = content[names[0]]
+    for m in names[1:]:
         through = [x + y for x, y in _canonical(through, content[m], folds)[2]]
         if not through[0].shape[1]:
             return 0
