@@ -226,8 +226,7 @@ def _resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     count, channels, height, width = images.shape
     images = images.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format).contiguous()
     made = images.view(count, height * channels, width) @ columns.mT
-    made = rows @ made.view(count, height, -1)
-    return made.view(count, -1, channels, columns.shape[1]).transpose(1, 2)
+    return (rows @ made.view(count, height, -1)).view(count, -1, channels, columns.shape[1]).transpose(1, 2)
 
 
 def _render_each(images: Tensor, views: Tensor, plan: dict) -> None:

@@ -58,8 +58,7 @@ class ThisPython(KernelSpecManager):
 
     def get_kernel_spec(self, kernel_name):
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", *FIGURES]
-        known = {"language": "python", "metadata": {"supported_encryption": "curve"}}
-        return KernelSpec(argv=argv, env=ENVIRONMENT, **known)
+        return KernelSpec(argv=argv, env=ENVIRONMENT, language="python", metadata={"supported_encryption": "curve"})
 
 
 class Client(PapermillNotebookClient):

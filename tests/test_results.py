@@ -122,7 +122,7 @@ def test_no_table_is_wider_than_its_column_and_inputs_have_tables_of_their_own()
         for line in results.markdown(records.summary(three)).splitlines()
         if "micro" in line
     ]
-    assert names == ["all", "SAR + elevation", "SAR"]
+    assert names == ["all sensors", "SAR + elevation", "SAR"]
 
 
 def test_per_class_keeps_absent_classes_absent():

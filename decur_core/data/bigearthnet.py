@@ -274,17 +274,16 @@ def _samples(folder: Path, split: str | None) -> Reader:
     return Part(everything, [i for i, name in enumerate(everything.ids) if name not in train.ids])
 
 
-DATASETS = (
-    DataSet(
-        name="bigearthnet",
-        title="BigEarthNet-MM",
-        pair="sar_optical",
-        modalities=(SAR, OPTICAL),
-        read=_read,
-        task=Scene(CLASSES_19),
-        samples=_samples,
-        world="decur_core.worlds.files:BIGEARTHNET",
-        excludes=True,
-        cite="sumbul2021bigearthnetmm",
-    ),
+BIGEARTHNET = DataSet(
+    name="bigearthnet",
+    title="BigEarthNet-MM",
+    pair="sar_optical",
+    modalities=(SAR, OPTICAL),
+    read=_read,
+    task=Scene(CLASSES_19),
+    samples=_samples,
+    world="decur_core.worlds.files:BIGEARTHNET",
+    excludes=True,
+    cite="sumbul2021bigearthnetmm",
 )
+DATASETS = (BIGEARTHNET,)

@@ -119,16 +119,15 @@ class GeoNRW(Reader):
         return {"rgb": rgb, "dem": dem, "mask": mask[0].astype(np.uint8)}
 
 
-DATASETS = (
-    DataSet(
-        name="geonrw",
-        title="GeoNRW",
-        pair="rgb_dem",
-        modalities=(RGB, DEM),
-        read=GeoNRW,
-        pretrain="train",
-        task=Masks(CLASSES[1:]),
-        world="decur_core.worlds.terrain:GEONRW",
-        cite="baier2020geonrw",
-    ),
+GEONRW = DataSet(
+    name="geonrw",
+    title="GeoNRW",
+    pair="rgb_dem",
+    modalities=(RGB, DEM),
+    read=GeoNRW,
+    pretrain="train",
+    task=Masks(CLASSES[1:]),
+    world="decur_core.worlds.terrain:GEONRW",
+    cite="baier2020geonrw",
 )
+DATASETS = (GEONRW,)

@@ -219,7 +219,6 @@ OPTICAL = Modality(
     valid_range=(0.0, 65536.0),  # of 16-bit files; interpolation can round 65535 up
     scheme="reflectance_8bit",
     scale=10000.0,
-    title="optical",
     colour="#D55E00",
 )
 RGB = Modality(

@@ -122,20 +122,19 @@ def _read(path: Path, bands: int) -> np.ndarray:
     return image
 
 
-DATASETS = (
-    DataSet(
-        name="ombria",
-        title="OMBRIA",
-        pair="ombria",
-        modalities=(SAR, OPTICAL),
-        read=Ombria,
-        splits=("train", "test", "2021"),
-        pretrain="train",
-        task=Flood(CLASSES),
-        further=("2021",),
-        seasons=(1,),  # after the flood
-        samples=lambda folder, split: Ombria(folder / "ombria_half", split),
-        world="decur_core.worlds.floods:FLOODS",
-        cite="drakonakis2022ombria",
-    ),
+OMBRIA = DataSet(
+    name="ombria",
+    title="OMBRIA",
+    pair="ombria",
+    modalities=(SAR, OPTICAL),
+    read=Ombria,
+    splits=("train", "test", "2021"),
+    pretrain="train",
+    task=Flood(CLASSES),
+    further=("2021",),
+    seasons=(1,),  # after the flood
+    samples=lambda folder, split: Ombria(folder / "ombria_half", split),
+    world="decur_core.worlds.floods:FLOODS",
+    cite="drakonakis2022ombria",
 )
+DATASETS = (OMBRIA,)

@@ -142,16 +142,16 @@ def store(settings: config.Settings, dataset: str, split: str, *, shard: tuple[i
     """
     target, found, drawn = _target(settings, dataset, split), datasets.find(dataset), settings.data.source == "world"
     size = (settings.data.rgbd_height, settings.data.rgbd_width)
+    size = miniature(found).size(settings.world) if drawn and found.stored else size
     with contextlib.suppress(DataError):  # unfinished or not there
         there = Store(target)
-        if found.stored and not drawn and (old := there.shapes[found.modalities[0].name][1:]) != size:
+        if found.stored and (old := there.shapes[found.modalities[0].name][1:]) != size:
             way = "remove it, or set data.rgbd_height and data.rgbd_width to that"
             raise config.ConfigError(f"{target}: holds images of {old[0]} x {old[1]} px; {way}")
         if not there.meta["quarantined"] or not options.get("retry"):
             return there.path
     images = reader(settings, dataset, split)
-    if found.stored:
-        images = found.stored(images, miniature(found).size(settings.world) if drawn else size)
+    images = found.stored(images, size) if found.stored else images
     preprocessing = {m.name: _measured(settings, m, target, images) for m in found.modalities}
     about = {"name": found.name, "title": miniature(found).title if drawn else found.title, "split": split}
     about |= {"source": settings.data.source, "drawn": drawn, "classes": list(found.task.classes) if found.task else []}

@@ -164,17 +164,16 @@ FOLDERS = {
 TILE = 120  # pixels
 
 
-DATASETS = (
-    DataSet(
-        name="ssl4eo",
-        title="SSL4EO-S12",
-        pair="sar_optical",
-        modalities=(SAR, OPTICAL),
-        read=lambda root, split=None, **_: SSL4EOS12(root),
-        splits=("all",),
-        pretrain="all",
-        samples=lambda folder, split: RealPairs(folder),
-        world="decur_core.worlds.files:SSL4EO",
-        cite="wang2023ssl4eo",
-    ),
+SSL4EO = DataSet(
+    name="ssl4eo",
+    title="SSL4EO-S12",
+    pair="sar_optical",
+    modalities=(SAR, OPTICAL),
+    read=lambda root, split=None, **_: SSL4EOS12(root),
+    splits=("all",),
+    pretrain="all",
+    samples=lambda folder, split: RealPairs(folder),
+    world="decur_core.worlds.files:SSL4EO",
+    cite="wang2023ssl4eo",
 )
+DATASETS = (SSL4EO,)

@@ -199,18 +199,17 @@ class AsHHA(Reader):
         return made
 
 
-DATASETS = (
-    DataSet(
-        name="sunrgbd",
-        title="SUN RGB-D",
-        pair="rgb_depth",
-        modalities=INDOORS,
-        read=SUNRGBD,
-        pretrain="all",
-        task=Masks(CLASSES_37),
-        stored=AsHHA,
-        samples=lambda folder, split: SUNRGBD(folder / "sunrgbd_native_sample"),
-        world="decur_core.worlds.rooms:SUNRGBD",
-        cite="song2015sunrgbd",
-    ),
+SUN_RGBD = DataSet(
+    name="sunrgbd",
+    title="SUN RGB-D",
+    pair="rgb_depth",
+    modalities=INDOORS,
+    read=SUNRGBD,
+    pretrain="all",
+    task=Masks(CLASSES_37),
+    stored=AsHHA,
+    samples=lambda folder, split: SUNRGBD(folder / "sunrgbd_native_sample"),
+    world="decur_core.worlds.rooms:SUNRGBD",
+    cite="song2015sunrgbd",
 )
+DATASETS = (SUN_RGBD,)

@@ -131,8 +131,7 @@ class Presence(Scene):
 
     def target(self, labels: Tensor) -> Tensor:
         found = Masks(self.classes).target(labels).flatten(1)
-        covered = [(found == k).float().mean(1) > self.share for k in range(self.outputs)]
-        return torch.stack(covered, 1).float()
+        return torch.stack([(found == k).float().mean(1) > self.share for k in range(self.outputs)], 1).float()
 
 
 def mean_average_precision(scores: Tensor, labels: Tensor) -> dict:
@@ -158,11 +157,13 @@ def mean_average_precision(scores: Tensor, labels: Tensor) -> dict:
 
 def confusion(batches: Iterable[tuple[Tensor, Tensor]], classes: int) -> Tensor:
     """Pixel counts of a set, classes x classes int64 on the CPU: row = truth, column = prediction, IGNORE left out."""
-    counts = torch.zeros(classes**2, dtype=torch.int64)
+    from torchmetrics.functional.classification import multiclass_confusion_matrix  # as above
+
+    several = max(classes, 2)  # as torchmetrics wants
+    counts = torch.zeros(several, several, dtype=torch.int64)
     for found, truth in batches:
-        known = truth != IGNORE
-        counts += torch.bincount(truth[known] * classes + found[known], minlength=classes**2).cpu()
-    return counts.view(classes, classes)
+        counts += multiclass_confusion_matrix(found.flatten(), truth.flatten(), several, ignore_index=IGNORE).cpu()
+    return counts[:classes, :classes]
 
 
 def mean_iou(counts: Tensor) -> dict:

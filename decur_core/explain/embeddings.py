@@ -103,10 +103,9 @@ def tsne(*z: Tensor, seed: int = 0, perplexity: float = 30.0) -> np.ndarray:
     points = torch.cat([losses.standardise(each) for each in z], dim=1).T.contiguous().numpy()
     if np.ptp(points, axis=0).max() < 1e-6:  # scikit-learn would divide by their spread, and its C code crash
         raise ValueError("every dimension has the same values, so there is no map: this embedding has collapsed")
-    options = {"perplexity": min(perplexity, (len(points) - 1) / 3), "random_state": seed}
     from sklearn.manifold import TSNE  # here: with scipy it takes a second
 
-    return TSNE(init="pca", **options).fit_transform(points)
+    return TSNE(perplexity=min(perplexity, (len(points) - 1) / 3), init="pca", random_state=seed).fit_transform(points)
 
 
 def neighbours(z1: Tensor, z2: Tensor) -> Tensor:

@@ -93,9 +93,8 @@ def integrated_gradients(target: CommonUnique, images: Tensor, part: int, *, ste
     """
     from captum.attr import IntegratedGradients  # as above
 
-    method = IntegratedGradients(target)
     options = {"target": part, "n_steps": steps, "internal_batch_size": max(len(images), 64)}
-    found, error = method.attribute(images, return_convergence_delta=True, **options)
+    found, error = IntegratedGradients(target).attribute(images, return_convergence_delta=True, **options)
     return found.detach().float(), error.detach().float()
 
 

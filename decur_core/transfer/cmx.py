@@ -160,8 +160,7 @@ class Decoder(nn.Module):
         """The maps of the stages, finest first, to N x classes logits at the resolution of the first."""
         size, raised = maps[0].shape[2:], []
         for k, stage in enumerate(maps, start=1):
-            tokens = getattr(self, f"linear_c{k}")["proj"](_tokens(stage))
-            wide = tokens.mT.unflatten(2, stage.shape[2:])
+            wide = getattr(self, f"linear_c{k}")["proj"](_tokens(stage)).mT.unflatten(2, stage.shape[2:])
             raised.append(wide if k == 1 else F.interpolate(wide, size=size, mode="bilinear", align_corners=False))
         return self.linear_pred(self.dropout(self.linear_fuse(torch.cat(raised[::-1], 1))))
 

@@ -31,8 +31,7 @@ ONLY = {"random": "linear", "supervised": "finetune"}
 
 def subset(n: int, fraction: float, *, seed: int) -> list[int]:
     """``fraction`` of ``n`` positions, drawn without replacement; sorted, at least one, the same for the same seed."""
-    order = torch.randperm(n, generator=seeded(seed, "labels"))
-    return sorted(order[: max(1, round(fraction * n))].tolist())
+    return sorted(torch.randperm(n, generator=seeded(seed, "labels"))[: max(1, round(fraction * n))].tolist())
 
 
 def evaluate(

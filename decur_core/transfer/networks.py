@@ -73,8 +73,7 @@ def _floats(modalities: Sequence[Modality], images: list[Tensor], t) -> list[Ten
 
 
 def _crops(modalities: Sequence[Modality], images: list[Tensor], target: Tensor, t, seed: tuple):
-    options = {"size": t.crop_size, "scale": (t.crop_scale, 1.0), "generator": seeded(*seed)}
-    cut, target = fcn.crop(images, target, **options)
+    cut, target = fcn.crop(images, target, size=t.crop_size, scale=(t.crop_scale, 1.0), generator=seeded(*seed))
     return [m.copied(x) for m, x in zip(modalities, cut, strict=True)], target
 
 
@@ -83,8 +82,8 @@ def _normalized(modalities: Sequence[Modality], images: list[Tensor], t) -> list
 
 
 def _rescaled(modalities: Sequence[Modality], images: list[Tensor], target: Tensor, t, seed: tuple):
-    options = {"size": tuple(target.shape[1:]), "generator": seeded(*seed)}
-    return fcn.rescaled_crop(_normalized(modalities, images, t), target, **options)
+    images, size = _normalized(modalities, images, t), tuple(target.shape[1:])
+    return fcn.rescaled_crop(images, target, size=size, generator=seeded(*seed))
 
 
 NETWORKS = {

@@ -36,8 +36,8 @@ class Miniature:
     title: str
     make: Callable[..., Reader]
     splits: dict[str, str]
-    writer: Callable[[Path, Reader, dict[str, range]], None] | None
     factors: dict[str, str]
+    writer: Callable[[Path, Reader, dict[str, range]], None] | None = None
     alone: bool = False
     whole: int = 1
     size: Callable[..., tuple[int, int]] | None = None

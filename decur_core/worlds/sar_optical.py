@@ -138,9 +138,8 @@ def _smooth(rng, shape: tuple[int, ...], sigma: float) -> np.ndarray:
 
 def _lowest(field: np.ndarray, count: int) -> np.ndarray:
     """Mask of the `count` lowest pixels; equal ones are taken row by row, so the result never depends on the sort."""
-    flat = field.ravel() + np.arange(field.size) * 1e-7
     mask = np.zeros(field.size, bool)
-    mask[np.argpartition(flat, count)[:count]] = True
+    mask[np.argpartition(field.ravel() + np.arange(field.size) * 1e-7, count)[:count]] = True
     return mask.reshape(field.shape)
 
 

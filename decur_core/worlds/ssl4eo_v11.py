@@ -109,7 +109,7 @@ def _twin(title: str, factors: dict[str, str], make, **options) -> Miniature:
         ((split, part),) = parts.items()
         write_ssl4eo_v11(root, made, split, part, **options)
 
-    return Miniature(title, make, {"train": "locations", "val": "test"}, write, factors, alone=True)
+    return Miniature(title, make, {"train": "locations", "val": "test"}, factors, write, alone=True)
 
 
 SSL4EO_V11 = _twin(TITLE, FACTORS, _two, form=".zarr.zip", folders=("S1GRD", "S2L1C"))

@@ -143,17 +143,15 @@ SCENES = Miniature(
     TITLE,
     make=lambda world, split, count: SceneWorld(count, tile=world.tile, seed=world.seed),
     splits={"train": "train", "test": "test"},
-    writer=None,
     factors=FACTORS,
 )
-DATASETS = (
-    DataSet(
-        name="three_scenes",
-        title="Three-sensor scenes",
-        pair="sar_optical_dem",
-        modalities=(SAR, OPTICAL, DEM),
-        read=_unpublished,
-        task=Scene(tuple(CLASSES)),
-        world="decur_core.worlds.three:SCENES",
-    ),
+THREE_SCENES = DataSet(
+    name="three_scenes",
+    title="Three-sensor scenes",
+    pair="sar_optical_dem",
+    modalities=(SAR, OPTICAL, DEM),
+    read=_unpublished,
+    task=Scene(tuple(CLASSES)),
+    world="decur_core.worlds.three:SCENES",
 )
+DATASETS = (THREE_SCENES,)
