@@ -306,7 +306,8 @@ def main(argv: list[str] | None = None) -> int:
         paths = find(args.notebooks, config.ROOT / "notebooks")
     except ValueError as error:
         parser.error(str(error))
-    folders = {"output": runs.path(settings, "notebooks"), "executed": config.ROOT / "book/executed" / settings.profile}
+    book = runs.path(settings, "executed") if settings.name else config.ROOT / "book/executed" / settings.profile
+    folders = {"output": runs.path(settings, "notebooks"), "executed": book}  # trials with a name are not the book's
     same = [*(["--set", *args.set] if args.set else []), "--grace", str(args.grace), args.profile]
     alike = {"jobs": args.jobs, "command": [sys.executable, "-m", "decur_core.run", *same]}
     return run(paths, profile=from_root(args.profile), overrides=overrides, grace=args.grace, **folders, **alike)

@@ -215,11 +215,15 @@ def test_lists_are_read_as_the_record_of_the_data_set_has_them(tree):
     """Compressed with gzip, and by the plain name of the split."""
     everything = BigEarthNetMM(tree)
     lists = {"train": PATCHES[1:], "val": PATCHES[:1], "patches_with_seasonal_snow": PATCHES[3:]}
+    lists["patches_with_cloud_and_shadow"] = PATCHES[2:3]
     for name, patches in lists.items():
         with gzip.open(tree / f"{name}.csv.gz", "wt") as file:
             file.write("".join(f"{s2},{everything._partners[s2]}\n" for s2 in patches))
     assert BigEarthNetMM(tree, "train").ids == PATCHES[1:] and BigEarthNetMM(tree, "val").ids == PATCHES[:1]
-    assert _read(tree, "train", exclude=True).ids == PATCHES[1:3]
+    assert _read(tree, "train", exclude=True).ids == PATCHES[1:2]
+    (tree / "patches_with_cloud_and_shadow.csv.gz").unlink()  # with half of the lists, half of the patches would stay
+    with pytest.raises(DataError, match="patches_with_seasonal_snow and patches_with_cloud_and_shadow are needed"):
+        _read(tree, "train", exclude=True)
     (tree / "bigearthnet-train.csv").write_text(f"{PATCHES[0]}\n")  # which is told apart, and goes first
     assert BigEarthNetMM(tree, "train").ids == PATCHES[:1]
     with pytest.raises(DataError, match="bigearthnet-test.csv: missing; expected a list of S2 patches"):

@@ -139,9 +139,14 @@ def test_splits_are_lists(root):
     assert Folders(root, MODALITIES).ids == Folders(root, MODALITIES, "all").ids == IDS
     with pytest.raises(DataError, match="val.txt: missing; lists of this root: test, train; 'all'"):
         Folders(root, MODALITIES, "val")
-    for text, message in (("c\nd\n", "train.txt: d is unknown"), ("c\na\nc\n", "train.txt: c is .*there twice")):
+    wrong = {
+        "c\nd\n": "d is unknown",
+        "c\na\nc\n": "c is .*there twice",
+        "c\nb.2\n": "1 of its ids .* test.txt too, first b.2",
+    }
+    for text, message in wrong.items():
         (root / "train.txt").write_text(text)
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(DataError, match=f"train.txt: {message}"):
             Folders(root, MODALITIES, "train")
 
 

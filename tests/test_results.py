@@ -297,6 +297,13 @@ def test_a_higher_mean_of_other_seeds_is_not_called_a_lead():
     assert text.endswith("; it is behind, over the seeds of both, DeCUR (by -10.2 ± 0.4).")
 
 
+def test_everything_of_three_sensors_is_not_called_both():
+    found = [record("decur", 0, 50.0), {**record("decur", 0, 40.0), "inputs": "sar+dem"}]
+    task = {"protocol": "linear", "inputs": "both", "fraction": 0.01}
+    assert "1 % of the labels, all sensors, " in sentences.of_records(found, **task)
+    assert "1 % of the labels, both, " in sentences.of_records(found[:1], **task)
+
+
 def test_a_sentence_of_masks_holds_methods_without_pretraining_to_their_own_protocol():
     found = [segmented("decur", s, 40.0 + s) | {"protocol": "linear"} for s in (0, 1)]
     found += [segmented("random", s, 30.0 + s) | {"protocol": "linear"} for s in (0, 1)]

@@ -234,6 +234,12 @@ def test_chapters_may_stand_on_either_side_of_an_option(argv, monkeypatch):
     assert run.main(argv.split()) == 2 and asked == [["10", "20"]]
 
 
+@pytest.mark.parametrize(("name", "folder"), [("", "book/executed/mini"), ("name=short", "runs/mini/executed")])
+def test_pages_of_a_trial_with_a_name_do_not_take_the_place_of_the_books(name, folder, monkeypatch):
+    monkeypatch.setattr(run, "run", lambda paths, *, executed, **options: str(executed))
+    assert run.main(["mini", "20", "--set", "epochs=2", *filter(None, [name])]).endswith(folder)
+
+
 def test_a_page_counts_the_seconds_of_every_attempt(tmp_path):
     write(tmp_path / "10_late.ipynb", "import os, time\ntime.sleep(1)\nassert os.path.exists('ready')", END)
     assert drive(tmp_path, "10_late.ipynb") == 1

@@ -259,9 +259,9 @@ def _read(root: Path, split: str | None = None, *, missing: str = "error", exclu
     if (root / "metadata.parquet").exists():
         return BigEarthNetV2(root, split, exclude=exclude, missing=missing)
     lists = sorted(visible(root, "patches_with_*")) if exclude else []
-    if exclude and not lists:
-        wanted = "the published lists of patches with snow, cloud or shadow"
-        raise DataError(f"{root}: no patches_with_*, {wanted}; put them there or set transfer: exclude to false")
+    if exclude and not all(any(word in path.name for path in lists) for word in ("snow", "cloud")):
+        wanted = "patches_with_seasonal_snow and patches_with_cloud_and_shadow are needed"
+        raise DataError(f"{root}: {wanted}, .csv or .csv.gz; put them there or set transfer: exclude to false")
     return BigEarthNetMM(root, split, exclude=lists, missing=missing)
 
 

@@ -189,6 +189,10 @@ class Folders(Reader):
             wanted = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         if wrong := [i for i in wanted if i not in known] or repeated(wanted):
             raise DataError(f"{path}: {wrong[0]} is unknown or there twice; a line is an id, without suffix")
+        held_out = self._list("test", known) if split == "train" and (self.root / "test.txt").is_file() else ()
+        if both := sorted({*wanted} & {*held_out}):
+            state = f"{len(both)} of its ids stand in test.txt too, first {both[0]}"
+            raise DataError(f"{path}: {state}; scores would be of images that were learnt from")
         return wanted
 
     def _match(self, path: Path, found: dict, known: set[str]) -> None:

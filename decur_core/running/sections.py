@@ -1,7 +1,6 @@
 """Groups of settings: dotted names, layers, and pydantic's errors in words."""
 
 import difflib
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Self
@@ -129,7 +128,7 @@ def _explained(model: type[Section], *, type: str, loc: tuple, input, msg: str, 
     names, inside, schema = [], [*loc], {"type": "object"}
     while inside and inside[0] in model.model_fields:
         names.append(inside.pop(0))
-        kind, schema = model.model_fields[names[-1]].annotation, _schemas(model)[names[-1]]
+        kind, schema = model.model_fields[names[-1]].annotation, model.model_json_schema()["properties"][names[-1]]
         if not is_section(kind):
             break
         model, schema = kind, {"type": "object"}
@@ -150,11 +149,6 @@ def _explained(model: type[Section], *, type: str, loc: tuple, input, msg: str, 
     elif not error and allowed:
         reason = f"allowed: {allowed}{', finite' if type == 'finite_number' else ''}"
     return f"{'.'.join(map(str, names))} = {input!r}; {reason}"
-
-
-@functools.cache
-def _schemas(model: type[Section]) -> dict:
-    return model.model_json_schema()["properties"]
 
 
 def _limits(schema: dict) -> str:
