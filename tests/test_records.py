@@ -122,6 +122,17 @@ def test_what_the_paper_says_is_judged_by_paired_differences_of_trained_runs(app
     assert "Of 4 differences: agrees 2, does not 1, cannot be told here 1." in text
 
 
+def test_scores_over_steps_are_those_of_runs_of_several_lengths(app, tmp_path):
+    assert records.steps(app, "") == records.NOT_RUN
+    found = []
+    for epochs, micro in ((40, 55.0), (20, 50.0), (80, 54.5)):
+        run = {"epochs": epochs, "data.pairs": 2100, "batch_size": 128}
+        found.append(record(micro=micro) | {"variant": "steps", "settings": {"pretraining": run}})
+    publish(tmp_path, "report", *found, record(micro=99.0) | {"variant": ""})
+    text = records.steps(app, "")
+    assert "| DeCUR | 320: 50.0, 640: 55.0, 1,280: 54.5 | -0.5 |" in text and "99" not in text
+
+
 def test_the_front_page_shows_blocks_of_runs_that_were_trained(app, tmp_path):
     kinds = [f"{f} factors, {b} block" for f in ("common", "own") for b in ("common", "unique")]
     of = {

@@ -120,6 +120,27 @@ def claims(app, _: str) -> str:
     return f"{tables.grid(header, rows)}\n\nOf {len(rows)} differences: {counts}. {records.source(every)}"
 
 
+def steps(app, _: str) -> str:
+    """Scores on held-out training images after so many steps of pretraining, of each data set and method for which runs
+    of several lengths (variant ``steps``) are on record."""
+    from decur_core.report import records, styles, tables
+
+    rows, every = [], []
+    for profile in app.config.decur_profiles[:-1]:
+        lengths: dict[tuple[str, str], dict[int, dict]] = {}
+        for r in records.choose(_records(app, profile), variant="steps"):
+            run = r["settings"]["pretraining"]
+            count = run["epochs"] * (run["data.pairs"] // run["batch_size"])
+            lengths.setdefault((records.data_title(r), r["method"]), {})[count] = r
+        for (data, method), found in lengths.items():
+            *_, before, last = points = [(n, records.numbers(found[n])[0]) for n in sorted(found)]
+            curve = ", ".join(f"{n:,}: {score:.1f}" for n, score in points)
+            rows.append((data, styles.title(method), curve, f"{last[1] - before[1]:+.1f}"))
+            every += found.values()
+    header = ("images", "method", "steps: score", "last difference")
+    return f"{tables.grid(header, rows)}\n\n{records.source(every)}" if rows else NOT_RUN
+
+
 def settings(app, _: str) -> str:
     """Every setting with its default and meaning."""
     from decur_core import config
@@ -363,6 +384,7 @@ TABLES = {
     "summary": summary,
     "table": table,
     "settings": settings,
+    "steps": steps,
     "benchmark": benchmark,
     "targets": targets,
 }
