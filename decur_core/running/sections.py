@@ -1,6 +1,7 @@
 """Groups of settings: dotted names, layers, and pydantic's errors in words."""
 
 import difflib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Self
@@ -16,6 +17,7 @@ _TYPES |= {"array": "a list", "object": "a section of `name: value` lines"}
 _LIMITS = {"minimum": "{} or more", "exclusiveMinimum": "above {}", "maximum": "at most {}"}
 _LIMITS |= {"exclusiveMaximum": "below {}", "minItems": "at least {} in the list", "maxItems": "at most {}"}
 _LIMITS["multipleOf"] = "a multiple of {}"
+_schemas = functools.cache(lambda model: model.model_json_schema()["properties"])  # once, not for every error
 
 
 class ConfigError(ValueError):
@@ -128,7 +130,7 @@ def _explained(model: type[Section], *, type: str, loc: tuple, input, msg: str, 
     names, inside, schema = [], [*loc], {"type": "object"}
     while inside and inside[0] in model.model_fields:
         names.append(inside.pop(0))
-        kind, schema = model.model_fields[names[-1]].annotation, model.model_json_schema()["properties"][names[-1]]
+        kind, schema = model.model_fields[names[-1]].annotation, _schemas(model)[names[-1]]
         if not is_section(kind):
             break
         model, schema = kind, {"type": "object"}

@@ -184,8 +184,7 @@ def _fields(rng, cover: np.ndarray) -> np.ndarray:
     dy, dx = np.indices((tile, tile)).reshape(2, 1, -1) - seeds
     angle = rng.uniform(0, np.pi / 2)
     sin, cos = np.sin(angle), np.cos(angle)
-    gap = np.maximum(abs(cos * dx + sin * dy), 1.5 * abs(cos * dy - sin * dx))
-    parcel = gap.argmin(0).reshape(tile, tile)
+    parcel = np.maximum(abs(cos * dx + sin * dy), 1.5 * abs(cos * dy - sin * dx)).argmin(0).reshape(tile, tile)
     land = cover == BARE
     cover[_lowest(rng.permutation(side**2)[parcel] + 1000 * ~land, int(land.sum()) // 2)] = VEGETATED
     return parcel
