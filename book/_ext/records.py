@@ -133,6 +133,8 @@ def steps(app, _: str) -> str:
             count = run["epochs"] * (run["data.pairs"] // run["batch_size"])
             lengths.setdefault((records.data_title(r), r["method"]), {})[count] = r
         for (data, method), found in lengths.items():
+            if len(found) == 1:
+                continue
             *_, before, last = points = [(n, records.numbers(found[n])[0]) for n in sorted(found)]
             curve = ", ".join(f"{n:,}: {score:.1f}" for n, score in points)
             rows.append((data, styles.title(method), curve, f"{last[1] - before[1]:+.1f}"))
