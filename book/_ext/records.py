@@ -125,22 +125,26 @@ def steps(app, _: str) -> str:
     of several lengths (variant ``steps``) are on record."""
     from decur_core.report import records, styles, tables
 
-    rows, every = [], []
+    parts, every = [], []
     for profile in app.config.decur_profiles[:-1]:
-        lengths: dict[tuple[str, str], dict[int, dict]] = {}
+        lengths: dict[str, dict[str, dict[int, dict]]] = {}
         for r in records.choose(_records(app, profile), variant="steps"):
-            run = r["settings"]["pretraining"]
+            run, data = r["settings"]["pretraining"], f"{tables.NUMBERS[r['numbers'][0]]}: {records.data_title(r)}"
             count = run["epochs"] * (run["data.pairs"] // run["batch_size"])
-            lengths.setdefault((records.data_title(r), r["method"]), {})[count] = r
-        for (data, method), found in lengths.items():
-            if len(found) == 1:
-                continue
-            *_, before, last = points = [(n, records.numbers(found[n])[0]) for n in sorted(found)]
-            curve = ", ".join(f"{n:,}: {score:.1f}" for n, score in points)
-            rows.append((data, styles.title(method), curve, f"{last[1] - before[1]:+.1f}"))
-            every += found.values()
-    header = ("images", "method", "steps: score", "last difference")
-    return f"{tables.grid(header, rows)}\n\n{records.source(every)}" if rows else NOT_RUN
+            lengths.setdefault(data, {}).setdefault(r["method"], {})[count] = r
+        for data, methods in lengths.items():
+            found = {m: methods[m] for m in sorted(methods, key=records.place) if len(methods[m]) > 1}
+            counts, rows = sorted({n for several in found.values() for n in several}), []
+            for method, several in found.items():
+                scores = {n: records.numbers(several[n])[0] for n in sorted(several)}
+                *_, before, last = scores.values()
+                cells = (f"{scores[n]:.1f}" if n in scores else "" for n in counts)
+                rows.append((styles.title(method), *cells, f"{last - before:+.1f}"))
+                every += several.values()
+            if rows:
+                header = ("Method", *(f"{n:,} steps" for n in counts), "last difference")
+                parts.append(f"**{data}**\n\n{tables.grid(header, rows)}")
+    return "\n\n".join([*parts, records.source(every)]) if parts else NOT_RUN
 
 
 def settings(app, _: str) -> str:
