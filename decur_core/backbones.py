@@ -1,7 +1,6 @@
 """Backbones with any number of input channels: ResNets, SegFormer's Mix Transformers, and a small network for CPUs."""
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -76,7 +75,7 @@ def _resnet_maps(network: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def _one_by_one(stages: Sequence[nn.Module], images: Tensor) -> list[Tensor]:
-    return list(itertools.accumulate(stages, lambda maps, stage: stage(maps), initial=images))[1:]
+    return [images := stage(images) for stage in stages]
 
 
 class Backbone(NamedTuple):

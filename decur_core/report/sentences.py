@@ -50,9 +50,8 @@ def compare(values: Mapping[str, Mapping[int, float]], what: str, *, digits: int
     if ahead:
         return f"{what}: {'; it '.join([f'{first}, with {about}, is ahead of {_listed(ahead)}', *rest])}."
     if rest:
-        return (
-            f"{what}: {'' if behind else 'nobody is ahead; '}the highest mean, {first}'s {about}, {' and '.join(rest)}."
-        )
+        lead = "" if behind else "nobody is ahead; "
+        return f"{what}: {lead}the highest mean, {first}'s {about}, {' and '.join(rest)}."
     return f"{what}: {first} has {about}."
 
 

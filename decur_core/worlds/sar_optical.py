@@ -138,8 +138,9 @@ def _smooth(rng, shape: tuple[int, ...], sigma: float) -> np.ndarray:
 
 def _lowest(field: np.ndarray, count: int) -> np.ndarray:
     """Mask of the `count` lowest pixels; equal ones are taken row by row, so the result never depends on the sort."""
+    flat = field.ravel() + np.arange(field.size) * 1e-7
     mask = np.zeros(field.size, bool)
-    mask[np.argpartition(field.ravel() + np.arange(field.size) * 1e-7, count)[:count]] = True
+    mask[np.argpartition(flat, count)[:count]] = True
     return mask.reshape(field.shape)
 
 
@@ -184,7 +185,8 @@ def _fields(rng, cover: np.ndarray) -> np.ndarray:
     dy, dx = np.indices((tile, tile)).reshape(2, 1, -1) - seeds
     angle = rng.uniform(0, np.pi / 2)
     sin, cos = np.sin(angle), np.cos(angle)
-    parcel = np.maximum(abs(cos * dx + sin * dy), 1.5 * abs(cos * dy - sin * dx)).argmin(0).reshape(tile, tile)
+    gap = np.maximum(abs(cos * dx + sin * dy), 1.5 * abs(cos * dy - sin * dx))
+    parcel = gap.argmin(0).reshape(tile, tile)
     land = cover == BARE
     cover[_lowest(rng.permutation(side**2)[parcel] + 1000 * ~land, int(land.sum()) // 2)] = VEGETATED
     return parcel
