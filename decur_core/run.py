@@ -23,6 +23,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+if "rfc3987_syntax" not in sys.modules:  # for which jsonschema, behind nbformat, builds a grammar of IRIs for seconds
+    sys.modules["rfc3987_syntax"] = None
+
 import nbformat
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager

@@ -71,7 +71,7 @@ def names() -> list[str]:
 
 def of_pair(pair: str) -> list[DataSet]:
     """The data sets whose modalities go by this name."""
-    return [d for d in _TABLE.values() if d.pair == pair]
+    return [_TABLE[name] for name in names() if _TABLE[name].pair == pair]
 
 
 def pairs() -> list[str]:
