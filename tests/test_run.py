@@ -177,9 +177,12 @@ def test_chapters_side_by_side_run_at_the_same_time_and_name_their_lines(tmp_pat
 
 def test_after_a_failure_no_chapter_is_started_and_those_that_run_end(tmp_path, capfd):
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
-    fails = f"import pathlib, time; time.sleep(0.5); pathlib.Path({b!r}).touch(); raise SystemExit(3)"
+    fails = f"import os, pathlib; pathlib.Path({b!r}).write_text(str(os.getpid())); raise SystemExit(3)"
+    outlives = (
+        "\nwhile pathlib.Path('/proc', pathlib.Path(other).read_text()).exists(): time.sleep(0.02)\ntime.sleep(0.5)"
+    )
     touch = f"import pathlib; pathlib.Path({str(tmp_path / 'late')!r}).touch()"
-    commands = {"10": MEETS, "11": fails, "12": touch}
+    commands = {"10": MEETS + outlives, "11": fails, "12": touch}
     assert run.side_by_side({k: [sys.executable, "-c", v, a, b] for k, v in commands.items()}, jobs=2) == 3
     said = capfd.readouterr()
     assert "10 | met" in said.out and "ended early: 11 (3); not started: 12" in said.err
