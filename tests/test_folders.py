@@ -421,6 +421,29 @@ def test_a_declaration_of_another_kind_is_refused(monkeypatch, field, value, exp
         datasets.declared("mine", {"modalities": ["rgb", "heat"], field: value}, {"heat": HEAT})
 
 
+@pytest.mark.parametrize("kind", ["labels", "masks"])
+def test_a_list_to_pretrain_on_may_hold_images_without_labels(root, kind):
+    for name, ids in {"pretrain": IDS, "train": ["a"], "test": ["c"], "half": ["a", "b.2"]}.items():
+        (root / f"{name}.txt").write_text("\n".join(ids))
+    if kind == "labels":
+        (root / "labels.csv").write_text("a,forest\nc,snow\n")
+    else:
+        for id in ("a", "c"):
+            save(root / "mask" / f"{id}.png", np.ones((1, *SIZE), np.uint8))
+    names = {kind: ["forest", "snow"], "modalities": ["rgb", "heat"], "splits": ["pretrain", "train", "test"]}
+    found = datasets.declared("few", names, {"heat": HEAT})
+    field = kind.removesuffix("s") if kind == "masks" else kind
+    assert found.pretrain == "pretrain" and found.task.field == field
+    for split, count in (("pretrain", 3), ("half", 2)):
+        with pytest.warns(match=f"nothing for 1 of {count} ids, first b.2; images of {split}.txt are taken without"):
+            data = found.read(root, split)
+        assert len(data) == count and list(data[0]) == ["id", "rgb", "heat"] and not data.labelled
+    assert field in found.read(root, "train")[0] and field in found.read(root, "test")[0]
+    (root / "train.txt").write_text("a\nb.2")
+    with pytest.raises(DataError, match=r"nothing for 1 of 2 ids, first b.2; complete it, .*splits: \[pretrain, train"):
+        found.read(root, "train")
+
+
 @pytest.mark.parametrize("name", ["id", "labels", "mask"])
 def test_a_modality_is_not_called_like_another_part_of_an_item(monkeypatch, name):
     monkeypatch.setattr(datasets, "_TABLE", dict(datasets._TABLE))

@@ -2,7 +2,8 @@
 
 Tree: `<modality>/<id>.<tif|tiff|png|jpg|jpeg|npy>`, or `<modality>/<id>/<season>.<…>` for several images of a place;
 `train.txt`, `test.txt` and so on with an id per line; `labels.csv` (see `read_labels`) or `mask/<id>.png`, 8 bits, 0
-for unlabelled and classes from 1 on. An array file holds (C, H, W), or (H, W) of one band.
+for unlabelled and classes from 1 on. An array file holds (C, H, W), or (H, W) of one band. Labels are for all of train
+and test; images of another list, to pretrain on, may lack them.
 """
 
 import csv
@@ -100,7 +101,7 @@ class Folders(Reader):
     Items: {"id", <modality>: ((S,) C, H, W), uint8 if its files have 8 bits, else float32 in the unit of the files,
     "labels": bool (classes,), "mask": uint8 (H, W)}. Seasons are in the order of their names; the k-th of one modality
     goes with the k-th of another, and an image without seasons (elevation) with all of them.
-    A warning tells of `.left_out`, files of other types and ids; another of hidden files.
+    Warnings tell of `.left_out`, files of other types and ids; of hidden files; of a list that is taken without labels.
 
     A DataError names the id or file: an id missing in a modality or in labels, or unknown to them; another size or
     grid; another number of bands or seasons; a band of one value; more than 8 bits where `modality.scheme` is bytes.
@@ -126,10 +127,11 @@ class Folders(Reader):
         if self.left_out:
             warnings.warn(f"{self.root}: left out: {dict(self.left_out)}", stacklevel=2)
         if (path := self.root / "labels.csv").is_file() or self.classes:
-            self.classes, self._labels = read_labels(path, self.classes)
-            self._match(path, self._labels, known)
-        if MASK.name in self._files:
-            self._match(self.root / MASK.name, self._files[MASK.name], known)
+            self.classes, labels = read_labels(path, self.classes)
+            self._labels = labels if self._matched(path, labels, known, split) else {}
+        if MASK.name in self._files and not self._matched(self.root / MASK.name, self._files[MASK.name], known, split):
+            del self._files[MASK.name]
+        self.labelled = bool(self._labels) or MASK.name in self._files
 
     def __getitem__(self, i: int) -> dict:
         id, found, seasons, grid = self.ids[i], {}, {}, None
@@ -195,12 +197,18 @@ class Folders(Reader):
             raise DataError(f"{path}: {state}; scores would be of images that were learnt from")
         return wanted
 
-    def _match(self, path: Path, found: dict, known: set[str]) -> None:
-        """Refuse labels or masks of ids that are not known, and ids without."""
+    def _matched(self, path: Path, found: dict, known: set[str], split: str | None) -> bool:
+        """Whether every id has labels or masks, which those to be scored must; refused are those of unknown ids."""
         if unknown := sorted(found.keys() - known):
             raise DataError(f"{path}: labels for {len(unknown)} unknown ids, first {unknown[0]}; remove or rename them")
-        if lacking := [i for i in self.ids if i not in found]:
-            raise DataError(f"{path}: nothing for {len(lacking)} of {len(self.ids)} ids, first {lacking[0]}")
+        if not (lacking := [i for i in self.ids if i not in found]):
+            return True
+        state = f"{path}: nothing for {len(lacking)} of {len(self.ids)} ids, first {lacking[0]}"
+        if split in (None, "all", "train", "test"):
+            way = "pretrain.txt beside train.txt and test.txt, and splits: [pretrain, train, test]"
+            raise DataError(f"{state}; complete it, or have a list to pretrain on, which may lack them: {way}")
+        warnings.warn(f"{state}; images of {split}.txt are taken without", stacklevel=3)
+        return False
 
 
 def read_labels(path: Path, classes: Sequence[str] = ()) -> tuple[tuple[str, ...], dict[str, list[str]]]:

@@ -154,7 +154,8 @@ def store(settings: config.Settings, dataset: str, split: str, *, shard: tuple[i
     images = found.stored(images, size) if found.stored else images
     preprocessing = {m.name: _measured(settings, m, target, images) for m in found.modalities}
     about = {"name": found.name, "title": miniature(found).title if drawn else found.title, "split": split}
-    about |= {"source": settings.data.source, "drawn": drawn, "classes": list(found.task.classes) if found.task else []}
+    classes = list(found.task.classes) if found.task and getattr(images, "labelled", True) else []
+    about |= {"source": settings.data.source, "drawn": drawn, "classes": classes}
     options |= {"preprocessing": preprocessing, "shard": shard, "workers": settings.data.processes}
     print(conversion.convert(images, target, about=about, **options))
     return target
