@@ -156,6 +156,9 @@ def test_unlabelled_store_and_missing_run_are_refused(pretrained, pair_store, pa
     settings, folder = pretrained
     with pytest.raises(config.ConfigError, match="holds no labels"):
         transfer.evaluate(settings, folder, {"train": pair_store, "test": pair_store}, protocol="linear")
+    for some, told in (({}, "none"), ({"train": patch_stores["train"]}, "train")):
+        with pytest.raises(config.ConfigError, match=f"stores: {told}; needed: train, test"):
+            transfer.evaluate(settings, folder, some, protocol="linear")
     with pytest.raises(FileNotFoundError, match="no finished pretraining"):
         transfer.evaluate(settings, tmp_path, patch_stores, protocol="linear")
 

@@ -62,6 +62,9 @@ def evaluate(
         raise config.ConfigError(f"protocol = {protocol!r}; allowed: linear, finetune")
     if not 0 < fraction <= 1:
         raise config.ConfigError(f"fraction = {fraction!r}; allowed: a share above 0, up to 1")
+    needed = ["train"] if settings.transfer.validation else ["train", "test"]
+    if not stores.keys() >= {*needed}:
+        raise config.ConfigError(f"stores: {', '.join(stores) or 'none'}; needed: {', '.join(needed)}")
     pretrained, everything, pretraining = load_pretrained(folder)
     modalities = given(everything.values(), inputs)
     inputs = "both" if len(modalities) == len(everything) else "+".join(m.name for m in modalities)
