@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -133,3 +134,15 @@ def test_where_nothing_can_be_written_nothing_is_held(tmp_path, monkeypatch, num
     monkeypatch.undo()
     with locked(tmp_path), pytest.raises(RuntimeError, match="in use by another process"), locked(tmp_path):
         pass
+
+
+def test_a_file_that_finds_no_room_is_named_and_what_was_there_stays(tmp_path):
+    files.write_text(tmp_path / "a.json", "before")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limit[1]))  # bytes; a full disk for files that are larger
+    try:
+        with pytest.raises(OSError, match=f"File too large: '{tmp_path}/a.json'"):
+            files.write_text(tmp_path / "a.json", "after" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [f.name for f in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").read_text() == "before"

@@ -55,6 +55,9 @@ def replacing(file: Path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, file)
+    except OSError as error:
+        error.filename = error.filename or os.fspath(file)  # what a full disk says of a write names no file
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
