@@ -231,6 +231,8 @@ def test_drawn_images_are_called_by_their_worlds_name_and_real_ones_by_their_dat
     )
     points = records.by_projector([r | {"settings": {"pretraining": {"projector": [8]}}} for r in RECORDS[:1]])
     assert list(points) == ["drawn world of radar and optical images, 2 classes, linear"]
+    bare = {"settings": {"pretraining": {"projector": [], "backbone": "small", "dim_common": 96}}}
+    assert list(records.by_share([RECORDS[0] | bare])["128 dimensions"]) == [75]
 
 
 def test_source_names_data_profile_commit_and_hardware():

@@ -6,6 +6,7 @@ Drawn images are called by their world's name and never by that of the data set 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
+from decur_core import backbones
 from decur_core.report.styles import modalities, rank
 from decur_core.transfer.evaluation import ONLY
 
@@ -127,7 +128,7 @@ def _series(points: Iterable[tuple[str, float, dict]]) -> dict[str, dict[float, 
 def by_share(records: Sequence[dict]) -> dict[str, dict[float, list[float]]]:
     """Scores over the share of common dimensions in percent, a series per size of the embedding (Fig. 3a, 6)."""
     found = [(r, r["settings"]["pretraining"]) for r in records]
-    sizes = [(r, about["dim_common"], about["projector"][-1]) for r, about in found]
+    sizes = [(r, s["dim_common"], (s["projector"] or backbones.widths(s["backbone"]))[-1]) for r, s in found]
     return _series((f"{size} dimensions", 100 * common / size, r) for r, common, size in sizes)
 
 
