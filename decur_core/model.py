@@ -143,19 +143,18 @@ def load_published(
     content = read_weights(path)
     state = next((content[k] for k in ("model", "state_dict") if isinstance(content.get(k), dict)), content)
     state = {k.removeprefix("module."): v for k, v in state.items() if torch.is_tensor(v)}
+    keys = ", ".join([*state][:3]) or "no tensors"
     names = dict(zip("12", modalities, strict=True))
     theirs = re.compile(r"(backbone|projector)_?([12])\.")
-    state = {k: v for k, v in state.items() if not k.startswith("bn.")}
     state = {theirs.sub(lambda m: f"{m[1]}s.{names[m[2]]}.", k, count=1): v for k, v in state.items()}
     attention = {k for k in state if k.startswith(("da1_", "da2_"))}
     if attention and not drop_attention:
         found = f"{len(attention)} weights of deformable attention ({min(attention)}, ...)"
         raise ValueError(f"{path}: {found} have no place")
-    state = {k: v for k, v in state.items() if k not in attention}
+    state = {k: v for k, v in state.items() if k not in attention and not k.startswith("bn.")}
     name = next((name for name, sign in _SIGNS.items() if f"backbones.{modalities[0]}.{sign}" in state), None)
     if name is None:
-        found = ", ".join([*state][:3]) or "no tensors"
-        raise ValueError(f"{path}: expected the keys backbone_1.* of {', '.join(_SIGNS)}; found {found}")
+        raise ValueError(f"{path}: expected the keys backbone_1.* of {', '.join(_SIGNS)}; found {keys}")
     try:
         _fold_heads(state)
         first = "conv1.weight" if name.startswith("resnet") else "patch_embed1.proj.weight"

@@ -316,6 +316,7 @@ def test_published_checkpoints_that_do_not_fit_are_refused_by_key_and_shape(publ
     )
     plain = {k.removeprefix("backbone_1."): v for k, v in state.items() if k.startswith("backbone_1.")}
     refused(plain, r"expected the keys backbone_1.\* of mit_b5, .*; found conv1.weight, bn1.weight")
+    refused({"module.backbone_1.cls_token": torch.zeros(1)}, "; found backbone_1.cls_token")
     refused({"epoch": 3}, "found no tensors")
     refused([1, 2], "holds a list; expected a dict of tensors")
     refused({"model": state, "arguments": Unknown()}, r"holds more than tensors.*weights_only=False")
