@@ -150,6 +150,8 @@ class Settings(Section):
             yield f"pair = {self.pair!r} has {len(has)} modalities; decur needs their blocks, or dim_common: auto"
         if decur and auto and (self.blocks or not (self.intra and self.decoupling)):
             yield "dim_common = 'auto'; it needs intra: true, decoupling: true and no blocks"
+        if decur and self.blocks and not self.decoupling:
+            yield "decoupling = False; blocks say what is common, one of all modalities alone that everything is"
         if self.data.source == "world" and self.world.locations < self.batch_size:
             yield f"batch_size = {self.batch_size} is more than world.locations = {self.world.locations}"
         if self.projector:  # without one, the width is known where networks are made

@@ -680,6 +680,8 @@ def test_blocks_and_a_split_from_the_data(profile, tmp_path):
     for more in ({"intra": False}, {"decoupling": False}, {"blocks": {"sar+optical": 8}}):
         with pytest.raises(ConfigError, match="dim_common = 'auto'; it needs intra"):
             config.load(profile, {"dim_common": "auto"} | more)
+    with pytest.raises(ConfigError, match="decoupling = False; blocks say what is common"):
+        config.load(profile, {"blocks": {"sar+optical": 8}, "decoupling": False})
     with pytest.raises(ConfigError, match=r"blocks.sar = -1; allowed: 0 or more"):
         config.load(profile, {"blocks": {"sar": -1}})
 
