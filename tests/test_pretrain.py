@@ -162,6 +162,17 @@ def changed(content: bytes) -> bytes:
     return content[:middle] + bytes(32) + content[middle + 32 :]
 
 
+def misled(content: bytes) -> bytes:
+    """With another place of the table of contents, from which all parts lie before the first byte."""
+    return content[:-47] + b"\xff" + content[-46:]
+
+
+def folded(content: bytes) -> bytes:
+    """With one bit changed: it makes a folder of some weights, for which torch gives what happens to be in memory."""
+    at = content.rindex(b"PK\1\2", 0, content.rindex(b"/data/0")) + 38  # of its line in the table
+    return content[:at] + bytes([content[at] ^ 16]) + content[at + 1 :]
+
+
 @pytest.mark.parametrize("damage", [truncated, changed])
 def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(tiny, pair_store, monkeypatch, capsys, damage):
     settings = tiny(name="damaged")
@@ -200,7 +211,7 @@ def test_both_checkpoints_damaged_start_the_run_again(tiny, pair_store, monkeypa
     assert [line["step"] for line in history.read(folder)] == list(range(1, 17))
 
 
-@pytest.mark.parametrize("damage", [truncated, changed])
+@pytest.mark.parametrize("damage", [truncated, changed, misled, folded])
 def test_a_damaged_end_is_named_with_the_way_out(tiny, pair_store, damage):
     file = pretrain.run(tiny(epochs=1), pair_store) / "final.pt"
     whole = final(file.parent)
