@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from decur_core.running.sections import ConfigError
+
 
 def _mix_transformer(name: str, channels: int, *, depths: Sequence[int]) -> nn.Module:
     """SegFormer's encoder (Xie et al. 2021): N x C x H x W images to the mean over the last stage's map.
@@ -19,7 +21,7 @@ def _mix_transformer(name: str, channels: int, *, depths: Sequence[int]) -> nn.M
     class MixTransformer(MixVisionTransformer):
         def forward_features(self, images: Tensor) -> list[Tensor]:
             if min(images.shape[2:]) < 29:  # the first attention looks at 8 x 8 positions at once, 4 px apart
-                raise ValueError(f"images of {tuple(images.shape[2:])} px; {name} needs 29 or more: raise crop_size")
+                raise ConfigError(f"images of {tuple(images.shape[2:])} px; {name} needs 29 or more: raise crop_size")
             return super().forward_features(images)
 
         def forward(self, images: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from decur_core.losses import layout
+from decur_core.running.sections import ConfigError
 
 REPRODUCIBLE = 0.5  # correlation c costs (1 - c)^2 as a common and c^2 as a unique dimension: from 1/2 on it pays
 FLOOR = 0.05  # correlations below it are not worth a dimension, however many samples prove them
@@ -161,7 +162,7 @@ def found(views: Mapping[str, tuple[ArrayLike | Tensor, ArrayLike | Tensor]], wi
         splits = estimate_many(views)
     except ValueError as error:
         way = "train longer before the estimate (epochs, auto_share), on more images, or set dim_common"
-        raise ValueError(f"dim_common = 'auto': {error}; {way}") from error
+        raise ConfigError(f"dim_common = 'auto': {error}; {way}") from error
     if len(views) == 2:
         split = {"dim_common": _share(width, splits.joint, max(splits.ranks.values()))}
     else:
