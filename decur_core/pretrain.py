@@ -31,7 +31,7 @@ from decur_core.running import folders as runs
 from decur_core.running.history import NonFinite
 
 AGAIN = "if it is removed, the same call trains again"
-ESTIMATED = 4096  # pairs, at most, from which the split into common and unique dimensions is estimated
+ESTIMATED = 4096  # pairs, at most (or one batch), from which the split into common and unique dimensions is estimated
 
 
 class Interrupted(RuntimeError):
@@ -225,7 +225,7 @@ def found_split(settings: Settings, model: models.MultimodalModel, store: Store,
     estimate = pkgutil.resolve_name("decur_core.explain.split:found")  # by name: that room stands below this file
     sensors = modalities(settings, store)
     features: dict[str, list] = {m.name: [[], []] for m in sensors}
-    count = min(len(store), ESTIMATED) // settings.batch_size
+    count = max(1, min(len(store), ESTIMATED) // settings.batch_size)
     fixed, (rank, world) = settings.model_copy(update={"seed": settings.seed + 1}), processes.place()
     model.eval()
     for step, batch in enumerate(batches(fixed, store, range(count), device, (rank, world)), start=1):

@@ -103,6 +103,11 @@ def test_the_last_step_at_the_latest_has_a_split_and_a_run_of_one_step_is_refuse
         pretrain.run(tiny(dim_common="auto", epochs=1, batch_size=32, name="short"), pair_store)
 
 
+def test_one_batch_at_least_is_looked_at(tiny, pair_store, halves, monkeypatch):
+    monkeypatch.setattr(pretrain, "ESTIMATED", 4)
+    assert final(pretrain.run(tiny(dim_common="auto"), pair_store))["split"]["samples"] == 8
+
+
 def test_methods_without_a_split_look_for_none(tiny, pair_store, halves):
     folder = pretrain.run(tiny(dim_common="auto", method="barlow_twins"), pair_store)
     assert not halves and final(folder)["split"] is None and not (folder / "split.json").exists()
