@@ -140,6 +140,8 @@ def test_to_float_maps_bytes_to_the_unit_interval():
     codes = torch.arange(256, dtype=torch.uint8)
     values = OPTICAL.to_float(codes)
     assert values.dtype == torch.float32 and torch.equal(values, torch.arange(256) / 255)
+    encoded = OPTICAL.encode(np.full((13, 2, 2), 2000, np.float32))  # an array, as the book hands it on
+    assert torch.equal(OPTICAL.to_float(encoded), torch.full((13, 2, 2), 51 / 255))
     with pytest.raises(DataError, match="float32"):
         OPTICAL.to_float(values)
 
