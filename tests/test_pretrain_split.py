@@ -147,6 +147,17 @@ def test_three_modalities_train_with_their_blocks_and_resume(tiny, three_store, 
     assert same_weights(end, final(pretrain.run(tiny(**THREE, name="stopped"), three_store)))
 
 
+def test_blocks_in_another_order_are_other_columns_and_refused(tiny, pair_store, monkeypatch):
+    blocks = {"sar+optical": 4, "sar": 2, "optical": 3}
+    stop_after(7, monkeypatch)
+    with pytest.raises(pretrain.Interrupted):
+        pretrain.run(tiny(blocks=blocks), pair_store)
+    for _ in ("on the way", "at the end"):
+        with pytest.raises(config.ConfigError, match=r"other settings \(blocks: .*'sar\+optical': 4.* there, .* now\)"):
+            pretrain.run(tiny(blocks=dict(reversed(blocks.items()))), pair_store)
+        pretrain.run(tiny(blocks=blocks), pair_store)
+
+
 def test_three_modalities_find_their_blocks(tiny, three_store, halves, monkeypatch):
     settings = {"pair": "sar_optical_dem", "blocks": {}, "dim_common": "auto", "transfer.inputs": ["both"]}
     wide = BLOCKS | {"sar": 3, "optical": 3, "dem": 5}  # each modality's widths add up to 8

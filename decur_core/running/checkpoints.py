@@ -170,7 +170,10 @@ def same_settings(found: dict, wanted: dict, folder: Path) -> None:
     A run from before a setting existed did what is its default now; what it never noted of its data goes unchecked.
     """
     there, now = config.defaults() | found, config.defaults() | wanted
-    if names := [k for k in found | wanted if k in there and there[k] != now.get(k)]:
+    names = [k for k in found | wanted if k in there and there[k] != now.get(k)]
+    if not names and [*there.get("blocks", ())] != [*now.get("blocks", ())]:  # equal, but in the order of the columns
+        names = ["blocks"]
+    if names:
         listed = "; ".join(f"{k}: {there[k]} there, {now.get(k)} now" for k in names)
         way = "Use those settings, give this run another `name`, or remove the folder."
         raise config.ConfigError(f"{folder} holds a run with other settings ({listed}). {way}")
