@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+from decur_core.data import modality
 from decur_core.losses import METHODS
 from decur_core.report import figures as plots
 from decur_core.report import pictures, styles
@@ -166,6 +167,13 @@ def test_histograms_take_any_number_of_bands():
     assert [line.get_label() for line in optical.lines] == [f"band {k}" for k in (1, 2, 3, 4)] and len(sar.lines) == 1
 
 
+def test_images_without_a_unit_are_shown_without_one(monkeypatch):
+    own = {"radar": modality.declared("radar", {"bands": ["a", "b"], "unit": ""})}
+    monkeypatch.setattr(pictures, "modalities", lambda: own)
+    sample = {"id": "x", "radar": np.stack([np.full((8, 8), 3.0), np.full((8, 8), 9.0)])}
+    assert [axis.get_title() for axis in pictures.pairs([sample]).axes] == ["x\n3 to 3", "9 to 9"]
+
+
 def test_pictures_of_any_modality(random):
     sample = {"id": "x", "dem": random.normal(300, 5, (1, 8, 8)), "rgb": random.integers(0, 255, (3, 8, 8), np.uint8)}
     axes = pictures.pairs([sample]).axes
@@ -185,5 +193,8 @@ def test_pictures_of_any_modality(random):
         [sample | {"mask": np.eye(8, dtype=np.uint8)}], ["rgb", "dem", "mask"], classes=["none", "some"]
     )
     assert scenes.axes[1].get_title().endswith(" m") and legend_of(scenes) == ["none", "some"]
+    every = sample | {"mask": np.arange(256, dtype=np.uint8).reshape(16, 16)}
+    many = legend_of(pictures.scenes([every], ["rgb", "mask"], classes=[f"class {k}" for k in range(256)]))
+    assert many[0] == "class 0" and many[-1] == "class 255"
     assert len(pictures.bands(random.random((3, 8, 8)), "abc", unit="x").axes) == 3
     assert [a.get_ylabel() for a in pictures.views({"dem": random.random((2, 3, 8, 8))}).axes] == ["elevation", ""]
