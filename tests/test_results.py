@@ -70,6 +70,10 @@ def test_what_pretraining_is_worth_compares_within_a_protocol_and_leaves_gaps():
     ]
 
 
+def test_a_bar_in_a_name_does_not_end_its_cell():
+    assert results.worth({"rooms | floors": []}).splitlines()[-1] == r"| rooms \| floors |  |  |"
+
+
 def test_two_records_of_one_measurement_and_seed_are_refused():
     with pytest.raises(ValueError, match=r"two records of BigEarthNet-MM, method decur.*seed 1"):
         records.summary([*RECORDS, record("decur", 1, 50.0)])

@@ -45,9 +45,9 @@ def cell(
 
 
 def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+    """A Markdown table; a ``|`` in a text does not end its cell."""
+    first, *lines = ["| " + " | ".join(text.replace("|", r"\|") for text in row) + " |" for row in (header, *rows)]
+    return "\n".join([first, "|---" * len(header) + "|", *lines])
 
 
 def _between(values: Iterable[int]) -> str:
