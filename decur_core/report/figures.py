@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 
 from decur_core.data import datasets
 from decur_core.report import styles
-from decur_core.report.styles import WAYS, colour, figure, grid, legend, method_of, plain_ticks, rank, title
+from decur_core.report.styles import WAYS, colour, figure, given, grid, legend, method_of, plain_ticks, rank, title
 
 ORDER = ("first", "second", "third", "fourth", "fifth")  # modality of a panel, where panels have different ones
 MARKS = "xs^DP"  # of common dimensions, by the place of their modality in a panel
@@ -107,7 +107,7 @@ def scores(rows: Sequence[dict], *, reference: float | None = None, unit: str = 
         axis.bar(at, r["mean"], width, yerr=r["deviation"], color=colour(r["method"]), capsize=2)
     handles = [Patch(color=colour(m), label=title(m)) for m in methods]
     for axis, inputs in zip(axes.flat, panels, strict=True):
-        axis.set_title(title(inputs), fontsize=9, loc="left")
+        axis.set_title(given(inputs, panels), fontsize=9, loc="left")
         axis.set_ylabel(unit, fontsize=8)
     if reference is not None:
         handles += [axis.axhline(reference, color="black", ls=":", lw=1, label="guessing") for axis in axes.flat][:1]

@@ -57,6 +57,11 @@ def title(name: str) -> str:
     return found.title or name if found else name
 
 
+def given(inputs: str, kinds: Iterable[str]) -> str:
+    """The title of what a network is given, among the ``kinds`` of a task: both of more than two sensors are all."""
+    return "all sensors" if inputs == "both" and any("+" in kind for kind in kinds) else title(inputs)
+
+
 def named(words: str) -> str:
     """``rgb, common`` as readers know it: the ``title`` of every part between commas."""
     return ", ".join(map(title, words.split(", ")))
