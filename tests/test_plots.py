@@ -60,6 +60,11 @@ def test_losses_have_plain_ticks_and_one_legend():
         assert any(texts) and all(float(t) > 0 for t in texts if t)
 
 
+def test_without_a_run_there_is_an_empty_panel():
+    """Chapters draw runs of seed 0, which a profile need not have."""
+    assert not plots.history({}).axes[0].axison and not plots.correlation({}, dim_common=2).axes[0].axison
+
+
 def test_losses_are_named_by_their_modalities_and_told_apart():
     terms = ["total", "intra/sar", "intra/dem", "common/sar+dem", "rest/sar+dem", "rest/sar+optical"]
     line = {"step": 1, "learning_rate": 0.1, "pairs_per_second": 5.0, "scale": 3.0, **dict.fromkeys(terms, 1.0)}

@@ -62,8 +62,9 @@ def correlation(matrices: dict[str, np.ndarray], *, dim_common: int | None = Non
         if dim_common is not None and method_of(name) in (None, "decur"):
             for line in (axis.axhline, axis.axvline):
                 line(dim_common - 0.5, color="black", lw=0.8, ls="--")
-    axes[0].set_ylabel("dimension i", fontsize=8)
-    made.colorbar(shown, ax=axes, label="C$_{ij}$", shrink=0.8)
+    if matrices:
+        axes[0].set_ylabel("dimension i", fontsize=8)
+        made.colorbar(shown, ax=axes, label="C$_{ij}$", shrink=0.8)
     return made
 
 

@@ -96,8 +96,8 @@ def figure(rows: int, columns: int, *, width: float = WIDEST, height: float, **o
 
 def grid(count: int, columns: int, *, width: float, height: float) -> tuple[Figure, list[plt.Axes]]:
     """``count`` panels of ``width`` x ``height`` inches in rows of at most ``columns``."""
-    columns = min(count, columns)
-    rows = -(-count // columns)
+    columns = max(1, min(count, columns))
+    rows = max(1, -(-count // columns))
     made, axes = figure(rows, columns, height=height * rows, width=max(4.5, width * columns + 0.4))
     for axis in axes.flat[count:]:
         axis.set_axis_off()
