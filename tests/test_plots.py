@@ -65,6 +65,16 @@ def test_without_a_run_there_is_an_empty_panel():
     assert not plots.history({}).axes[0].axison and not plots.correlation({}, dim_common=2).axes[0].axison
 
 
+def test_a_dollar_in_the_name_of_a_class_is_a_dollar():
+    classes = ["fares of $1 to $5", r"$\frac$"]
+    sample = {"id": "x", "mask": np.eye(8, dtype=np.uint8)}
+    for made in (
+        plots.per_class({"decur": [1.0, 2.0]}, classes=classes),
+        pictures.scenes([sample], ["mask"], classes=classes),
+    ):
+        made.draw_without_rendering()
+
+
 def test_losses_are_named_by_their_modalities_and_told_apart():
     terms = ["total", "intra/sar", "intra/dem", "common/sar+dem", "rest/sar+dem", "rest/sar+optical"]
     line = {"step": 1, "learning_rate": 0.1, "pairs_per_second": 5.0, "scale": 3.0, **dict.fromkeys(terms, 1.0)}

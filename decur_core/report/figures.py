@@ -20,7 +20,7 @@ DASHES = ("-", "--", ":", "-.")
 def _classes(labels: Sequence[str], *, height: float) -> tuple[Figure, plt.Axes]:
     """A panel for bars that lie, one row per class, the first on top."""
     made, axes = figure(1, 1, height=height, width=8)
-    axes[0, 0].set_yticks(range(len(labels)), labels, fontsize=7)
+    axes[0, 0].set_yticks(range(len(labels)), [label.replace("$", r"\$") for label in labels], fontsize=7)
     axes[0, 0].invert_yaxis()
     return made, axes[0, 0]
 

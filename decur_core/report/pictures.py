@@ -119,7 +119,7 @@ def scenes(samples: Sequence[dict], kinds: Sequence[str], *, classes: Sequence[s
     made, _ = _mosaic(rows, [named(kind) for kind in kinds], width=1.6, cmap="cividis")
     seen = sorted({k for s in samples for kind in kinds if kind in LABELS for k in np.unique(s[kind]).tolist()})
     if seen and classes:
-        legend(made, [Patch(color=colours[k], label=classes[k]) for k in seen])
+        legend(made, [Patch(color=colours[k], label=classes[k].replace("$", r"\$")) for k in seen])
     return made
 
 
