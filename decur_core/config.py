@@ -43,7 +43,7 @@ class World(Section):
     through_files: Int = Aside(64, ge=0, description="of these (and of the patches), written as GeoTIFF and read")
     train: Int = Aside(1024, ge=1, description="labelled patches for training a classifier")
     test: Int = Aside(512, ge=1, description="labelled patches for testing it")
-    tile: Int = Field(36, ge=6, multiple_of=6, description="side (height, for rooms) of an image, px: 6, 12, ...")
+    tile: Int = Field(36, ge=6, multiple_of=6, description="side (height, for rooms) of an image, px: 12, 18, ...")
     layout: Literal["coregistered", "redrawn"] = Field("coregistered", description="scene layout over views")
     common: Int = Field(2, ge=0, le=2, description="common factors; of the rest of 2 each sensor draws its own")
     seed: Int = Field(0, ge=0, le=2**63 - 1, description="seed of scenes and factors")

@@ -277,6 +277,7 @@ class App:
         ({"mini": "x = 1\nx", "a100": "x = 1\nx"}, None),
         # An outdated copy of the larger profile must not be hidden behind a good one of the smaller.
         ({"mini": "x = 1\nx", "a100": "x = 3\nx"}, "run: python -m decur_core.run a100 20"),
+        ({"mini": "x = 1\nx", "a100": None}, "a100/20_page.ipynb is damaged; run: python -m decur_core.run a100 20"),
     ],
 )
 def test_larger_profiles_are_preferred(tmp_path, monkeypatch, copies, warning):
@@ -284,9 +285,10 @@ def test_larger_profiles_are_preferred(tmp_path, monkeypatch, copies, warning):
     monkeypatch.setattr(executed.logger, "warning", lambda message, *values, **_: warnings.append(message % values))
     source, ran = pair()
     for profile, text in copies.items():
-        ran.metadata["decur"]["profile"], ran.cells[3].source = profile, text
+        ran.metadata["decur"]["profile"], ran.cells[3].source = profile, text or ""
         (tmp_path / "executed" / profile).mkdir(parents=True)
-        nbformat.write(ran, tmp_path / "executed" / profile / "20_page.ipynb")
+        nbformat.write(ran, copy := tmp_path / "executed" / profile / "20_page.ipynb")
+        copy.write_text(copy.read_text()[: 200 if text is None else None])
     content, app = [nbformat.writes(source)], App(tmp_path)
     executed.read_source(app, "20_page", content)
     if warning:

@@ -127,6 +127,9 @@ def test_modalities_are_told_apart_and_keep_their_place(network):
         before = network(rgb, hha)
         assert not torch.allclose(network(hha, rgb), before, atol=1e-3)
         assert network(rgb[..., :50, :37], hha[..., :50, :37]).shape == (1, 40, 50, 37)
+        assert network(rgb[..., :29, :37], hha[..., :29, :37]).shape == (1, 40, 29, 37)
+        with pytest.raises(ValueError, match=r"images of \(28, 64\) px; CMX needs 29 or more"):
+            network(rgb[..., :28, :], hha[..., :28, :])
 
 
 def test_pretrained_backbones_go_into_both_branches(network):

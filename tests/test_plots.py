@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+from decur_core.data import modality
 from decur_core.losses import METHODS
 from decur_core.report import figures as plots
 from decur_core.report import pictures, styles
@@ -57,6 +58,21 @@ def test_losses_have_plain_ticks_and_one_legend():
     for axis in figure.axes:
         texts = [t.get_text() for t in axis.get_yticklabels(which="both")]
         assert any(texts) and all(float(t) > 0 for t in texts if t)
+
+
+def test_without_a_run_there_is_an_empty_panel():
+    """Chapters draw runs of seed 0, which a profile need not have."""
+    assert not plots.history({}).axes[0].axison and not plots.correlation({}, dim_common=2).axes[0].axison
+
+
+def test_a_dollar_in_the_name_of_a_class_is_a_dollar():
+    classes = ["fares of $1 to $5", r"$\frac$"]
+    sample = {"id": "x", "mask": np.eye(8, dtype=np.uint8)}
+    for made in (
+        plots.per_class({"decur": [1.0, 2.0]}, classes=classes),
+        pictures.scenes([sample], ["mask"], classes=classes),
+    ):
+        made.draw_without_rendering()
 
 
 def test_losses_are_named_by_their_modalities_and_told_apart():
@@ -166,6 +182,13 @@ def test_histograms_take_any_number_of_bands():
     assert [line.get_label() for line in optical.lines] == [f"band {k}" for k in (1, 2, 3, 4)] and len(sar.lines) == 1
 
 
+def test_images_without_a_unit_are_shown_without_one(monkeypatch):
+    own = {"radar": modality.declared("radar", {"bands": ["a", "b"], "unit": ""})}
+    monkeypatch.setattr(pictures, "modalities", lambda: own)
+    sample = {"id": "x", "radar": np.stack([np.full((8, 8), 3.0), np.full((8, 8), 9.0)])}
+    assert [axis.get_title() for axis in pictures.pairs([sample]).axes] == ["x\n3 to 3", "9 to 9"]
+
+
 def test_pictures_of_any_modality(random):
     sample = {"id": "x", "dem": random.normal(300, 5, (1, 8, 8)), "rgb": random.integers(0, 255, (3, 8, 8), np.uint8)}
     axes = pictures.pairs([sample]).axes
@@ -185,5 +208,8 @@ def test_pictures_of_any_modality(random):
         [sample | {"mask": np.eye(8, dtype=np.uint8)}], ["rgb", "dem", "mask"], classes=["none", "some"]
     )
     assert scenes.axes[1].get_title().endswith(" m") and legend_of(scenes) == ["none", "some"]
+    every = sample | {"mask": np.arange(256, dtype=np.uint8).reshape(16, 16)}
+    many = legend_of(pictures.scenes([every], ["rgb", "mask"], classes=[f"class {k}" for k in range(256)]))
+    assert many[0] == "class 0" and many[-1] == "class 255"
     assert len(pictures.bands(random.random((3, 8, 8)), "abc", unit="x").axes) == 3
     assert [a.get_ylabel() for a in pictures.views({"dem": random.random((2, 3, 8, 8))}).axes] == ["elevation", ""]

@@ -101,6 +101,42 @@ def test_what_was_found_on_real_images_is_told_and_nothing_else(app, tmp_path):
     assert "| BigEarthNet-MM: mAP micro (%) | 10.0\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.0 |  |" in text
 
 
+def test_runs_with_one_sensor_or_few_labels_alone_leave_the_other_lines_out(app, tmp_path):
+    few = [
+        record(world="published") | {"fraction": 0.01, "method": m, "seed": s}
+        for m in ("decur", "random")
+        for s in (0, 1)
+    ]
+    publish(tmp_path, "report", *few)
+    assert records.findings(app, "") == records.NOTHING, "with all labels nothing ran"
+    assert "| BigEarthNet-MM: mAP micro (%) | 0.0\N{NO-BREAK SPACE}±" in records.worth(app, "")
+    publish(tmp_path, "a100", *(r | {"inputs": "sar"} for r in few))
+    assert records.findings(app, "") == records.NOTHING and records.worth(app, "").count("BigEarthNet-MM") == 1
+
+
+@pytest.mark.parametrize("text", ["", '[{"name": "", "mic', "<<<<<<< HEAD\n[]"])
+def test_damaged_records_are_named(app, tmp_path, text):
+    for file in ("executed/report/records.json", f"executed/report/{records.TRUTH}", "benchmarks/records/loss.json"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(text)
+    for make, argument, file in (
+        (records.findings, "", "records.json"),
+        (records.blocks, "", records.TRUTH),
+        (records.benchmark, "loss", "loss.json"),
+    ):
+        with pytest.raises(ValueError, match=f"{file}: damaged"):
+            make(app, argument)
+
+
+def test_images_before_the_flood_are_not_taken_for_those_that_labels_are_about(app, tmp_path):
+    found = [record(world="published") | {"dataset": "OMBRIA", "seasons": which} for which in ("", "0", "1", "0+1")]
+    publish(tmp_path, "ombria", *found)
+    text = records.real(app, "ombria")
+    assert all(
+        f"OMBRIA{when} the flood**" in text for when in (", before", ", images after", ", images before and after")
+    )
+
+
 def test_what_the_paper_says_is_judged_by_paired_differences_of_trained_runs(app, tmp_path):
     assert records.claims(app, "") == records.NOT_RUN
     by_method = {"decur": (60.0, 62.0, 61.0), "barlow_twins": (50.0, 51.0, 52.0), "random": (70.0, 71.5, 69.0)}
@@ -133,6 +169,8 @@ def test_scores_over_steps_are_those_of_runs_of_several_lengths(app, tmp_path):
     text = records.steps(app, "")
     assert "| Method | 320 steps | 640 steps | 1,280 steps | last difference |" in text
     assert "| DeCUR | 50.0 | 55.0 | 54.5 | -0.5 |" in text and "99" not in text
+    publish(tmp_path, "report", *found, *(r | {"seed": 1, "micro": r["micro"] - 3} for r in found))
+    assert "| DeCUR | 48.5 | 53.5 | 53.0 | -0.5 |" in records.steps(app, ""), "the mean over seeds"
 
 
 def test_the_front_page_shows_blocks_of_runs_that_were_trained(app, tmp_path):

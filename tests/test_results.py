@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from decur_core.report import records, sentences
+from decur_core.report import figures, records, sentences
 from decur_core.report import tables as results
 
 NB = "\N{NO-BREAK SPACE}"
@@ -68,6 +68,10 @@ def test_what_pretraining_is_worth_compares_within_a_protocol_and_leaves_gaps():
         f"| frozen alone | 9.0{NB}±{NB}1.4 |  |",
         f"| all | 9.0{NB}±{NB}1.4 | -0.5 |",
     ]
+
+
+def test_a_bar_in_a_name_does_not_end_its_cell():
+    assert results.worth({"rooms | floors": []}).splitlines()[-1] == r"| rooms \| floors |  |  |"
 
 
 def test_two_records_of_one_measurement_and_seed_are_refused():
@@ -304,6 +308,10 @@ def test_everything_of_three_sensors_is_not_called_both():
     task = {"protocol": "linear", "inputs": "both", "fraction": 0.01}
     assert "1 % of the labels, all sensors, " in sentences.of_records(found, **task)
     assert "1 % of the labels, both, " in sentences.of_records(found[:1], **task)
+    assert [a.get_title("left") for a in figures.scores(records.summary(found)).axes] == [
+        "all sensors",
+        "SAR + elevation",
+    ]
 
 
 def test_a_sentence_of_masks_holds_methods_without_pretraining_to_their_own_protocol():

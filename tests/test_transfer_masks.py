@@ -182,6 +182,10 @@ def test_cmx_starts_from_the_pretrained_transformers_and_refuses_what_it_cannot_
     for kinds in ({"protocol": "linear"}, {"protocol": "finetune", "inputs": "rgb"}):
         with pytest.raises(config.ConfigError, match="segmenter = 'cmx'.*needs finetune and both"):
             transfer.evaluate(chosen, folder, paths, dataset="nyuv2", **kinds)
+    two = [*config.modalities(chosen)] * 2  # of two seasons
+    for given in (two, two[::2]):
+        with pytest.raises(config.ConfigError, match="both of two modalities, each once with 3 channels"):
+            networks.NETWORKS["cmx"].build(None, {"backbone": "mit_b0"}, given, 38, False)
     others = settings(
         "rgb_depth", name="small", method="random", backbone="small", transfer={**TRANSFER, "segmenter": "cmx"}
     )

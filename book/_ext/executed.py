@@ -2,10 +2,10 @@
 
 Sources in ``notebooks/`` hold no outputs. For each page the first profile of ``decur_profiles`` that has a copy in
 ``<decur_executed>/<profile>/`` supplies them. Code must be the code that ran (compared as syntax trees: comments and
-formatting are free, prose too); a copy that is missing, unfinished or of other code is a warning that names the command
-that mends it, so ``-W`` fails. On top of a page stands whether its images are real or drawn, as the run says itself; a
-margin note says which run it was, with links to source, copy and records. The extension also serves MathJax from the
-installed package, for reading offline.
+formatting are free, prose too); a copy that is missing, damaged, unfinished or of other code is a warning that names
+the command that mends it, so ``-W`` fails. On top of a page stands whether its images are real or drawn, as the run
+says itself; a margin note says which run it was, with links to source, copy and records. The extension also serves
+MathJax from the installed package, for reading offline.
 """
 
 import ast
@@ -212,6 +212,8 @@ def read_source(app, docname: str, content: list[str]) -> None:
             return
         except Unusable as error:
             problem = f"{copy.relative_to(app.srcdir)} {error}"
+        except (nbformat.reader.NotJSONError, nbformat.ValidationError):
+            problem = f"{copy.relative_to(app.srcdir)} is damaged"
     command = f"python -m decur_core.run {profile} {number}"
     logger.warning("%s: %s; run: %s", path.name, problem, command, location=docname, type="decur", subtype="executed")
 

@@ -27,7 +27,8 @@ Drawn worlds, profile {profile}; chapter 60 has all of it.</figcaption>
 </figure>"""
 TRUTH = "60_ground_truth.ipynb"
 NOT_RUN = "*Not run yet.*"
-DATES = {"1": ", images after the flood", "0+1": ", images before and after the flood"}  # of OMBRIA
+DATES = {"0": ", before the flood"}  # of OMBRIA, the shorter the less is given
+DATES |= {"1": ", images after the flood", "0+1": ", images before and after the flood"}
 NOTHING = (
     "Nothing yet: no run on a real data set stands in this book. The pages of a run say on top what their images"
     " are, and [the results](results.md) what can be said today."
@@ -60,9 +61,16 @@ def measured(app, *, trained: bool = False, **wanted) -> list[dict]:
     return []
 
 
+def _read(file: Path, otherwise):
+    """What a JSON file of the repository holds, ``otherwise`` where there is none; a ValueError names a damaged one."""
+    try:
+        return json.loads(file.read_text()) if file.is_file() else otherwise
+    except ValueError as error:
+        raise ValueError(f"{file}: damaged ({error}); restore it from the repository, or run again") from None
+
+
 def _records(app, profile: str) -> list[dict]:
-    file = Path(app.srcdir) / app.config.decur_executed / profile / "records.json"
-    return json.loads(file.read_text()) if file.is_file() else []
+    return _read(Path(app.srcdir) / app.config.decur_executed / profile / "records.json", [])
 
 
 def summary(app, argument: str) -> str:
@@ -121,26 +129,26 @@ def claims(app, _: str) -> str:
 
 
 def steps(app, _: str) -> str:
-    """Scores on held-out training images after so many steps of pretraining, of each data set and method for which runs
-    of several lengths (variant ``steps``) are on record."""
+    """Scores on held-out training images after so many steps of pretraining, means over seeds, of each data set and
+    method for which runs of several lengths (variant ``steps``) are on record."""
     from decur_core.report import records, styles, tables
 
     parts, every = [], []
     for profile in app.config.decur_profiles[:-1]:
-        lengths: dict[str, dict[str, dict[int, dict]]] = {}
+        lengths: dict[str, dict[str, dict[int, list[dict]]]] = {}
         for r in records.choose(_records(app, profile), variant="steps"):
             run, data = r["settings"]["pretraining"], f"{tables.NUMBERS[r['numbers'][0]]}: {records.data_title(r)}"
             count = run["epochs"] * (run["data.pairs"] // run["batch_size"])
-            lengths.setdefault(data, {}).setdefault(r["method"], {})[count] = r
+            lengths.setdefault(data, {}).setdefault(r["method"], {}).setdefault(count, []).append(r)
         for data, methods in lengths.items():
             found = {m: methods[m] for m in sorted(methods, key=records.place) if len(methods[m]) > 1}
             counts, rows = sorted({n for several in found.values() for n in several}), []
             for method, several in found.items():
-                scores = {n: records.numbers(several[n])[0] for n in sorted(several)}
+                scores = {n: statistics.fmean(records.by_seed(several[n]).values()) for n in sorted(several)}
                 *_, before, last = scores.values()
                 cells = (f"{scores[n]:.1f}" if n in scores else "" for n in counts)
                 rows.append((styles.title(method), *cells, f"{last - before:+.1f}"))
-                every += several.values()
+                every += itertools.chain(*several.values())
             if rows:
                 header = ("Method", *(f"{n:,} steps" for n in counts), "last difference")
                 parts.append(f"**{data}**\n\n{tables.grid(header, rows)}")
@@ -160,8 +168,7 @@ def settings(app, _: str) -> str:
 
 
 def _benchmark(app, name: str) -> dict | None:
-    file = Path(app.srcdir) / "benchmarks" / "records" / f"{name}.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    return _read(Path(app.srcdir) / "benchmarks" / "records" / f"{name}.json", None)
 
 
 def _number(value) -> str:
@@ -280,9 +287,9 @@ def _furthest(app) -> Iterator[list[tuple[str, list[dict]]]]:
     in the place that is furthest from training (whose name is the longest)."""
     for profile in app.config.decur_profiles:
         found = sorted(_real(app, profile).items(), key=lambda item: len(item[0][1]))
-        last = {metric: (name, rows) for (metric, name), rows in found}.values()
-        if last:
-            yield [(name, [r for r in rows if r["inputs"] == "both"]) for name, rows in last]
+        last = {metric: (name, [r for r in rows if r["inputs"] == "both"]) for (metric, name), rows in found}.values()
+        if last := [(name, rows) for name, rows in last if rows]:
+            yield last
 
 
 def worth(app, _: str) -> str:
@@ -305,11 +312,14 @@ def findings(app, _: str) -> str:
 
     lines = []
     for last in _furthest(app):
+        told = []
         for name, rows in last:
-            for protocol in sorted({r["protocol"] for r in rows if r["method"] == records.REFERENCE}, reverse=True):
+            of = records.choose(rows, method=records.REFERENCE, fraction=1.0)
+            for protocol in sorted({r["protocol"] for r in of}, reverse=True):
                 task = {"protocol": protocol, "inputs": "both", "fraction": 1.0}
-                lines.append(f"- **{name}.** {sentences.of_records(rows, **task, data=False)}")
-        lines.append(f"\n{records.source([r for _, rows in last for r in rows])}\n")
+                told.append(f"- **{name}.** {sentences.of_records(rows, **task, data=False)}")
+        if told:
+            lines += [*told, f"\n{records.source([r for _, rows in last for r in rows])}\n"]
     return "\n".join(lines) or NOTHING
 
 
@@ -333,7 +343,7 @@ def blocks(app, _: str) -> str:
     """
     for profile in app.config.decur_profiles[:-1]:
         copy = Path(app.srcdir) / app.config.decur_executed / profile / TRUTH
-        if copy.is_file() and (held := _held(json.loads(copy.read_text()))):
+        if held := _held(_read(copy, {"cells": []})):
             break
     else:
         return ""

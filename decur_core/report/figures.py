@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 
 from decur_core.data import datasets
 from decur_core.report import styles
-from decur_core.report.styles import WAYS, colour, figure, grid, legend, method_of, plain_ticks, rank, title
+from decur_core.report.styles import WAYS, colour, figure, given, grid, legend, method_of, plain_ticks, rank, title
 
 ORDER = ("first", "second", "third", "fourth", "fifth")  # modality of a panel, where panels have different ones
 MARKS = "xs^DP"  # of common dimensions, by the place of their modality in a panel
@@ -20,7 +20,7 @@ DASHES = ("-", "--", ":", "-.")
 def _classes(labels: Sequence[str], *, height: float) -> tuple[Figure, plt.Axes]:
     """A panel for bars that lie, one row per class, the first on top."""
     made, axes = figure(1, 1, height=height, width=8)
-    axes[0, 0].set_yticks(range(len(labels)), labels, fontsize=7)
+    axes[0, 0].set_yticks(range(len(labels)), [label.replace("$", r"\$") for label in labels], fontsize=7)
     axes[0, 0].invert_yaxis()
     return made, axes[0, 0]
 
@@ -62,8 +62,9 @@ def correlation(matrices: dict[str, np.ndarray], *, dim_common: int | None = Non
         if dim_common is not None and method_of(name) in (None, "decur"):
             for line in (axis.axhline, axis.axvline):
                 line(dim_common - 0.5, color="black", lw=0.8, ls="--")
-    axes[0].set_ylabel("dimension i", fontsize=8)
-    made.colorbar(shown, ax=axes, label="C$_{ij}$", shrink=0.8)
+    if matrices:
+        axes[0].set_ylabel("dimension i", fontsize=8)
+        made.colorbar(shown, ax=axes, label="C$_{ij}$", shrink=0.8)
     return made
 
 
@@ -107,7 +108,7 @@ def scores(rows: Sequence[dict], *, reference: float | None = None, unit: str = 
         axis.bar(at, r["mean"], width, yerr=r["deviation"], color=colour(r["method"]), capsize=2)
     handles = [Patch(color=colour(m), label=title(m)) for m in methods]
     for axis, inputs in zip(axes.flat, panels, strict=True):
-        axis.set_title(title(inputs), fontsize=9, loc="left")
+        axis.set_title(given(inputs, panels), fontsize=9, loc="left")
         axis.set_ylabel(unit, fontsize=8)
     if reference is not None:
         handles += [axis.axhline(reference, color="black", ls=":", lw=1, label="guessing") for axis in axes.flat][:1]

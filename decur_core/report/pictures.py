@@ -79,7 +79,7 @@ def pairs(samples: Sequence[dict], *, season: int = 0) -> Figure:
             continue
         for k, band in enumerate(m.bands):
             ends = [np.round(np.percentile(x[k], (2, 98))) + 0.0 for x in images]
-            texts = [f"{low:.0f} to {high:.0f} {_unit(m)}" for low, high in ends]
+            texts = [f"{low:.0f} to {high:.0f} {_unit(m)}".strip() for low, high in ends]
             rows.append([(stretch(x[k : k + 1]), text) for x, text in zip(images, texts, strict=True)])
             labels.append(band)
     names = [str(s["id"]).split("/")[-1] for s in samples]
@@ -88,8 +88,8 @@ def pairs(samples: Sequence[dict], *, season: int = 0) -> Figure:
 
 
 def _unit(m: Modality | None) -> str:
-    """A modality's unit in one word; metres where it is not known, as of depth."""
-    return m.unit.split()[-1].replace("metres", "m") if m else "m"
+    """A modality's unit in one word, or none if it has none; metres where it is not known, as of depth."""
+    return " ".join(m.unit.split()[-1:]).replace("metres", "m") if m else "m"
 
 
 def scenes(samples: Sequence[dict], kinds: Sequence[str], *, classes: Sequence[str] = ()) -> Figure:
@@ -98,7 +98,8 @@ def scenes(samples: Sequence[dict], kinds: Sequence[str], *, classes: Sequence[s
 
     ``samples``: items of a reader or store, C x H x W; ``classes``: names of the mask's values, unlabelled first.
     """
-    colours = np.vstack([(0, 0, 0), plt.get_cmap("tab20").colors, plt.get_cmap("tab20b").colors])
+    listed = (*plt.get_cmap("tab20").colors, *plt.get_cmap("tab20b").colors)
+    colours = np.array([(0, 0, 0), *7 * listed])  # of all values of a byte: from the 41st class on they come again
     for k, name in enumerate(classes):
         colours[k] = to_rgb(NATURAL.get(name, colours[k]))
 
@@ -118,7 +119,7 @@ def scenes(samples: Sequence[dict], kinds: Sequence[str], *, classes: Sequence[s
     made, _ = _mosaic(rows, [named(kind) for kind in kinds], width=1.6, cmap="cividis")
     seen = sorted({k for s in samples for kind in kinds if kind in LABELS for k in np.unique(s[kind]).tolist()})
     if seen and classes:
-        legend(made, [Patch(color=colours[k], label=classes[k]) for k in seen])
+        legend(made, [Patch(color=colours[k], label=classes[k].replace("$", r"\$")) for k in seen])
     return made
 
 
@@ -159,11 +160,8 @@ def saliency(rows: Sequence[dict[str, np.ndarray]], columns: Sequence[str]) -> F
     value is not drawn but marked as empty.
     """
     pairs = [[row[n] if isinstance(row[n], tuple) else (row[n], None) for n in columns] for row in rows]
-    texts = [[named(n).replace(", ", ",\n") if k == 0 else "" for n in columns] for k in range(len(rows))]
-    cells = [
-        [(picture(image, n.split(", ")[0]), text) for (image, _), n, text in zip(row, columns, line, strict=True)]
-        for row, line in zip(pairs, texts, strict=True)
-    ]
+    cells = [[(picture(x, n.split(", ")[0]), "") for (x, _), n in zip(row, columns, strict=True)] for row in pairs]
+    cells[0] = [(x, named(n).replace(", ", ",\n")) for (x, _), n in zip(cells[0], columns, strict=True)]
     made, axes = _mosaic(cells, [""] * len(rows), width=1.5)
     for axis, (_, heat) in zip(axes.flat, (cell for row in pairs for cell in row), strict=True):
         if heat is not None and np.ptp(heat) == 0:

@@ -11,7 +11,7 @@ from decur_core.explain.probes import Table, scores
 from decur_core.report import tables
 from decur_core.report.matrices import COLUMNS, method
 from decur_core.report.records import by_seed, data_title, paired, place, spread
-from decur_core.report.styles import title
+from decur_core.report.styles import given, title
 
 
 def told(difference: tuple[float | None, float | None]) -> bool:
@@ -72,7 +72,7 @@ def of_records(
     }
     score = found[0]["numbers"][number]
     what = f"{tables.NUMBERS.get(score, score)}, {protocol}, {100 * fraction:g} % of the labels"
-    what = f"{what}, {tables.given(inputs, {r['inputs'] for r in records})}"
+    what = f"{what}, {given(inputs, {r['inputs'] for r in records})}"
     return compare(values, f"{what}, {data_title(found[0])}" if data else what)
 
 

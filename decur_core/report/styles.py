@@ -57,6 +57,11 @@ def title(name: str) -> str:
     return found.title or name if found else name
 
 
+def given(inputs: str, kinds: Iterable[str]) -> str:
+    """The title of what a network is given, among the ``kinds`` of a task: both of more than two sensors are all."""
+    return "all sensors" if inputs == "both" and any("+" in kind for kind in kinds) else title(inputs)
+
+
 def named(words: str) -> str:
     """``rgb, common`` as readers know it: the ``title`` of every part between commas."""
     return ", ".join(map(title, words.split(", ")))
@@ -91,8 +96,8 @@ def figure(rows: int, columns: int, *, width: float = WIDEST, height: float, **o
 
 def grid(count: int, columns: int, *, width: float, height: float) -> tuple[Figure, list[plt.Axes]]:
     """``count`` panels of ``width`` x ``height`` inches in rows of at most ``columns``."""
-    columns = min(count, columns)
-    rows = -(-count // columns)
+    columns = max(1, min(count, columns))
+    rows = max(1, -(-count // columns))
     made, axes = figure(rows, columns, height=height * rows, width=max(4.5, width * columns + 0.4))
     for axis in axes.flat[count:]:
         axis.set_axis_off()

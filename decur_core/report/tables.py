@@ -10,7 +10,7 @@ import numpy as np
 from decur_core.data import datasets
 from decur_core.losses import METHODS
 from decur_core.report.records import PAIR, REFERENCE, by_seed, by_share, choose, head, order, paired, place, spread
-from decur_core.report.styles import title
+from decur_core.report.styles import given, title
 from decur_core.transfer.evaluation import ONLY
 
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
@@ -45,9 +45,9 @@ def cell(
 
 
 def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+    """A Markdown table; a ``|`` in a text does not end its cell."""
+    first, *lines = ["| " + " | ".join(text.replace("|", r"\|") for text in row) + " |" for row in (header, *rows)]
+    return "\n".join([first, "|---" * len(header) + "|", *lines])
 
 
 def _between(values: Iterable[int]) -> str:
@@ -73,11 +73,6 @@ def _task(r: Mapping) -> tuple:
 
 def _column(task: tuple) -> str:
     return f"{100 * task[0]:g} % {task[-1]}"
-
-
-def given(inputs: str, kinds: Iterable[str]) -> str:
-    """The title of what a network is given, among the ``kinds`` of a task: both of more than two sensors are all."""
-    return "all sensors" if inputs == "both" and any("+" in kind for kind in kinds) else title(inputs)
 
 
 def markdown(rows: Sequence[dict], *, numbers: int = 2) -> str:

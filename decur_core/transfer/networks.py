@@ -52,14 +52,14 @@ def _late(kind: type[OnEncoders], model: MultimodalModel, settings, modalities: 
 
 
 def _cmx(pretrained: MultimodalModel, settings: dict, modalities: Sequence[Modality], outputs: int, frozen: bool):
-    backbone, channels = settings["backbone"], {m.name: m.channels for m in modalities}
-    if frozen or list(channels.values()) != [3, 3] or not backbone.startswith("mit_"):
-        found = ", ".join(f"{name} of {count}" for name, count in channels.items())
+    backbone, names = settings["backbone"], dict.fromkeys(m.name for m in modalities)
+    if frozen or len(names) != 2 or [m.channels for m in modalities] != [3, 3] or not backbone.startswith("mit_"):
+        found = ", ".join(f"{m.name} of {m.channels}" for m in modalities)
         asked = f"protocol {'linear' if frozen else 'finetune'} with inputs {found} channels and backbone {backbone}"
-        needs = "it needs finetune and both of two modalities, with 3 channels each, and a Mix Transformer (mit_*)"
+        needs = "it needs finetune and both of two modalities, each once with 3 channels, and a Mix Transformer (mit_*)"
         raise config.ConfigError(f"transfer: segmenter = 'cmx', but asked for is {asked}; {needs}")
     network, state = cmx.CMX(backbone, classes=outputs), pretrained.state_dict()
-    cmx.load_backbones(network, *(model.backbone_state(state, name) for name in channels))
+    cmx.load_backbones(network, *(model.backbone_state(state, name) for name in names))
     return network
 
 

@@ -71,14 +71,11 @@ def write_bigearthnet(root: Path | str, world: BigEarthNetWorld, splits: dict[st
             column, row = (int(part) for part in s2.split("_")[-2:])
             place = {"crs": _UTM, "west": 300000 + side * column, "north": 5400000 - side * row}
             sar, optical = _bands(world.native(i), 0)
-            there = {
-                f"{s2}_{file}": optical[name] for name, file in zip(OPTICAL.bands, BAND_FILES, strict=True) if file
-            }
-            patches = {("BigEarthNet-v1.0", s2): (there, {})}
-            there = {f"{s1}_{name}": band for name, band in sar.items()}
-            patches["BigEarthNet-S1-v1.0", s1] = there, {"corresponding_s2_patch": s2}
+            optical = {file: optical[name] for name, file in zip(OPTICAL.bands, BAND_FILES, strict=True) if file}
+            patches = {("BigEarthNet-v1.0", s2): (optical, {})}
+            patches["BigEarthNet-S1-v1.0", s1] = sar, {"corresponding_s2_patch": s2}
             for (folder, name), (bands, more) in patches.items():
-                _write(root / folder / name, bands, **place)
+                _write(root / folder / name, {f"{name}_{band}": found for band, found in bands.items()}, **place)
                 metadata = {"labels": world.corine(i)} | more
                 (root / folder / name / f"{name}_labels_metadata.json").write_text(json.dumps(metadata))
             lines.append(f"{s2},{s1}\n")

@@ -100,8 +100,7 @@ def _two(world, split: str, count: int) -> Rounded:
 
 
 def _three(world, split: str, count: int) -> Rounded:
-    stream = 3 if split == "val" else 2
-    return Rounded(three.ThreeWorld(count, tile=world.tile, seed=world.seed, stream=stream), split)
+    return Rounded(three.ThreeWorld(count, tile=world.tile, seed=world.seed, stream=2 + (split == "val")), split)
 
 
 def _twin(title: str, factors: dict[str, str], make, **options) -> Miniature:
