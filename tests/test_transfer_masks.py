@@ -280,6 +280,17 @@ def test_images_held_out_of_training_are_scored_and_further_sets_too(settings, s
     assert set(few["label_ids"]) <= set(Store(paths["train"]).ids[: held["patches"]["train"]])
 
 
+def test_masks_of_another_grid_than_the_images_are_refused_before_training(settings, stores, tmp_path):
+    folder = pretrain.run(chosen := settings(), stores["rgb_dem"]["train"])
+    sizes = {"rgb": (3, 24, 32), "dem": (1, 24, 31), "mask": (1, 24, 32)}
+    meta = Store(stores["rgb_dem"]["test"]).meta
+    with StoreWriter(tmp_path / "odd", ids=["0"], shapes=sizes, seasons=1, meta=meta) as writer:
+        writer.put("0", {name: np.ones((1, *size), np.uint8) for name, size in sizes.items()})
+    paths = {**stores["rgb_dem"], "test": tmp_path / "odd"}
+    with pytest.raises(config.ConfigError, match=r"odd: .*'dem': \(24, 31\), 'mask': \(24, 32\).*one grid"):
+        transfer.evaluate(chosen, folder, paths, dataset="geonrw", protocol="linear")
+
+
 def test_networks_see_the_seasons_that_are_asked_for(settings, tmp_path):
     random, paths = np.random.default_rng(0), {part: tmp_path / part for part in ("train", "test")}
     bands = {m.name: (len(m.bands), 24, 24) for m in modalities_of("rgb_dem")}

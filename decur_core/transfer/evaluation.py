@@ -182,6 +182,9 @@ def _check(store: Store, key: str, task: Task, modalities: Sequence[Modality]) -
         way = "leave dataset out, or name the one that it holds"
         raise config.ConfigError(f"{whose}, {key} has {len(task.classes)}; {way}")
     store.check({m.name: m.mapping() for m in modalities})
+    sizes = {name: store.shapes[name][1:] for name in (*(m.name for m in modalities), "mask") if task.dense}
+    if len({*sizes.values()}) > 1:
+        raise config.ConfigError(f"{store.path}: {sizes} pixels; images and masks must lie on one grid")
 
 
 def _noting(batches: Iterator[tuple[Tensor, Tensor]], examples: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

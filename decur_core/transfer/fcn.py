@@ -12,8 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decur_core import augment, backbones
-from decur_core.data.modality import GEOMETRY
-from decur_core.data.raster import DataError
 from decur_core.data.tasks import IGNORE
 from decur_core.transfer.encoders import OnEncoders
 
@@ -101,30 +99,16 @@ def _starts(side: int, window: int) -> list[int]:
     return [min(k * step, side - window) for k in range(math.ceil((side - window) / step) + 1)]
 
 
-def crop(
-    images: Sequence[Tensor], truth: Tensor, *, size: int, scale: tuple[float, float], generator, flip: float = 0.5
-) -> tuple[list[Tensor], Tensor]:
-    """The same random crop, resized to ``size`` x ``size``, of all images of a sample and of its truth.
-
-    ``images``: of each modality uint8 N x C x H x W; ``truth``: int64 targets N x H x W; ``scale``: range of the crop's
-    share of the area; ``flip``: probability of exchanging left and right. Returns float32 views in [0, 1] (bilinear)
-    and targets (nearest pixel). Draws as many numbers from ``generator`` as one call of ``augment.augment``.
+def crop(truth: Tensor, policy: augment.Policy, *, generator: torch.Generator) -> Tensor:
+    """What of targets N x H x W lies next to the pixels of the views that ``augment`` makes of their images with this
+    policy and such a generator: N x size x size.
     """
-    for x in images:
-        if (x.shape[0], *x.shape[2:]) != tuple(truth.shape):
-            raise DataError(f"images of shape {tuple(x.shape)} do not lie on the grid of masks {tuple(truth.shape)}")
-    policy = augment.Policy(**GEOMETRY, size=size, crop_scale=tuple(scale), p_hflip=flip, p_vflip=0.0)
-    before, views = generator.get_state(), []
-    for x in images:
-        generator.set_state(before)
-        views.append(augment.augment(x, policy, generator=generator))
-    generator.set_state(before)
     drawn = augment.draw(len(truth), *truth.shape[1:], policy, generator=generator)
-    rows = augment._positions(drawn["top"], drawn["height"], drawn["vflip"], size)
-    columns = augment._positions(drawn["left"], drawn["width"], drawn["hflip"], size)
+    rows = augment._positions(drawn["top"], drawn["height"], drawn["vflip"], policy.size)
+    columns = augment._positions(drawn["left"], drawn["width"], drawn["hflip"], policy.size)
     rows, columns = ((p + 0.5).long().to(truth.device) for p in (rows, columns))
     samples = torch.arange(len(truth), device=truth.device)[:, None, None]
-    return views, truth[samples, rows[:, :, None], columns[:, None, :]]
+    return truth[samples, rows[:, :, None], columns[:, None, :]]
 
 
 def rescaled_crop(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from decur_core import config, model
+from decur_core.augment import Policy
 from decur_core.data.batches import seeded
 from decur_core.data.modality import Modality
 from decur_core.data.store import Store
@@ -63,9 +64,12 @@ def _cmx(pretrained: MultimodalModel, settings: dict, modalities: Sequence[Modal
     return network
 
 
+def _policy(t) -> Policy:
+    return replace(plain(t.crop_size), crop_scale=(t.crop_scale, 1.0), crop_ratio=(3 / 4, 4 / 3), p_hflip=0.5)
+
+
 def _views(modalities: Sequence[Modality], images: list[Tensor], target: Tensor, t, seed: tuple):
-    policy = replace(plain(t.crop_size), crop_scale=(t.crop_scale, 1.0), crop_ratio=(3 / 4, 4 / 3), p_hflip=0.5)
-    return alike(modalities, images, policy, seed=seed), target
+    return alike(modalities, images, _policy(t), seed=seed), target
 
 
 def _floats(modalities: Sequence[Modality], images: list[Tensor], t) -> list[Tensor]:
@@ -73,8 +77,8 @@ def _floats(modalities: Sequence[Modality], images: list[Tensor], t) -> list[Ten
 
 
 def _crops(modalities: Sequence[Modality], images: list[Tensor], target: Tensor, t, seed: tuple):
-    cut, target = fcn.crop(images, target, size=t.crop_size, scale=(t.crop_scale, 1.0), generator=seeded(*seed))
-    return [m.copied(x) for m, x in zip(modalities, cut, strict=True)], target
+    views, _ = _views(modalities, images, target, t, seed)
+    return views, fcn.crop(target, _policy(t), generator=seeded(*seed))
 
 
 def _normalized(modalities: Sequence[Modality], images: list[Tensor], t) -> list[Tensor]:
