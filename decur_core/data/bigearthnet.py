@@ -22,7 +22,7 @@ import numpy as np
 
 from decur_core.data.datasets import DataSet
 from decur_core.data.modality import OPTICAL, SAR
-from decur_core.data.raster import MISSING, DataError, Part, Reader, one_of, read_pair, reading, visible
+from decur_core.data.raster import MISSING, DataError, Part, Reader, one_of, read_place, reading, visible
 from decur_core.data.tasks import Scene
 
 # The 19 classes of BigEarthNet-MM in index order, each with its CORINE level-3 names, the labels in the files.
@@ -107,8 +107,8 @@ def _only(folder: Path | str, pattern: str) -> Path:
 def _item(s2: str, optical: Path | str, sar: Path | str, labels: np.ndarray) -> dict:
     """The item of S2 patch `s2` from its folder and that of its partner, whose files must lie on one UTM grid."""
     files = [band and f"{optical}/{s2}_{band}.tif" for band in BAND_FILES]
-    images = read_pair(files, [_only(sar, f"*_{band}.tif") for band in SAR.bands], pixel=10.0)
-    return {"id": s2, "sar": images[1], "optical": images[0], "labels": labels.copy()}
+    bands = read_place(files, [_only(sar, f"*_{band}.tif") for band in SAR.bands], utm=True)
+    return {"id": s2, "sar": bands[len(files) :], "optical": bands[: len(files)], "labels": labels.copy()}
 
 
 class _Patches(Reader):

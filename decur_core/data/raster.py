@@ -153,27 +153,21 @@ def _read(path: Path | str, warned: list[str], *, count: int, kind: str, driver:
         raise DataError(f"{path}: {state}; expected {count} band(s) as {driver}: {error}") from error
 
 
-def read_bands(
-    paths: Sequence[Path | str | None],
-    *,
-    steps: Sequence[int],
-    kinds: Sequence[str],
-    pixel: float | None = None,
-    out: np.ndarray | None = None,
+def read_place(
+    optical: Sequence[Path | str | None], sar: Sequence[Path | str], *, utm: bool = False, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """Read one-band files of one place and bring them to the finest grid: float32 (len(paths), H, W), `out` if given.
+    """Read one-band files of one place and bring them to 10 m: float32 (13 + len(sar), H, W), `out` if given.
 
-    `paths`: one per band, None for a row of zeros; `steps`: pixel size of each band in units of the finest one (1, 2
-    and 6 for Sentinel-2), at least one is 1, and the first of these has the size (H, W) for all; `kinds`: one per band
-    as in `read`; `pixel`: side of its pixels in metres if all files lie on one projected grid, to half a pixel (a
-    coarse band may then have come resampled to the finest grid), None if each has corners of its own, and the files
-    only have to lie within a quarter of a side of each other.
+    `optical`: integers, in the order B1..B8, B8A, B9..B12, None for a row of zeros; `sar`: floating point; H, W: those
+    of B2. `utm`: whether they lie on one projected grid, to half a pixel (a coarse band may then have come resampled
+    to 10 m); else each has corners of its own, and they only have to lie within a quarter of a side of each other.
 
     A DataError as in `read`, for a file of another size than (H, W) / step, and for one at another place.
     """
+    paths, steps = [*optical, *sar], [*OPTICAL_STEPS, *[1] * len(sar)]
+    kinds, first = ["ui"] * len(optical) + ["f"] * len(sar), steps.index(1)
     with _gdal() as warned:
         files = [path and _read(path, warned, count=1, kind=kind) for path, kind in zip(paths, kinds, strict=True)]
-    first = next(row for row, file in enumerate(files) if file and steps[row] == 1)
     size = files[first].values.shape[1:] if out is None else out.shape[1:]
     out = np.empty((len(paths), *size), dtype=np.float32) if out is None else out
     coarse = {}  # bands of one step are resized in one call
@@ -182,39 +176,29 @@ def read_bands(
             out[row] = 0
             continue
         height, width = file.values.shape[1:]
-        if (height, width) == size and (step == 1 or pixel):
+        if (height, width) == size and (step == 1 or utm):
             out[row] = file.values[0]
         elif (height * step, width * step) == size:
             coarse.setdefault(step, []).append((row, file.values[0]))
         else:
             wanted = f"{size[0] / step:g} x {size[1] / step:g} (1/{step} of the {size[0]} x {size[1]} of 10 m bands)"
             raise DataError(f"{path}: {height} x {width} pixels, expected {wanted}")
-    _check_places({path: file for path, file in zip(paths, files, strict=True) if file}, paths[first], pixel)
+    _check_places({path: file for path, file in zip(paths, files, strict=True) if file}, paths[first], utm)
     for group in coarse.values():
         rows, stack = zip(*group, strict=True)
         out[list(rows)] = resize(np.stack(stack), size)
     return out
 
 
-def _check_places(files: dict[Path | str, _Raster], first: Path | str, pixel: float | None) -> None:
-    """Refuse files that do not show the place of the first one, or not on the projected grid that `pixel` asks for."""
+def _check_places(files: dict[Path | str, _Raster], first: Path | str, utm: bool) -> None:
+    """Refuse files that do not show the place of the first one or, if that is asked for, do not lie on one grid."""
     crs, (west, south, east, north) = files[first].crs, files[first].bounds
     side = (east - west) / files[first].values.shape[2]
-    if pixel and not (crs and crs.is_projected and abs(side - pixel) < 0.01 * pixel):
-        raise DataError(f"{first}: pixels of {side:g} in {crs}, expected a UTM grid of {pixel:g} m")
-    apart = 0.5 * pixel if pixel else 0.25 * min(east - west, north - south)
+    if utm and not (crs and crs.is_projected and abs(side - 10) < 0.1):
+        raise DataError(f"{first}: pixels of {side:g} in {crs}, expected a UTM grid of 10 m")
+    apart = 5 if utm else 0.25 * min(east - west, north - south)
     for path, file in files.items():
         shift = max(abs(a - b) for a, b in zip(file.bounds, files[first].bounds, strict=True))
         if file.crs != crs or shift > apart:
             other = f"{first} of the same sample {files[first].bounds} in {crs}; they must lie at the same place"
             raise DataError(f"{path}: shows {file.bounds} in {file.crs}, but {other}")
-
-
-def read_pair(optical: Sequence[Path | str | None], sar: Sequence[Path | str], **options) -> tuple[np.ndarray, ...]:
-    """Read the 13 optical (integers) and the SAR files (floating point) of one place: float32 (13, H, W), (C, H, W).
-
-    `optical` in the order B1..B8, B8A, B9..B12, None for a zero row; `options` and errors as of `read_bands`.
-    """
-    steps, kinds = (*OPTICAL_STEPS, *[1] * len(sar)), ["ui"] * len(optical) + ["f"] * len(sar)
-    bands = read_bands([*optical, *sar], steps=steps, kinds=kinds, **options)
-    return bands[: len(optical)], bands[len(optical) :]

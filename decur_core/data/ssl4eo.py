@@ -16,7 +16,7 @@ import rasterio
 from decur_core.data.bigearthnet import BigEarthNetMM
 from decur_core.data.datasets import DataSet
 from decur_core.data.modality import OPTICAL, SAR, Modality
-from decur_core.data.raster import DataError, Reader, read, read_pair, visible
+from decur_core.data.raster import DataError, Reader, read, read_place, visible
 
 # Scene names: S1A_IW_GRDH_1SDV_20200329T001515_... and 20200323T162931_20200323T163750_T15QXA
 _SCENE_DATES = {"s1": re.compile(r"^.{16}_(\d{8}T\d{6})_"), "s2c": re.compile(r"^(\d{8}T\d{6})_")}
@@ -62,10 +62,10 @@ class SSL4EOS12(Reader):
         for k, (optical_scene, sar_scene) in enumerate(zip(optical_scenes, sar_scenes, strict=True)):
             paths = [f"{optical_scene}/{band}.tif" for band in OPTICAL.bands]
             out = None if whole is None else whole[k]
-            bands = read_pair(paths, [f"{sar_scene}/{band}.tif" for band in SAR.bands], out=out)
+            bands = read_place(paths, [f"{sar_scene}/{band}.tif" for band in SAR.bands], out=out)
             if whole is None:
-                whole = np.empty((SEASONS, sum(map(len, bands)), *bands[0].shape[1:]), np.float32)
-                np.concatenate(bands, out=whole[0])
+                whole = np.empty((SEASONS, *bands.shape), np.float32)
+                whole[0] = bands
         optical, sar = whole[:, : len(OPTICAL.bands)], whole[:, len(OPTICAL.bands) :]
         dates = {"sar": sar_dates, "optical": optical_dates}
         return {"id": self.ids[i], "sar": sar, "optical": optical, "dates": dates}
