@@ -69,14 +69,13 @@ def test_there_are_factors_for_all_for_each_pair_and_for_each_alone():
 def test_scene_fractions_are_the_factors(tile):
     world = ThreeWorld(20, tile=tile, seed=3)
     for i in range(20):
-        ground = draw_ground(*world._draw(i, 0), world.tile)
-        cover, woods = ground.layout.cover, ground.woods
+        (cover, *_), woods, terrain = draw_ground(*world._draw(i, 0), world.tile)
         assert set(np.unique(cover)) == {BARE, WATER, BUILT, VEGETATED} and not (woods & (cover == BUILT)).any()
         for where, name, low, span in (
             (cover == BUILT, "built_up", 0.08, 0.27), (cover == WATER, "water", 0.02, 0.38), (woods, "woods", 0.05, 0.3)
         ):  # fmt: skip
             assert abs(where.sum() - (low + span * (world.factors[name][i] + 1) / 2) * tile**2) <= 0.51
-        assert abs(ground.terrain.std() - 1) < 1e-5 and abs(ground.terrain.mean()) < 1e-5
+        assert abs(terrain.std() - 1) < 1e-5 and abs(terrain.mean()) < 1e-5
 
 
 def test_the_ground_is_what_each_sensor_shows_of_it():

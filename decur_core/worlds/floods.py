@@ -38,6 +38,5 @@ FLOODS = Miniature(
     "drawn world of floods in radar and optical images",
     make=lambda world, split, count: FloodWorld(count, tile=world.tile, seed=world.seed),
     splits={"train": "train", "test": "test", "2021": "test"},
-    writer=None,
     factors=FACTORS,
 )

@@ -9,7 +9,6 @@ season, and heights of crowns.
 
 from math import inf
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -49,16 +48,9 @@ FACTORS = {
 }
 
 
-class Ground(NamedTuple):
-    """Where things lie, each (tile, tile)."""
-
-    layout: Layout  # houses, lakes and fields; woods may stand on the latter two
-    woods: np.ndarray  # bool
-    terrain: np.ndarray  # float of unit variance
-
-
-def draw_ground(rng, f: dict[str, float], tile: int) -> Ground:
-    """One ground; factors scaled to 0..1. Shares of houses, water and woods are met to the pixel, whatever the places.
+def draw_ground(rng, f: dict[str, float], tile: int) -> tuple[Layout, np.ndarray, np.ndarray]:
+    """One ground: houses, lakes and fields; where woods stand, maybe on the latter two, bool (tile, tile); the terrain,
+    of unit variance. Factors are scaled to 0..1; shares of houses, water and woods are met to the pixel.
 
     What one sensor does not see must not shape what it sees: houses first, lakes and woods around them alone.
     """
@@ -71,7 +63,7 @@ def draw_ground(rng, f: dict[str, float], tile: int) -> Ground:
     cover[houses], cover[lakes] = BUILT, WATER
     terrain = _smooth(rng, shape, 1.4)
     layout = Layout(cover, _fields(rng, cover), houses & (x % 4 == 0))
-    return Ground(layout, woods, (terrain - terrain.mean()) / terrain.std())
+    return layout, woods, (terrain - terrain.mean()) / terrain.std()
 
 
 class ThreeWorld(Locations):
