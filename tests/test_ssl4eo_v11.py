@@ -420,6 +420,14 @@ def test_without_a_list_all_published_files_are_expected(written, form, tmp_path
         SSL4EOS12v11(root, "train")
 
 
+def test_files_without_a_place_are_refused(tmp_path):
+    for folder in ("S1GRD", "S2L1C"):
+        (tmp_path / "train" / folder).mkdir(parents=True)
+        tarfile.open(tmp_path / "train" / folder / "ssl4eos12_shard_000001.tar", "w").close()
+    with pytest.raises(DataError, match="places are not there in all of S1GRD, S2L1C: no places in any"):
+        SSL4EOS12v11(tmp_path, "train", missing="skip")
+
+
 def test_places_that_differ_between_products_are_named(written, tmp_path):
     root = shutil.copytree(written[TAR], tmp_path / "root")
     path = root / "train" / "DEM" / "ssl4eos12_shard_000001.tar"

@@ -166,7 +166,8 @@ class SSL4EOS12v11(Reader):
     def _skip(self, kind: str, lacking: dict, missing: str, left: list) -> None:
         self.left_out[kind] = len(lacking)
         if lacking and missing == "error" or not left:
-            state = f"{len(lacking)} {kind} are not there in all of {', '.join(self.folders)}: {[*lacking.values()][0]}"
+            first = next(iter(lacking.values()), f"no {kind} in any")
+            state = f"{len(lacking)} {kind} are not there in all of {', '.join(self.folders)}: {first}"
             raise DataError(f"{self.root}: {state}; complete them, or use the others with missing='skip'")
 
     def _offset(self) -> int:
