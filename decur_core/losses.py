@@ -90,7 +90,7 @@ def decur(
     the K dimensions are common, the rest unique; 0 and K (no decoupling) are allowed. Cross-modal terms compare the
     first views, as Algorithm 1 does; without a second view (None) a modality's intra-modal term is 0. ``lambd`` weighs
     the off-diagonal entries of every term. ``squares`` forms the sums where 2N >= K; several processes, each with the
-    embeddings of the global batch, pass ``distributed.squares``. Raises ``ValueError`` for unequal shapes, N < 2 or an
+    embeddings of the global batch, pass ``processes.squares``. Raises ``ValueError`` for unequal shapes, N < 2 or an
     impossible ``dim_common``.
 
     The sum over C's entries never needs C when N is small: ||A^T B||^2 = <A A^T, B B^T>. Each embedding's Gram matrix
