@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from decur_core.running.sections import ConfigError
+SMALLEST = 29  # px of a Mix Transformer's images: its first attention looks at 8 x 8 positions at once, 4 px apart
 
 
 def _mix_transformer(name: str, channels: int, *, depths: Sequence[int]) -> nn.Module:
@@ -20,8 +20,8 @@ def _mix_transformer(name: str, channels: int, *, depths: Sequence[int]) -> nn.M
 
     class MixTransformer(MixVisionTransformer):
         def forward_features(self, images: Tensor) -> list[Tensor]:
-            if min(images.shape[2:]) < 29:  # the first attention looks at 8 x 8 positions at once, 4 px apart
-                raise ConfigError(f"images of {tuple(images.shape[2:])} px; {name} needs 29 or more: raise crop_size")
+            if min(images.shape[2:]) < SMALLEST:
+                raise ValueError(f"images of {tuple(images.shape[2:])} px; {name} needs {SMALLEST} or more")
             return super().forward_features(images)
 
         def forward(self, images: Tensor) -> Tensor:

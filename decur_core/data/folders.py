@@ -205,8 +205,7 @@ class Folders(Reader):
             return True
         state = f"{path}: nothing for {len(lacking)} of {len(self.ids)} ids, first {lacking[0]}"
         if split in (None, "all", "train", "test"):
-            way = "pretrain.txt beside train.txt and test.txt, and splits: [pretrain, train, test]"
-            raise DataError(f"{state}; complete it, or have a list to pretrain on, which may lack them: {way}")
+            raise DataError(f"{state}; complete it, or pretrain on pretrain.txt, with splits: [pretrain, train, test]")
         warnings.warn(f"{state}; images of {split}.txt are taken without", stacklevel=3)
         return False
 

@@ -135,8 +135,8 @@ class DualEncoder(nn.Module):
 
     def forward(self, rgb: Tensor, other: Tensor) -> list[Tensor]:
         """Two images N x 3 x H x W to the fused maps of four stages, strides 4, 8, 16 and 32."""
-        if min(rgb.shape[2:]) < 29:  # as for a Mix Transformer alone
-            raise ValueError(f"images of {tuple(rgb.shape[2:])} px; CMX needs 29 or more")
+        if min(rgb.shape[2:]) < backbones.SMALLEST:
+            raise ValueError(f"images of {tuple(rgb.shape[2:])} px; CMX needs {backbones.SMALLEST} or more")
         fused = []
         for k, (rectify, fuse) in enumerate(zip(self.FRMs, self.FFMs, strict=True), start=1):
             rgb, other = rectify(self._stage("", k, rgb), self._stage("extra_", k, other))
