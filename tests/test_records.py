@@ -114,6 +114,34 @@ def test_runs_with_one_sensor_or_few_labels_alone_leave_the_other_lines_out(app,
     assert records.findings(app, "") == records.NOTHING and records.worth(app, "").count("BigEarthNet-MM") == 1
 
 
+def test_every_real_data_set_is_told_and_no_ablation_is_taken_for_it(app, tmp_path):
+    """As a whole run leaves them: two data sets with one kind of score, and DeCUR with other settings."""
+    of = {"BigEarthNet-MM": (60.0, 40.0), "Scenes elsewhere": (30.0, 20.0)}
+    found = [
+        record(world="published", micro=micro) | {"dataset": name, "method": method}
+        for name, scores in of.items()
+        for method, micro in zip(("decur", "random"), scores, strict=True)
+    ]
+    ablation = found[0] | {"variant": "terms", "micro": 99.0}
+    other = [r | {"variant": "cmx", "micro": r["micro"] + 1} for r in found[:2]]
+    publish(tmp_path, "a100", *found, ablation, ablation | {"micro": 98.0}, *other)
+    text = records.worth(app, "")
+    assert all(f"| BigEarthNet-MM{which}: mAP micro (%) | 20.0 |" in text for which in ("", ", cmx"))
+    assert "| Scenes elsewhere: mAP micro (%) | 10.0 |" in text
+    assert "Scenes elsewhere.** " in records.findings(app, "")
+    text = records.real(app, "a100")
+    assert "BigEarthNet-MM**" in text and "BigEarthNet-MM, cmx**" in text and "99" not in text
+
+
+def test_a_score_of_ones_own_goes_by_its_name(app, tmp_path):
+    run = {"settings": {"pretraining": {"epochs": 1, "data.pairs": 128, "batch_size": 128}}}
+    own = record(world="published") | {"numbers": ["dice", "dice of towns"], "dice": 70.0, "dice of towns": 60.0} | run
+    longer = own | {"variant": "steps", "settings": {"pretraining": run["settings"]["pretraining"] | {"epochs": 2}}}
+    publish(tmp_path, "report", own, own | {"variant": "steps"}, longer)
+    assert "| BigEarthNet-MM: dice |" in records.worth(app, "")
+    assert "**dice: BigEarthNet-MM**" in records.steps(app, "")
+
+
 @pytest.mark.parametrize("text", ["", '[{"name": "", "mic', "<<<<<<< HEAD\n[]"])
 def test_damaged_records_are_named(app, tmp_path, text):
     for file in ("executed/report/records.json", f"executed/report/{records.TRUTH}", "benchmarks/records/loss.json"):

@@ -137,7 +137,8 @@ def steps(app, _: str) -> str:
     for profile in app.config.decur_profiles[:-1]:
         lengths: dict[str, dict[str, dict[int, list[dict]]]] = {}
         for r in records.choose(_records(app, profile), variant="steps"):
-            run, data = r["settings"]["pretraining"], f"{tables.NUMBERS[r['numbers'][0]]}: {records.data_title(r)}"
+            run, score = r["settings"]["pretraining"], r["numbers"][0]
+            data = f"{tables.NUMBERS.get(score, score)}: {records.data_title(r)}"
             count = run["epochs"] * (run["data.pairs"] // run["batch_size"])
             lengths.setdefault(data, {}).setdefault(r["method"], {}).setdefault(count, []).append(r)
         for data, methods in lengths.items():
@@ -261,13 +262,22 @@ def figure(app, name: str) -> str:
 
 
 def _real(app, profile: str) -> dict[tuple[str, str], list[dict]]:
-    """Scores on real test images of a profile: (what they are about, where, which dates) -> records."""
+    """Scores on real test images of a profile: (what they are about, where, which dates) -> records.
+
+    Variants in which DeCUR stands alone are ablations, which have chapters of their own; one that scores what the
+    plain runs do is named.
+    """
     from decur_core.report import records
 
     found: dict[tuple[str, str], list[dict]] = {}
-    for r in _records(app, profile):
-        if records.kind(r) in ("published", "small") and r.get("split", "test") == "test":
+    every = [r for r in _records(app, profile) if records.kind(r) in ("published", "small")]
+    plain = {(r["dataset"], r["numbers"][0]) for r in every if not r.get("variant")}
+    compared = {(r["dataset"], r.get("variant")) for r in every if r["method"] != records.REFERENCE}
+    for r in every:
+        variant = r.get("variant", "")
+        if r.get("split", "test") == "test" and (not variant or (r["dataset"], variant) in compared):
             given = DATES.get(r.get("seasons", ""), "")
+            given += f", {variant}" if variant and (r["dataset"], r["numbers"][0]) in plain else ""
             further = r.get("further", {})
             for where, score in {"": {}, **further}.items():
                 place = f", events of {where}" if where else ", test" if further else ""
@@ -283,13 +293,15 @@ POINTS = (
 
 
 def _furthest(app) -> Iterator[list[tuple[str, list[dict]]]]:
-    """Of every profile with records of real data sets: name and records of each kind of score, where most was given and
-    in the place that is furthest from training (whose name is the longest)."""
+    """Of every profile with records of real data sets: name and records of each data set, kind of score and variant,
+    where most was given and in the place that is furthest from training (whose name is the longest)."""
     for profile in app.config.decur_profiles:
         found = sorted(_real(app, profile).items(), key=lambda item: len(item[0][1]))
-        last = {metric: (name, [r for r in rows if r["inputs"] == "both"]) for (metric, name), rows in found}.values()
-        if last := [(name, rows) for name, rows in last if rows]:
-            yield last
+        about = [(metric, rows[0]["dataset"], rows[0].get("variant", "")) for (metric, _), rows in found]
+        last = {key: (name, rows) for key, ((_, name), rows) in zip(about, found, strict=True)}.values()
+        both = [(name, [r for r in rows if r["inputs"] == "both"]) for name, rows in last]
+        if both := [(name, rows) for name, rows in both if rows]:
+            yield both
 
 
 def worth(app, _: str) -> str:
@@ -298,7 +310,8 @@ def worth(app, _: str) -> str:
 
     rows = {}
     for name, found in (pair for last in _furthest(app) for pair in last):
-        what = f"{name}: {tables.NUMBERS[found[0]['numbers'][0]]}"
+        score = found[0]["numbers"][0]
+        what = f"{name}: {tables.NUMBERS.get(score, score)}"
         fractions = sorted({r["fraction"] for r in found})
         for fraction in fractions:
             of = f", {100 * fraction:g} % of the labels" if len(fractions) > 1 else ""
