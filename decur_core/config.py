@@ -152,8 +152,6 @@ class Settings(Section):
             yield "dim_common = 'auto'; it needs intra: true, decoupling: true and no blocks"
         if decur and self.blocks and not self.decoupling:
             yield "decoupling = False; blocks say what is common, one of all modalities alone that everything is"
-        if losses.METHODS[self.method].loss and self.backbone.startswith("mit_") and self.crop_size < backbones.SMALLEST:
-            yield f"crop_size = {self.crop_size}; {self.backbone} needs images of {backbones.SMALLEST} px or more"
         if self.data.source == "world" and self.world.locations < self.batch_size:
             yield f"batch_size = {self.batch_size} is more than world.locations = {self.world.locations}"
         if self.projector:  # without one, the width is known where networks are made

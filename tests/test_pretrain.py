@@ -379,7 +379,7 @@ def test_a_command_whose_folder_is_in_use_ends_with_a_sentence(tmp_path, pair_st
 def test_a_command_says_in_a_sentence_what_the_first_steps_show(tmp_path, pair_store, monkeypatch):
     monkeypatch.setattr(prepare, "pretraining_store", lambda settings: pair_store)
     command = ["start", "--set", f"runs={tmp_path}", "sweep={}", "batch_size=8", "epochs=1", "crop_size=20"]
-    with pytest.raises(SystemExit, match=r"crop_size = 20; mit_b0 needs images of 29 px or more"):
+    with pytest.raises(SystemExit, match=r"crop_size = 20; mit_b0 needs 29 or more"):
         pretrain.main([*command, "backbone=mit_b0"])
     with pytest.raises(
         SystemExit, match=r"dim_common = 'auto': 32 of 32 samples .*: expected 64 or more; train longer"

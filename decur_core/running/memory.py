@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from decur_core import losses
+from decur_core import backbones, losses
 from decur_core.config import ConfigError, Settings
 from decur_core.running import processes
 
@@ -60,11 +60,13 @@ def peak(
 
 
 def check(settings: Settings, model: nn.Module, modalities: Iterable, device: torch.device) -> None:
-    """Refuse, with a ConfigError, a step of which this process's share cannot fit its GPU; ``model`` is on the CPU yet.
+    """Refuse, with a ConfigError, images too small for a network and a step, this process's share, too large for a GPU.
 
-    ``modalities``: those that are trained. Compiled backbones keep less than is counted, and are not judged.
+    ``modalities``: those that are trained. Compiled backbones keep less than is counted; no GPU is too small for them.
     """
     method, world = losses.METHODS[settings.method], processes.place()[1]
+    if method.loss and settings.backbone.startswith("mit_") and settings.crop_size < backbones.SMALLEST:
+        raise ConfigError(f"crop_size = {settings.crop_size}; {settings.backbone} needs {backbones.SMALLEST} or more")
     if device.type != "cuda" or not method.loss or settings.compile != "off":
         return
     low, count, side = settings.precision != "float32", settings.batch_size // world, settings.crop_size
