@@ -286,6 +286,11 @@ def test_a_file_that_finds_no_room_is_named_with_the_reason(tiny, pair_store, ca
     assert len(history.read(pretrain.run(settings, pair_store))) == 16
 
 
+def test_lines_of_a_history_that_cannot_be_read_are_left_out(tmp_path):
+    (tmp_path / "history.jsonl").write_bytes(b'{"step": 1}\n\xff\0\xfe\n{"step": 2}\n{"ste')
+    assert history.read(tmp_path) == [{"step": 1}, {"step": 2}] and history.read(tmp_path / "none") == []
+
+
 def test_other_settings_refuse_to_resume_and_are_named(tiny, pair_store):
     pretrain.run(tiny(), pair_store)
     with pytest.raises(config.ConfigError, match="holds a run with other settings") as error:

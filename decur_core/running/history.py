@@ -41,7 +41,7 @@ def keep(folder: Path, start: int) -> None:
 def read(folder: Path, name: str = "history.jsonl") -> list[dict]:
     """Every step's loss terms and rates, in order, or other lines of JSON; a torn last line is left out."""
     lines = []
-    with contextlib.suppress(FileNotFoundError), open(folder / name) as f:
+    with contextlib.suppress(FileNotFoundError), open(folder / name, errors="replace") as f:
         for line in f:
             with contextlib.suppress(json.JSONDecodeError):
                 lines.append(json.loads(line))
