@@ -20,8 +20,9 @@ def _mix_transformer(name: str, channels: int, *, depths: Sequence[int]) -> nn.M
 
     class MixTransformer(MixVisionTransformer):
         def forward_features(self, images: Tensor) -> list[Tensor]:
-            if min(images.shape[2:]) < SMALLEST:
-                raise ValueError(f"images of {tuple(images.shape[2:])} px; {name} needs {SMALLEST} or more")
+            size = tuple(images.shape[2:])
+            if min(size) < SMALLEST:
+                raise ValueError(f"images of {size} px; {name} needs {SMALLEST} or more: raise crop_size")
             return super().forward_features(images)
 
         def forward(self, images: Tensor) -> Tensor:

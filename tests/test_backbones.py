@@ -122,7 +122,7 @@ def test_images_too_small_for_a_transformer_are_refused():
     network, _ = backbones.build("mit_b0", 2)
     assert network.eval()(torch.rand(1, 2, 29, 40)).shape == (1, 256)
     for look in (network, lambda images: backbones.feature_maps(network, images)):
-        with pytest.raises(ValueError, match=r"images of \(40, 28\) px; mit_b0 needs 29 or more"):
+        with pytest.raises(ValueError, match=r"images of \(40, 28\) px; mit_b0 needs 29 or more: raise crop_size"):
             look(torch.rand(1, 2, 40, 28))
 
 

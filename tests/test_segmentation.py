@@ -1,6 +1,7 @@
 """Segmentation: the network of the paper, targets and scores, multi-scale prediction, and crops that stay aligned."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,13 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_jaccard_index
 
 from decur_core import augment, backbones
-from decur_core.data import tasks
-from decur_core.data.modality import GEOMETRY
+from decur_core.data import batches, tasks
+from decur_core.data.modality import DEM, GEOMETRY, RGB
 from decur_core.data.raster import DataError
 from decur_core.data.tasks import IGNORE, Masks
 from decur_core.model import MultimodalModel
 from decur_core.transfer import fcn as segmentation
 from decur_core.transfer.fcn import FCN
+from decur_core.transfer.networks import NETWORKS
 
 TASK = Masks(tuple("abcde"))
 
@@ -262,6 +264,17 @@ def test_crops_of_images_and_mask_are_the_same():
     assert ((shown - (truth + 1)).abs() <= 5).all()
     torch.testing.assert_close(two[:, 0] * 255 / 50, shown, atol=1e-3, rtol=0)
     torch.testing.assert_close(255 - two[:, 1] * 255, shown, atol=1e-3, rtol=0)
+
+
+def test_networks_are_given_crops_of_what_the_policy_draws_once_for_all():
+    """Views as of any training, a channel copied where an encoder wants three, and the mask beside them."""
+    images, masks = scene(4, 80, 100)
+    images, t = [images[0].expand(-1, 3, -1, -1), images[0]], SimpleNamespace(crop_size=64, crop_scale=0.2)
+    views, truth = NETWORKS["fcn"].train((RGB, DEM), images, TASK.target(masks), t, (3, "x"))
+    policy = augment.Policy(size=64, p_jitter=0, p_gray=0, p_blur=0, p_solarize=0, p_vflip=0)
+    for m, x, view in zip((RGB, DEM), images, views, strict=True):
+        assert torch.equal(m.copied(augment.augment(x, policy, generator=batches.seeded(3, "x"))), view)
+    assert torch.equal(segmentation.crop(TASK.target(masks), policy, generator=batches.seeded(3, "x")), truth)
 
 
 @pytest.mark.parametrize("axis", [1, 2])

@@ -27,8 +27,8 @@ Drawn worlds, profile {profile}; chapter 60 has all of it.</figcaption>
 </figure>"""
 TRUTH = "60_ground_truth.ipynb"
 NOT_RUN = "*Not run yet.*"
-DATES = {"0": ", before the flood"}  # of OMBRIA, the shorter the less is given
-DATES |= {"1": ", images after the flood", "0+1": ", images before and after the flood"}
+# Of OMBRIA, the shorter the less is given.
+DATES = {"0": ", before the flood", "1": ", images after the flood", "0+1": ", images before and after the flood"}
 NOTHING = (
     "Nothing yet: no run on a real data set stands in this book. The pages of a run say on top what their images"
     " are, and [the results](results.md) what can be said today."

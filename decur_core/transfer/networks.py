@@ -77,8 +77,7 @@ def _floats(modalities: Sequence[Modality], images: list[Tensor], t) -> list[Ten
 
 
 def _crops(modalities: Sequence[Modality], images: list[Tensor], target: Tensor, t, seed: tuple):
-    views, _ = _views(modalities, images, target, t, seed)
-    return views, fcn.crop(target, _policy(t), generator=seeded(*seed))
+    return alike(modalities, images, _policy(t), seed=seed), fcn.crop(target, _policy(t), generator=seeded(*seed))
 
 
 def _normalized(modalities: Sequence[Modality], images: list[Tensor], t) -> list[Tensor]:
