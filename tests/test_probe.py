@@ -126,6 +126,13 @@ def test_a_factor_that_never_varies_is_neither_known_nor_unknown(random, value):
     assert np.isfinite(list(found.values())).all(), "factors that vary have their scores"
 
 
+def test_a_factor_that_varies_in_one_half_alone_has_no_score(random):
+    x, y = random.normal(size=(40, 3)), random.normal(size=(40, 3))
+    y[20:, 0], y[:20, 1] = 2.5, 0.1
+    for features in (x, x[:, :0]):
+        assert np.isnan(probe.r2(features, y)).tolist() == [True, True, False]
+
+
 def test_scale_shift_and_useless_dimensions_do_not_matter(random):
     x = random.normal(size=(400, 4))
     y = x[:, :1] * 3

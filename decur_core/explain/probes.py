@@ -48,9 +48,9 @@ def ridge(gram: np.ndarray, y: np.ndarray) -> tuple:
     from sklearn.linear_model import RidgeCV
 
     values, vectors = np.linalg.eigh(gram)
-    values = values.clip(0)
-    search = RidgeCV(PENALTIES * values.mean(), fit_intercept=False, alpha_per_target=True)
-    search.fit(vectors * np.sqrt(values), y)
+    some = values > 1e-12 * values[-1]  # what is left out is rounding, most columns for a block of few dimensions
+    search = RidgeCV(PENALTIES * values.clip(0).mean(), fit_intercept=False, alpha_per_target=True)
+    search.fit(vectors[:, some] * np.sqrt(values[some]), y)
     return KernelRidge(alpha=search.alpha_, kernel="precomputed").fit(gram, y), -search.best_score_
 
 
@@ -59,7 +59,7 @@ def r2(features: np.ndarray, factors: np.ndarray, *, kernel: str = "linear", sam
 
     ``features``: (N, D), ``factors``: (N, F), both real; the first half trains (at most ``samples``), the second tests.
     ``kernel``: linear, or rbf (radial). Penalty and width are chosen by leave-one-out error in the training half. With
-    no dimension it is 0, for a constant factor not a number. ValueError: less than 8 samples, or values not finite.
+    no dimension it is 0, for a factor constant in a half not a number. ValueError: below 8 samples, or not finite.
     """
     n = len(features)
     if n < 8 or len(factors) != n or kernel not in ("linear", "rbf"):
@@ -67,10 +67,10 @@ def r2(features: np.ndarray, factors: np.ndarray, *, kernel: str = "linear", sam
         raise ValueError(f"found {found}; expected equally many, at least 8, and kernel 'linear' or 'rbf'")
     if not (np.isfinite(features).all() and np.isfinite(factors).all()):
         raise ValueError("features or factors hold values that are not finite; the run that made them has diverged")
-    varies = np.where(np.ptp(factors, 0) > 0, 1, np.nan)
+    train, test = slice(0, min(n // 2, samples)), slice(n // 2, n)
+    varies = np.where((np.ptp(factors[train], 0) > 0) & (np.ptp(factors[test], 0) > 0), 1, np.nan)
     if features.shape[1] == 0:
         return 0 * varies
-    train, test = slice(0, min(n // 2, samples)), slice(n // 2, n)
     x, y = features.astype(np.float64), factors.astype(np.float64)
     spread = x[train].std(0)
     x = (x - x[train].mean(0)) / np.where(spread > 1e-12, spread, 1) / np.sqrt(x.shape[1])
