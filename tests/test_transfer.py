@@ -207,6 +207,14 @@ def test_a_diverged_training_is_not_scored(pretrained, patch_stores):
         transfer.evaluate(wild, folder, patch_stores, protocol="finetune")
 
 
+def test_a_training_that_diverges_in_its_last_step_is_not_scored(pretrained, patch_stores):
+    """No loss is computed after that step, so none tells."""
+    settings, folder = pretrained
+    wild = changed(settings, learning_rate_finetune=1e30, epochs=1, batch_size=48)
+    with pytest.raises(pretrain.NonFinite, match="not finite after the last step; lower transfer.learning_rate_finet"):
+        transfer.evaluate(wild, folder, patch_stores, protocol="finetune")
+
+
 def test_other_images_are_scored_anew(pretrained, patch_stores, monkeypatch):
     settings, folder = pretrained
     first = transfer.evaluate(settings, folder, patch_stores, protocol="linear")
