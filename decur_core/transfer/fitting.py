@@ -99,10 +99,9 @@ def fit(
     with runs.stop_signals() as received:
         for epoch in runs.progress(range(first, epochs), desc=desc, leave=False, initial=first, total=epochs):
             torch.manual_seed(seeded(seed, "transfer", epoch).initial_seed())  # for what drops connections
-            order = torch.randperm(len(rows), generator=seeded(seed, "transfer", epoch)).tolist()
+            shuffled = [rows[i] for i in torch.randperm(len(rows), generator=seeded(seed, "transfer", epoch)).tolist()]
             for step, k in enumerate(starts[: total - epoch * len(starts)], start=epoch * len(starts)):
-                batch = [rows[i] for i in order[k : k + t.batch_size]]
-                images, target = samples(batch, seed=(seed, "transfer", epoch, k))
+                images, target = samples(shuffled[k : k + t.batch_size], seed=(seed, "transfer", epoch, k))
                 for group in optimizer.param_groups:
                     group["lr"] = rate * share(t, step, per_epoch, total)
                 with autocast:
