@@ -1,5 +1,6 @@
 """Classification transfer: frozen means frozen, the score is the whole set's, subsets hold no patch twice."""
 
+import copy
 import errno
 import os
 import signal
@@ -104,6 +105,17 @@ def predicted(classifier, path, t):
         return networks.samples(kind, task, looks, t, store, rows, device="cpu")
 
     return torch.cat([found for found, _ in fitting.predictions(classifier, kind, samples, range(len(store)), t)])
+
+
+def test_encoders_that_are_loaded_see_every_image_alone_and_keep_their_statistics(pretrained, patch_stores):
+    _, folder = pretrained
+    model, sensors, _ = transfer.load_pretrained(folder)
+    encoder, sar = model.backbones["sar"], sensors["sar"]
+    images = sar.copied(sar.to_float(np.stack([Store(patch_stores["test"]).read(i, "sar", 0) for i in range(6)])))
+    before = copy.deepcopy(encoder.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(images)[:2], encoder(images[:2]))
+    assert all(torch.equal(v, before[name]) for name, v in encoder.state_dict().items())
 
 
 def test_frozen_encoders_do_not_move(pretrained, patch_stores):
