@@ -7,6 +7,7 @@ import pytest
 import rasterio
 import torch
 
+from decur_core import backbones
 from decur_core.data import modality
 from decur_core.data.modality import DEM, HHA, OPTICAL, RGB, SAR, Modality
 from decur_core.data.raster import DataError
@@ -134,6 +135,12 @@ def test_dictionary_survives_json_and_refuses_other_fields():
 def test_impossible_settings_are_refused(setting, change):
     with pytest.raises(ValueError, match="scheme must be"):
         dataclasses.replace(setting, **change)
+
+
+def test_elevation_goes_the_way_of_the_book_into_its_encoder():
+    images = np.random.default_rng(0).normal(100, 9, (2, 1, 24, 24))
+    encoder, features = backbones.build("small", DEM.channels)
+    assert encoder(DEM.copied(DEM.to_float(DEM.encode(images)))).shape == (2, features)
 
 
 def test_to_float_maps_bytes_to_the_unit_interval():

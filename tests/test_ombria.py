@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from decur_core.data.ombria import CLASSES, DATASETS, EVENTS, OPTICAL, SAR, Ombria, simple_rules
+from decur_core.data.ombria import CLASSES, DATASETS, EVENTS, OPTICAL, SAR, Flood, Ombria, simple_rules
 from decur_core.data.raster import DataError
 from decur_core.worlds.floods import FloodWorld
 
@@ -184,6 +185,17 @@ def test_simple_rules_take_their_thresholds_from_training_places():
     assert rules["every pixel"] == {"train": 25, "2021": 50}
     assert rules["NDWI"] == {"train": 100, "2021": 100}
     assert rules["dark radar"] == {"train": 100, "2021": 0}, "nothing there is as dark as the threshold"
+
+
+@pytest.mark.parametrize("predicted", [0, 1])
+def test_images_without_a_flood_have_no_score(predicted):
+    """Where none is predicted either, its IoU is 0 / 0: a record of that could not be averaged or put into a table."""
+    task = Flood(CLASSES)
+    dry, wet = (task.target(torch.full((1, 4, 4), value, dtype=torch.uint8)) for value in (1, 2))
+    found = torch.full_like(dry, predicted)
+    with pytest.raises(DataError, match="no flooded pixel to score"):
+        task.score([(found, dry), (found, dry)])
+    assert task.score([(found, dry), (found, wet)])["flood"] == 50 * predicted
 
 
 def test_the_drawn_floods_are_read_as_the_published_ones_and_lie_where_the_mask_says():

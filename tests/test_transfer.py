@@ -1,5 +1,6 @@
 """Classification transfer: frozen means frozen, the score is the whole set's, subsets hold no patch twice."""
 
+import copy
 import errno
 import os
 import signal
@@ -106,6 +107,17 @@ def predicted(classifier, path, t):
     return torch.cat([found for found, _ in fitting.predictions(classifier, kind, samples, range(len(store)), t)])
 
 
+def test_encoders_that_are_loaded_see_every_image_alone_and_keep_their_statistics(pretrained, patch_stores):
+    _, folder = pretrained
+    model, sensors, _ = transfer.load_pretrained(folder)
+    encoder, sar = model.backbones["sar"], sensors["sar"]
+    images = sar.copied(sar.to_float(np.stack([Store(patch_stores["test"]).read(i, "sar", 0) for i in range(6)])))
+    before = copy.deepcopy(encoder.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(images)[:2], encoder(images[:2]))
+    assert all(torch.equal(v, before[name]) for name, v in encoder.state_dict().items())
+
+
 def test_frozen_encoders_do_not_move(pretrained, patch_stores):
     settings, folder = pretrained
     before = transfer.load_pretrained(folder)[0]
@@ -204,6 +216,14 @@ def test_a_diverged_training_is_not_scored(pretrained, patch_stores):
     with pytest.raises(
         pretrain.NonFinite, match="finetune-both-1: loss nan in epoch 1; lower transfer.learning_rate_f"
     ):
+        transfer.evaluate(wild, folder, patch_stores, protocol="finetune")
+
+
+def test_a_training_that_diverges_in_its_last_step_is_not_scored(pretrained, patch_stores):
+    """No loss is computed after that step, so none tells."""
+    settings, folder = pretrained
+    wild = changed(settings, learning_rate_finetune=1e30, epochs=1, batch_size=48)
+    with pytest.raises(pretrain.NonFinite, match="not finite after the last step; lower transfer.learning_rate_finet"):
         transfer.evaluate(wild, folder, patch_stores, protocol="finetune")
 
 

@@ -55,6 +55,13 @@ def settings(tmp_path):
     return load
 
 
+def test_pixels_of_a_training_that_diverges_in_its_last_step_are_not_taken_for_the_first_class(settings, stores):
+    wild = settings(transfer={**TRANSFER, "epochs": 1, "batch_size": 24, "learning_rate_finetune": 1e30})
+    folder = pretrain.run(wild, stores["rgb_dem"]["train"])
+    with pytest.raises(pretrain.NonFinite, match="not finite after the last step"):
+        transfer.evaluate(wild, folder, stores["rgb_dem"], dataset="geonrw", protocol="finetune")
+
+
 def test_a_frozen_and_a_fine_tuned_fcn_learn_and_are_scored_over_the_whole_set(settings, stores, monkeypatch):
     chosen, paths = settings(transfer={**TRANSFER, "epochs": 30}), stores["rgb_dem"]
     folder, caught = pretrain.run(chosen, paths["train"]), []

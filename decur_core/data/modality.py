@@ -148,7 +148,7 @@ class Modality:
         return np.clip(values, 0, 255, out=values).astype(np.uint8)
 
     def to_float(self, encoded: torch.Tensor | np.ndarray) -> torch.Tensor:
-        """uint8 of any shape, as ``encode`` makes it or a tensor -> float32 in [0, 1], what encoders take."""
+        """uint8 of any shape, of ``encode`` or a tensor -> float32 in [0, 1]; encoders take that ``copied``."""
         if (encoded := torch.as_tensor(encoded)).dtype != torch.uint8:
             raise DataError(f"{self.name}: expected the uint8 images that encode() makes, found {encoded.dtype}")
         return encoded.float() / 255

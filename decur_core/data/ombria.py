@@ -21,7 +21,7 @@ from decur_core.data.datasets import DataSet
 from decur_core.data.modality import RGB
 from decur_core.data.raster import MISSING, DataError, Reader, one_of, visible
 from decur_core.data.sunrgbd import read_image
-from decur_core.data.tasks import Masks
+from decur_core.data.tasks import Masks, confusion, mean_iou
 
 CLASSES = ("dry", "flooded")  # values 1 and 2 of masks; 0 would be unlabelled
 EVENTS = ("albania", "france", "guyana", "timor")  # of 2021
@@ -33,13 +33,15 @@ OPTICAL = replace(RGB, name="optical", bands=("B11", "B8", "B3"), unit="8-bit re
 
 
 class Flood(Masks):
-    """Masks of two classes, of which the second is scored: its IoU over a whole set."""
+    """Masks of two classes, of which the second is scored: its IoU over a whole set, in which some pixels show it."""
 
     metric = "IoU of the flooded (%)"
     numbers = ("flood", "miou")
 
     def score(self, batches) -> dict:
-        found = super().score(batches)
+        found = mean_iou(counts := confusion(batches, self.outputs))
+        if not counts[1].any():
+            raise DataError(f"no {self.classes[1]} pixel to score: none of the masks shows one")
         return found | {"flood": found["per_class"][1]}
 
 

@@ -43,9 +43,9 @@ def plain(size: int) -> Policy:
 
 
 def load_pretrained(folder: Path | str) -> tuple[MultimodalModel, dict[str, Modality], dict]:
-    """The model, the modalities by name (their 8-bit mappings, without a policy) and the settings of a finished run.
+    """The model of a finished run, its modalities by name (8-bit mappings, without a policy) and its settings.
 
-    In the place of ``dim_common: auto`` the settings hold the split that the run found.
+    The model is in eval mode. In the place of ``dim_common: auto`` the settings hold the split that the run found.
     FileNotFoundError: it is not finished; OSError: its weights are damaged; ConfigError: they are of an earlier
     version.
     """
@@ -57,7 +57,7 @@ def load_pretrained(folder: Path | str) -> tuple[MultimodalModel, dict[str, Moda
     network = model.build(state["settings"], {name: m.channels for name, m in modalities.items()})
     network.load_state_dict(state["model"])
     found = {k: v for k, v in (state.get("split") or {}).items() if k in ("dim_common", "blocks")}  # dim_common: auto
-    return network, modalities, {**state["settings"], **found}
+    return network.eval(), modalities, {**state["settings"], **found}
 
 
 def given(modalities: Iterable[Modality], inputs: str) -> list[Modality]:

@@ -84,10 +84,11 @@ def fit(
 
     ``samples(rows, seed=…)``: what the network takes of some of them, and the target that ``loss`` takes; ``file``: a
     checkpoint from which another call of the same ``digest`` goes on, renewed where an epoch ends, once a minute at
-    most, if the disk has room. Raises pretraining's ``NonFinite`` and ``Interrupted``.
+    most, if the disk has room. Raises pretraining's ``NonFinite`` (loss, or outputs at the end) and ``Interrupted``.
     """
     setting = f"learning_rate_{protocol}"
     rate = getattr(t, setting)
+    way = f"lower transfer.{setting} = {rate:g}"
     optimizer = _optimizer(network, kind, t, rate)
     # A last batch of one image is left out where BatchNorm is trained, which it could not be on that.
     starts = range(0, len(rows) - (protocol != "linear"), t.batch_size)
@@ -98,10 +99,9 @@ def fit(
     with runs.stop_signals() as received:
         for epoch in runs.progress(range(first, epochs), desc=desc, leave=False, initial=first, total=epochs):
             torch.manual_seed(seeded(seed, "transfer", epoch).initial_seed())  # for what drops connections
-            order = torch.randperm(len(rows), generator=seeded(seed, "transfer", epoch)).tolist()
+            shuffled = [rows[i] for i in torch.randperm(len(rows), generator=seeded(seed, "transfer", epoch)).tolist()]
             for step, k in enumerate(starts[: total - epoch * len(starts)], start=epoch * len(starts)):
-                batch = [rows[i] for i in order[k : k + t.batch_size]]
-                images, target = samples(batch, seed=(seed, "transfer", epoch, k))
+                images, target = samples(shuffled[k : k + t.batch_size], seed=(seed, "transfer", epoch, k))
                 for group in optimizer.param_groups:
                     group["lr"] = rate * share(t, step, per_epoch, total)
                 with autocast:
@@ -111,16 +111,18 @@ def fit(
                 value.backward()
                 optimizer.step()
                 if received and step + 1 < total:
-                    name, at = signal.Signals(received[0]).name, f"epoch {epoch + 1} of {epochs}"
-                    way = "the same call goes on from its last checkpoint"
-                    raise pretrain.Interrupted(f"{desc}: {name} in {at}; {way}")
+                    at = f"{signal.Signals(received[0]).name} in epoch {epoch + 1} of {epochs}"
+                    raise pretrain.Interrupted(f"{desc}: {at}; the same call goes on from its last checkpoint")
             if not value.isfinite():
-                found = f"{desc}: loss {value:g} in epoch {epoch + 1}"
-                raise pretrain.NonFinite(f"{found}; lower transfer.{setting} = {rate:g}")
+                raise pretrain.NonFinite(f"{desc}: loss {value:g} in epoch {epoch + 1}; {way}")
             if time.monotonic() - saved > SAVE_SECONDS and epoch + 1 < epochs:
                 state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "digest": digest}
                 checkpoints.save_or_say({**state, "epoch": epoch + 1}, file, f"{desc}, epoch {epoch + 1}")
                 saved = time.monotonic()
+    network.eval()
+    with torch.inference_mode():
+        if not network(*images).isfinite().all():  # what the last step did, no loss has told
+            raise pretrain.NonFinite(f"{desc}: outputs that are not finite after the last step; {way}")
     return total
 
 
