@@ -175,7 +175,7 @@ def _section(metadata: dict) -> str:
         code = [f'network = timm.create_model("{backbone}", {options})  # or:']
         code += [f"network = torchvision.models.{backbone}()", "network.fc = torch.nn.Identity()"]
         code += [f"network.conv1 = torch.nn.Conv2d({channels}, 64, 7, 2, 3, bias=False)"] * (channels != 3)
-    code += [f'network.load_state_dict(safetensors.torch.load_file("{name}"))']
+    code += [f'network.load_state_dict(safetensors.torch.load_file("{name}"))', "network.eval()"]
     labels = "" if method == "supervised" else ", no labels"
     scored = metadata["evaluations"]
     columns = [k for k in RESULTS if any(each.get(k, "") != "" for each in scored)]

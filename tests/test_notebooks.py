@@ -5,9 +5,11 @@ import re
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import papermill
 import pytest
 from jupyter_client import AsyncKernelManager
+from PIL import Image
 
 from decur_core import run
 
@@ -88,6 +90,29 @@ def test_own_data_are_those_of_a_tree_that_links_rearrange(tmp_path, monkeypatch
     assert run.is_finished(done) and count > 32 and f"{count} places" in said and "no labels: nothing to score" in said
     assert "radar looks for its own place" in said
     assert len(list((tmp_path / "runs/mine/export").glob("*.safetensors"))) == 2
+
+
+def test_own_data_with_masks_are_scored_by_them(tmp_path, kernel):
+    random, root = np.random.default_rng(0), tmp_path / "mine"
+    for folder in ("radar", "camera", "mask"):
+        (root / folder).mkdir(parents=True)
+    for k in range(40):
+        mask = (random.random((24, 24)) < 0.5).astype(np.uint8)
+        for name, shape in (("radar", (24, 24)), ("camera", (24, 24, 3))):
+            Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)).save(root / name / f"{k}.png")
+        Image.fromarray(mask + 1).save(root / f"mask/{k}.png")
+    (root / "train.txt").write_text("\n".join(map(str, range(32))))
+    (root / "test.txt").write_text("\n".join(map(str, range(32, 40))))
+    bands = {"radar": ["VV"], "camera": ["B11", "B8", "B3"]}
+    own = {m: {"bands": names, "unit": "8 bits"} for m, names in bands.items()}
+    about = {"title": "mine", "modalities": [*own], "splits": ["train", "test"], "masks": ["dry", "wet"]}
+    places = {"roots": {"mine": str(root)}, "stores": str(tmp_path / "stores"), "processes": 0}
+    small = {"modalities": own, "datasets": {"mine": about}, "data": places, "runs": str(tmp_path / "runs")}
+    small |= {"epochs": 2, "batch_size": 16, "crop_size": 20, "transfer": {"epochs": 1, "crop_size": 20}}
+    (path,) = run.find(["02"], ROOT / "notebooks")
+    done = execute(path, "mine", small, tmp_path, **kernel())
+    said = "".join(o.get("text", "") for c in done.cells if c.cell_type == "code" for o in c.outputs)
+    assert run.is_finished(done) and re.search(r"linear probe: mIoU.* \d+\.\d", said), said
 
 
 @pytest.mark.soak
