@@ -576,6 +576,18 @@ def test_measuring_leaves_out_what_cannot_be_read(root, capsys):
         measure(Folders(root, MODALITIES), HEAT)
 
 
+def test_measuring_leaves_out_what_a_conversion_would_refuse(root, capsys):
+    """Holes that nothing marks: a few of them would have been the lower end of the mapping of all others."""
+    holes = pixels("a", 1).astype(np.float32)
+    holes[0, :, :9] = -9999
+    save(root / "heat" / "a.tif", holes)
+    heat = modality.declared("heat", {"bands": ["thermal"], "unit": "digital numbers", "valid_range": [0, 4095]})
+    mapping = measure(Folders(root, MODALITIES), heat)
+    assert 0 <= mapping["low"][0] < mapping["high"][0] <= 4095
+    said = capsys.readouterr().out
+    assert "2 samples look like" in said and "1 left out, first: a: heat: expected" in said and "found -9999 to" in said
+
+
 def test_a_band_that_is_nearly_all_one_value_is_measured_between_its_extremes(root):
     sparse = np.zeros((1, *SIZE), np.uint16)
     sparse[0, 0, 0] = 300
