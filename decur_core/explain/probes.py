@@ -259,10 +259,10 @@ def scores(table: Table, seen_by: Mapping[str, str]) -> dict[str, float]:
     """
     held: dict[str, list[float]] = {name: [] for name in HELD}
     right, wrong, best, impossible = [], [], [], []
-    everyone = "+".join(dict.fromkeys(m for m, _ in table))
+    everyone = list(dict.fromkeys(m for m, _ in table))
     for factor, who in seen_by.items():
-        home = everyone if who == "common" else who
-        for m in everyone.split("+"):
+        home = "+".join(m for m in everyone if carries(who, m))
+        for m in everyone:
             there = {block: row[factor] for (other, block), row in table.items() if other == m}
             if not carries(who, m):
                 impossible += [value for value in there.values() if value == value]
