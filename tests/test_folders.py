@@ -340,6 +340,8 @@ LABELS = {"a": ["inland water"], "b.2": [], "c": ["forest", "inland water"]}
         ("a,inland water\nb.2,\nc,forest;inland water\n", ("forest", "inland water", "snow")),
         ("id;forest;inland water\r\na;0;1\r\nb.2;0;0\r\nc;1;1\r\n", ()),
         ("id\tforest\tinland water\na\t0\t1\nb.2\t0\t0\nc\t1\t1\n", ("forest", "inland water")),
+        ("a\tinland water\nb.2\t\nc\tforest;inland water\n", ("forest", "inland water")),
+        ('"id";"forest";"inland water";"heath, moor"\na;0;1;0\nb.2;0;0;0\nc;1;1;0\n', ("forest", "inland water")),
         ('id, "forest", "inland water"\n"a", "0", "1"\n"b.2", "0", "0"\n"c", "1", "1"\n', ()),
         ("id,forest,inland water\na,0.0,1.0\nb.2,0.0,0.0\nc,1.0,1.0\n", ()),
         ("id,forest,inland water\na,False,True\nb.2,False,False\nc,True,True\n", ()),

@@ -216,12 +216,12 @@ def read_labels(path: Path, classes: Sequence[str] = ()) -> tuple[tuple[str, ...
     Either a header `id,<class>,<class>,…` and 0 or 1 (False or True) in the columns; or names of classes, after a
     header that begins with `id` or without: separated by `;` if there is one in the file, else in columns of their own
     if there are several, else by spaces (a given class may hold them). A row with the id alone has none of the classes.
-    In a file without commas `;`, else the tab, separates columns. A DataError names an id that is there twice, or that
-    has a class that is not given or another value beside 0 and 1.
+    Comma, `;` or tab, what comes first in the file separates columns. A DataError names an id that is there twice, or
+    that has a class that is not given or another value beside 0 and 1.
     """
     with reading(path, "rows of an id and its classes"):
         text = path.read_text(encoding="utf-8-sig")
-        separator = next((mark for mark in ",;" if mark in text), "\t")
+        separator = (re.search("[,;\t]", text) or ",")[0]
         lines = csv.reader(text.split("\n"), delimiter=separator, skipinitialspace=True)
         rows = [[cell.strip() for cell in row] for row in lines if any(map(str.strip, row))]
         header = rows.pop(0)[1:] if rows[0][0].lower() == "id" else []

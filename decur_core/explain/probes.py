@@ -217,8 +217,7 @@ def normalised(
     modality does not carry is not there to be read either: such entries, the impossible ones, stay as they are.
     Not a number, with a warning, where the ceiling is too low (below 0.1) to measure against: too few images or steps.
     """
-    places = [(m, f) for f, who in seen_by.items() for m in ceilings if carries(who, m)]
-    top = {(m, f): float(np.mean(ceilings[m][f])) for m, f in places}
+    top = {(m, f): float(np.mean(c[f])) for f, who in seen_by.items() for m, c in ceilings.items() if carries(who, m)}
     if low := {place: value for place, value in top.items() if not value >= 0.1}:
         listed = ", ".join(f"{f} from {m} with R2 = {value:.2f}" for (m, f), value in low.items())
         warnings.warn(f"a supervised network reads {listed}: no ceiling to measure against, left out", stacklevel=2)
