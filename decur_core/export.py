@@ -58,7 +58,7 @@ def write(folder: Path | str, target: Path | str, modality: str) -> Path:
         "data": saved.get("data") or {},
         "preprocessing": saved["preprocessing"][modality],
         "provenance": about["provenance"],
-        "evaluations": [{k: r[k] for k in RESULTS if k in r} for r in rows],
+        "evaluations": [{k: r[k] for k in (*RESULTS, *r.get("numbers", ())) if k in r} for r in rows],
     }
     state = backbone_state(saved["model"], modality)
     _check(state, metadata, folder / "final.pt")
@@ -178,7 +178,8 @@ def _section(metadata: dict) -> str:
     code += [f'network.load_state_dict(safetensors.torch.load_file("{name}"))', "network.eval()"]
     labels = "" if method == "supervised" else ", no labels"
     scored = metadata["evaluations"]
-    columns = [k for k in RESULTS if any(each.get(k, "") != "" for each in scored)]
+    known = dict.fromkeys([*RESULTS, *(k for each in scored for k in each)])  # a task may have numbers of its own
+    columns = [k for k in known if any(each.get(k, "") != "" for each in scored)]
     values = [[f"{v:.4g}" if isinstance(v := each.get(k, ""), float) else str(v) for k in columns] for each in scored]
     table = [f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *values)]
     about = "of this run alone, so of one seed, on test images or those named. `linear`: a head on the frozen encoder; "

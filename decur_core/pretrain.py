@@ -136,10 +136,10 @@ def _processes(settings: Settings) -> int:
 
 def _check(settings: Settings, store: Store) -> None:
     config.check_dim_common(settings, [*backbones.widths(settings.backbone), *settings.projector][-1])
-    store.check({m.name: m.mapping() for m in config.modalities(settings) if m.scheme != "measured"})
     if missing := [m.name for m in config.modalities(settings) if m.name not in store.shapes]:
         found = f"{store.path}: holds no {missing[0]}, only {', '.join(store.shapes)}"
         raise config.ConfigError(f"{found}; convert a data set of pair {settings.pair!r}")
+    store.check({m.name: m.mapping() for m in config.modalities(settings)})
     if len(store) < settings.batch_size:
         raise config.ConfigError(
             f"batch_size = {settings.batch_size}, but {store.path} holds {len(store)} pairs; allowed: 2 to {len(store)}"

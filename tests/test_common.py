@@ -5,8 +5,13 @@ import pytest
 
 from decur_core import config
 from decur_core.data import datasets, prepare
+from decur_core.data.datasets import DataSet
+from decur_core.data.modality import Modality
+from decur_core.data.raster import Reader
 from decur_core.data.store import Store
+from decur_core.data.tasks import Scene
 from decur_core.explain import probes
+from decur_core.worlds import Miniature
 
 # Pair: its second modality, what of an item shows that, and the labelled data set
 PAIRS = {
@@ -63,6 +68,57 @@ def test_stores_tell_the_amounts_apart_and_the_whole_keeps_its_name(tmp_path):
     assert not np.array_equal(apart.read(3, "optical", 1), whole.read(3, "optical", 1))
     labelled = prepare.reader(makes[1], "bigearthnet", "test")
     assert len(labelled) == 16 and labelled[0]["labels"].any()
+
+
+def test_a_world_may_have_any_number_of_common_factors():
+    names = {"a": "common", "b": "common", "c": "common", "own": "x"}
+    two, whole = {"sensors": ("x", "y", ("y",))}, {}
+    for sensors in (two, whole):
+        twin = Miniature("world", make=None, splits={}, factors=names, **sensors)
+        assert twin.seen_by(config.load("start").world) == names  # all of them, unless fewer than 2 are asked for
+    twin = Miniature("world", make=None, splits={}, factors=names, **two)
+    seen_by = twin.seen_by(config.load("start", {"world.common": 1}).world)
+    assert [name for name, who in seen_by.items() if who == "common"] == ["a"] and seen_by["c, y"] == "y"
+
+
+class Marked(Reader):
+    """Places whose only factor is their number in the world."""
+
+    def __init__(self, count):
+        self.ids, self.factors = [f"{i}" for i in range(count)], {"number": np.arange(count, dtype=np.float32)}
+
+    def __getitem__(self, i):
+        image = np.full((1, 12, 12), i, np.uint8)
+        return {"id": self.ids[i], "x": image, "y": image, "labels": [True]}
+
+
+MARKED = Miniature(
+    "marked places",
+    make=lambda world, split, count: Marked(count),
+    splits={"test": "test", "fit": "locations"},
+    factors={"number": "y+x"},
+)
+
+
+@pytest.mark.parametrize(("pretrain", "first"), [("fit", 3), ("all", 0)])
+def test_factors_are_those_of_the_pretraining_split_by_the_order_of_the_sensors(tmp_path, monkeypatch, pretrain, first):
+    monkeypatch.setattr(datasets, "_TABLE", dict(datasets._TABLE))
+    sensors = [Modality(name=n, bands=("v",), unit="numbers", valid_range=(0, 255), scheme="bytes") for n in "xy"]
+    about = {"name": "marked", "title": "Marked places", "pair": "marked", "pretrain": pretrain, "task": Scene(("a",))}
+    about |= {"read": None, "splits": ("fit", "test"), "world": "elsewhere:MARKED"}
+    datasets.register(DataSet(**about, modalities=tuple(sensors)))
+    monkeypatch.setattr(prepare.pkgutil, "resolve_name", lambda name: MARKED)
+    made = {"data": {"stores": str(tmp_path), "processes": 0}, "world": {"locations": 5, "train": 2, "test": 3}}
+    made = config.load("start", {"batch_size": 2, "sweep": {}, "transfer.inputs": ["both"], **made}, pair="marked")
+    store, (factors, seen_by) = Store(prepare.pretraining_store(made)), prepare.known_factors(made)
+    assert seen_by == {"number": "x+y"}
+    assert factors["number"].tolist() == [store.read(i, "x", 0)[0, 0, 0] for i in range(len(store))]
+    assert factors["number"].tolist() == list(range(first, 8))
+    monkeypatch.setitem(MARKED.factors, "number", "x+z")
+    with pytest.raises(
+        config.ConfigError, match=r"marked places: number is seen by \['x', 'z'\]; modalities: \['x', 'y'"
+    ):
+        prepare.known_factors(made)
 
 
 def test_other_worlds_share_what_they_share():

@@ -206,6 +206,17 @@ def test_the_card_lists_what_its_encoder_took_part_in_and_further_images(tmp_pat
     assert "| floods | later | linear | sar | 30.25 |" in card and "one seed" in card
 
 
+def test_the_card_lists_the_numbers_of_a_task_from_outside(tmp_path):
+    run, _ = make_run(tmp_path, "small")
+    scored = {"run": run.name, "dataset": "roofs", "metric": "hits (%)", "numbers": ["top1", "top5"], "inputs": "both"}
+    scored |= {"top1": 61.5, "top5": 80.25, "micro": 3.5}
+    (run.parent.parent / "records" / f"{run.name}.json").write_text(json.dumps(scored))
+    _, metadata = export.load(export.write(run, tmp_path / "out", "sar"))
+    assert metadata["evaluations"][-1].items() >= {"micro": 3.5, "top1": 61.5, "top5": 80.25}.items()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| micro | top1 | top5 |" in card and "| 3.5 | 61.5 | 80.25 |" in card
+
+
 def test_a_network_that_was_not_trained_is_not_exported(tmp_path):
     run, _ = make_run(tmp_path, "small")
     about = json.loads((run / "run.json").read_text())

@@ -340,6 +340,8 @@ LABELS = {"a": ["inland water"], "b.2": [], "c": ["forest", "inland water"]}
         ("a,inland water\nb.2,\nc,forest;inland water\n", ("forest", "inland water", "snow")),
         ("id;forest;inland water\r\na;0;1\r\nb.2;0;0\r\nc;1;1\r\n", ()),
         ("id\tforest\tinland water\na\t0\t1\nb.2\t0\t0\nc\t1\t1\n", ("forest", "inland water")),
+        ("a\tinland water\nb.2\t\nc\tforest;inland water\n", ("forest", "inland water")),
+        ('"id";"forest";"inland water";"heath, moor"\na;0;1;0\nb.2;0;0;0\nc;1;1;0\n', ("forest", "inland water")),
         ('id, "forest", "inland water"\n"a", "0", "1"\n"b.2", "0", "0"\n"c", "1", "1"\n', ()),
         ("id,forest,inland water\na,0.0,1.0\nb.2,0.0,0.0\nc,1.0,1.0\n", ()),
         ("id,forest,inland water\na,False,True\nb.2,False,False\nc,True,True\n", ()),
@@ -574,6 +576,18 @@ def test_measuring_leaves_out_what_cannot_be_read(root, capsys):
     save(root / "heat" / "c.tif", constant)
     with pytest.raises(DataError, match="heat: none of 3 samples can be measured, first: .*a.tif: band thermal of a"):
         measure(Folders(root, MODALITIES), HEAT)
+
+
+def test_measuring_leaves_out_what_a_conversion_would_refuse(root, capsys):
+    """Holes that nothing marks: a few of them would have been the lower end of the mapping of all others."""
+    holes = pixels("a", 1).astype(np.float32)
+    holes[0, :, :9] = -9999
+    save(root / "heat" / "a.tif", holes)
+    heat = modality.declared("heat", {"bands": ["thermal"], "unit": "digital numbers", "valid_range": [0, 4095]})
+    mapping = measure(Folders(root, MODALITIES), heat)
+    assert 0 <= mapping["low"][0] < mapping["high"][0] <= 4095
+    said = capsys.readouterr().out
+    assert "2 samples look like" in said and "1 left out, first: a: heat: expected" in said and "found -9999 to" in said
 
 
 def test_a_band_that_is_nearly_all_one_value_is_measured_between_its_extremes(root):

@@ -21,7 +21,7 @@ from conftest import make_store
 
 from decur_core import backbones, config, pretrain
 from decur_core.data import datasets, prepare
-from decur_core.data.modality import OPTICAL, SAR
+from decur_core.data.modality import OPTICAL, SAR, Modality
 from decur_core.data.store import Store
 from decur_core.model import MultimodalModel
 from decur_core.running import checkpoints, history
@@ -577,6 +577,19 @@ def test_a_store_of_another_preprocessing_is_refused(tiny, pair_store, monkeypat
     monkeypatch.setattr(datasets, "modalities_of", lambda pair: (other, OPTICAL))
     with pytest.raises(ValueError, match="sar was converted with another preprocessing"):
         pretrain.run(tiny(), pair_store)
+
+
+def test_a_sensor_that_is_declared_otherwise_since_it_was_measured_is_refused(tiny, tmp_path, monkeypatch):
+    sensor = Modality(name="sar", bands=("VV", "VH"), unit="dB", valid_range=(-99, 99))
+    mapped = dataclasses.replace(sensor, scheme="range_8bit", low=(-30, -30), high=(0, 0))
+    store = make_store(tmp_path / "store", count=16, seasons=1, labels=False, modalities=(mapped, OPTICAL))
+    monkeypatch.setattr(datasets, "modalities_of", lambda pair: (sensor, OPTICAL))
+    pretrain.run(tiny(epochs=1), store)
+    for change in ({"copies": 2}, {"bands": ("VH", "VV")}):  # the run would silently be that of the old declaration
+        other = dataclasses.replace(sensor, **change)
+        monkeypatch.setattr(datasets, "modalities_of", lambda pair, other=other: (other, OPTICAL))
+        with pytest.raises(ValueError, match="sar was converted with another preprocessing"):
+            pretrain.run(tiny(epochs=1, name="again"), store)
 
 
 @pytest.mark.soak

@@ -171,6 +171,7 @@ def test_three_modalities_are_scored_by_the_block_of_those_who_carry_a_factor(ra
     assert table["a", "a+c"]["ac"] > 0.99 and table["b", "b"] == dict.fromkeys(factors, 0)
     found = probe.scores(table, seen_by)
     assert found["right"] > 0.99 and abs(found["wrong"]) < 0.1 and abs(found["impossible"]) < 0.1
+    assert probe.scores(table, seen_by | {"ab": "b+a", "all": "c+b+a"}) == found  # in whatever order they are named
     settings["blocks"] = {"a+b+c": 1, "a": 1, "c": 1, "a+c": 1, "a+b": 1}  # in a, two blocks have changed places
     swapped = probe.scores(probe.matrix(z, blocks(settings, widths), factors), seen_by)
     values = 3 + 2 + 2 + 1 + 1  # entries of factors in their blocks, of which two are now 0

@@ -297,6 +297,20 @@ def test_own_data_have_their_own_name_and_other_classes_are_refused(pretrained, 
         transfer.evaluate(settings, folder, patch_stores, dataset="bigearthnet", protocol="linear")
 
 
+def test_classes_in_another_order_are_refused(pretrained, patch_stores, monkeypatch):
+    """Their numbers would be written beside other names."""
+    settings, folder = pretrained
+    monkeypatch.setattr(datasets, "_TABLE", dict(datasets._TABLE))
+    like = datasets.find("bigearthnet")
+    for classes in (("high", "medium", "low"), ("tall", "medium", "flat")):  # other names for them are no harm
+        datasets.register(replace(like, name="levels", task=Scene(classes)))
+        record = transfer.evaluate(settings, folder, patch_stores, dataset="levels", protocol="linear")
+        assert record["classes"] == [*classes]
+    datasets.register(replace(like, name="levels", task=Scene(("medium", "high", "low"))))
+    with pytest.raises(config.ConfigError, match="train: its classes are high, medium, low; levels has another order"):
+        transfer.evaluate(settings, folder, patch_stores, dataset="levels", protocol="linear")
+
+
 def test_labels_that_are_none_are_refused_before_any_training(pretrained, patch_stores, monkeypatch):
     settings, folder = pretrained
     read = Store.__init__

@@ -216,12 +216,12 @@ def read_labels(path: Path, classes: Sequence[str] = ()) -> tuple[tuple[str, ...
     Either a header `id,<class>,<class>,…` and 0 or 1 (False or True) in the columns; or names of classes, after a
     header that begins with `id` or without: separated by `;` if there is one in the file, else in columns of their own
     if there are several, else by spaces (a given class may hold them). A row with the id alone has none of the classes.
-    In a file without commas `;`, else the tab, separates columns. A DataError names an id that is there twice, or that
-    has a class that is not given or another value beside 0 and 1.
+    Comma, `;` or tab, what comes first in the file separates columns. A DataError names an id that is there twice, or
+    that has a class that is not given or another value beside 0 and 1.
     """
     with reading(path, "rows of an id and its classes"):
         text = path.read_text(encoding="utf-8-sig")
-        separator = next((mark for mark in ",;" if mark in text), "\t")
+        separator = (re.search("[,;\t]", text) or ",")[0]
         lines = csv.reader(text.split("\n"), delimiter=separator, skipinitialspace=True)
         rows = [[cell.strip() for cell in row] for row in lines if any(map(str.strip, row))]
         header = rows.pop(0)[1:] if rows[0][0].lower() == "id" else []
@@ -251,19 +251,18 @@ def measure(reader, modality: Modality, *, samples: int = 256) -> dict:
 
     `reader`: any with `.ids` and items that hold `modality.name`; `samples`, spread evenly over it, are looked at.
     8-bit images stay as they are (scheme bytes), else the 1st and 99th percentile of a band become 0 and 255
-    (range_8bit). One printed line says what the values look like. Samples that cannot be read or have pixels without
-    data are counted and left out, as a conversion will; a DataError if none is left.
+    (range_8bit). One printed line says what the values look like. Samples that a conversion will refuse (damaged,
+    without data, outside of `valid_range`) are counted and left out; a DataError if none is left.
     """
     pixels, reasons = [], []
     for i in np.unique(np.linspace(0, len(reader.ids) - 1, samples).astype(int)):
         try:
             images = reader[int(i)][modality.name]
-            if not np.isfinite(images).all():
-                raise DataError(f"{reader.ids[i]}: pixels without data in {modality.name}")
+            replace(modality, scheme="bytes" if images.dtype == np.uint8 else "measured").check(images)
             bands = np.moveaxis(images, -3, 0).reshape(images.shape[-3], -1)
             pixels.append(bands[:, :: -(-bands.shape[1] // 10_000)])  # about 10,000 of a band are enough
         except DataError as error:
-            reasons.append(error)
+            reasons.append(f"{reader.ids[i]}: {error}")
     if not pixels:
         raise DataError(f"{modality.name}: none of {len(reasons)} samples can be measured, first: {reasons[0]}")
     values = np.concatenate(pixels, axis=1)

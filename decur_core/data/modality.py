@@ -101,7 +101,7 @@ class Modality:
             raise DataError(f"{expected}, within {self.valid_range[0]:g} to {self.valid_range[1]:g}; {found}")
         if self.mean and max(self.mean) < 0 and (textured & (low >= 0)).any():
             raise DataError(f"{expected}; {found}: without a negative value this is amplitude or power, not decibels")
-        if self.scheme == "range_8bit":
+        if self.scheme in ("range_8bit", "measured"):
             return
         present = (lows != 0) | (highs != 0)  # 0 means "no data"; only B10 is absent on purpose (level 2A)
         absent = (~present & present.any(axis=-1, keepdims=True)).reshape(-1, len(self.bands)).any(axis=0)

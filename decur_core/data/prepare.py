@@ -128,11 +128,18 @@ def known_factors(settings: config.Settings) -> tuple[dict[str, np.ndarray], dic
     """Factors of the pretraining images of a miniature world, in the store's order, and who sees each of them.
 
     name -> float32 (n,), uniform in [-1, 1]; name -> ``common`` or the modalities that carry it, without those that the
-    8-bit mapping removes.
+    8-bit mapping removes, joined in their order.
     """
     if settings.data.source != "world":
         raise config.ConfigError(f"data: source = {settings.data.source!r}; factors are known for the miniature world")
-    return world(settings).factors, miniature(datasets.find(_pretraining(settings)[0])).seen_by(settings.world)
+    (name, split), names = _pretraining(settings), [m.name for m in config.modalities(settings)]
+    twin, w = miniature(datasets.find(name)), settings.world
+    drawn = [(twin.drawn(w, k).factors, part) for k, part in twin.parts(w).items() if split in (k, "all")]
+    factors = {f: np.concatenate([each[f][p.start : p.stop] for each, p in drawn]) for f in drawn[0][0]}
+    seen_by = {f: who.split("+") for f, who in twin.seen_by(w).items()}
+    if wrong := [f for f, who in seen_by.items() if {*who} - {*names} and who != ["common"]]:
+        raise config.ConfigError(f"{twin.title}: {wrong[0]} is seen by {seen_by[wrong[0]]}; modalities: {names}")
+    return factors, {f: "+".join(m for m in names if m in who) or "common" for f, who in seen_by.items()}
 
 
 def store(settings: config.Settings, dataset: str, split: str, *, shard: tuple[int, int] = (0, 1), **options) -> Path:

@@ -63,9 +63,11 @@ class Store:
         return self.meta["summary"]["sha256"]
 
     def check(self, preprocessing: dict[str, dict]) -> None:
-        """Refuse, with a DataError, a store made with another preprocessing than this (`mapping()` by modality)."""
+        """A DataError if it was made with another preprocessing (`mapping()` by modality; measured, it may be any)."""
         for name, needed in preprocessing.items():
-            if (found := self.meta["preprocessing"].get(name)) != needed:
+            found = self.meta["preprocessing"].get(name)
+            free = ("scheme", "low", "high") if found and needed.get("scheme") == "measured" else ()
+            if found != needed | {key: found[key] for key in free if key in found}:
                 other = f"was converted with another preprocessing, {found}; needed is {needed}"
                 raise DataError(f"{self.path}: {name} {other}. Convert the data again.")
 

@@ -217,8 +217,7 @@ def normalised(
     modality does not carry is not there to be read either: such entries, the impossible ones, stay as they are.
     Not a number, with a warning, where the ceiling is too low (below 0.1) to measure against: too few images or steps.
     """
-    places = [(m, f) for f, who in seen_by.items() for m in ceilings if carries(who, m)]
-    top = {(m, f): float(np.mean(ceilings[m][f])) for m, f in places}
+    top = {(m, f): float(np.mean(c[f])) for f, who in seen_by.items() for m, c in ceilings.items() if carries(who, m)}
     if low := {place: value for place, value in top.items() if not value >= 0.1}:
         listed = ", ".join(f"{f} from {m} with R2 = {value:.2f}" for (m, f), value in low.items())
         warnings.warn(f"a supervised network reads {listed}: no ceiling to measure against, left out", stacklevel=2)
@@ -259,10 +258,10 @@ def scores(table: Table, seen_by: Mapping[str, str]) -> dict[str, float]:
     """
     held: dict[str, list[float]] = {name: [] for name in HELD}
     right, wrong, best, impossible = [], [], [], []
-    everyone = "+".join(dict.fromkeys(m for m, _ in table))
+    everyone = list(dict.fromkeys(m for m, _ in table))
     for factor, who in seen_by.items():
-        home = everyone if who == "common" else who
-        for m in everyone.split("+"):
+        home = "+".join(m for m in everyone if carries(who, m))
+        for m in everyone:
             there = {block: row[factor] for (other, block), row in table.items() if other == m}
             if not carries(who, m):
                 impossible += [value for value in there.values() if value == value]

@@ -171,12 +171,15 @@ def _check(store: Store, key: str, task: Task, modalities: Sequence[Modality]) -
     if not len(store):
         raise config.ConfigError(f"{store.path}: holds no image; convert labelled images")
     facts = store.meta.get("data") or {}
-    counts = [len(facts["classes"])] if facts.get("classes") else []
-    counts += [store.labels.shape[1]] if task.field == "labels" else []
+    named = facts.get("classes") or task.classes
+    counts = [len(named), *(store.labels.shape[1:] if task.field == "labels" else ())]
     if wrong := [count for count in counts if count != len(task.classes)]:
         whose = f"{store.path} ({facts.get('title') or 'which does not say what it holds'}) has {wrong[0]} classes"
         way = "leave dataset out, or name the one that it holds"
         raise config.ConfigError(f"{whose}, {key} has {len(task.classes)}; {way}")
+    if any(c != own and c in task.classes for c, own in zip(named, task.classes, strict=True)):
+        way = f"{key} has another order; declare this one, or remove the store and convert again"
+        raise config.ConfigError(f"{store.path}: its classes are {', '.join(named)}; {way}")
     store.check({m.name: m.mapping() for m in modalities})
     sizes = {name: store.shapes[name][1:] for name in (*(m.name for m in modalities), "mask") if task.dense}
     if len({*sizes.values()}) > 1:

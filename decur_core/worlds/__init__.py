@@ -44,8 +44,8 @@ class Miniature:
     sensors: tuple[str, str, tuple[str, ...]] = ("", "", ())
 
     def unshared(self, world) -> dict[str, str]:
-        """The common factors that the sensors do not share, ``world.common`` being fewer: name -> of the second's."""
-        names = [name for name, who in self.factors.items() if who == "common"][world.common :]
+        """The common factors that the sensors do not share, ``world.common`` being below 2: name -> of the second's."""
+        names = [name for name, who in self.factors.items() if who == "common"][world.common :] * (world.common < 2)
         if names and not self.sensors[0]:
             raise ConfigError(f"world.common = {world.common}; the {self.title} shares what it shares: 2")
         return {name: f"{name}, {self.sensors[1]}" for name in names}
