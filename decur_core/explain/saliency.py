@@ -53,9 +53,7 @@ class CommonUnique(nn.Module):
         return (self.model.embed(self.modality, images).float() - self.mean) @ self.weights
 
     def last_convolution(self) -> nn.Conv2d:
-        """The last convolution of the backbone, where saliency is looked at (section 7); of a Mix Transformer it is the
-        depthwise one inside the last block.
-        """
+        """The backbone's last, where saliency is looked at (section 7); in a Mix Transformer a depthwise one."""
         return [m for m in self.model.backbones[self.modality].modules() if isinstance(m, nn.Conv2d)][-1]
 
 

@@ -136,13 +136,6 @@ def provenance() -> dict:
     }
 
 
-def write_record(settings: config.Settings, name: str, record: dict) -> dict:
-    """Save an evaluation with its provenance under ``records/<name>.json`` of the profile; returns what was saved."""
-    record = {**record, "profile": settings.profile, "world": settings.data.source, "provenance": provenance()}
-    write_json(path(settings, "records", f"{name}.json"), record)
-    return record
-
-
 def publish_records(folder: Path, target: Path) -> None:
     """Add the records of ``folder``, of the profile's own runs and not of renamed trials, to the file of the book."""
     before = json.loads(target.read_text()) if target.exists() else []

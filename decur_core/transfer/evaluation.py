@@ -129,7 +129,8 @@ def evaluate(
     record["patches"] |= {part: len(used) for part, (_, used) in scored.items()}
     record |= {"data": facts, "drawn": facts.get("drawn", settings.data.source == "world")}
     record["label_ids"] = [train.ids[i] for i in chosen] if fraction < 1 else "all"
-    record = runs.write_record(settings, name, record)
+    record |= {"profile": settings.profile, "world": settings.data.source, "provenance": runs.provenance()}
+    runs.write_json(existing, record)
     for left in (file, *file.parent.glob(f".{file.name}.*")):  # also by a process that was killed while it wrote one
         left.unlink(missing_ok=True)
     return record

@@ -68,10 +68,6 @@ def _policy(t) -> Policy:
     return replace(plain(t.crop_size), crop_scale=(t.crop_scale, 1.0), crop_ratio=(3 / 4, 4 / 3), p_hflip=0.5)
 
 
-def _views(modalities: Sequence[Modality], images: list[Tensor], target: Tensor, t, seed: tuple):
-    return alike(modalities, images, _policy(t), seed=seed), target
-
-
 def _floats(modalities: Sequence[Modality], images: list[Tensor], t) -> list[Tensor]:
     return [m.copied(m.to_float(x)) for m, x in zip(modalities, images, strict=True)]
 
@@ -93,7 +89,7 @@ NETWORKS = {
     "linear": Network(  # for one answer per image
         build=partial(_late, Classifier),
         whole=lambda modalities, images, t: alike(modalities, images, plain(t.crop_size)),
-        train=_views,
+        train=lambda modalities, images, target, t, seed: (alike(modalities, images, _policy(t), seed=seed), target),
         predict=lambda network, images, t: network(*images).float(),
     ),
     "fcn": Network(  # for one per pixel, as transfer.segmenter says
