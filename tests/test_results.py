@@ -9,7 +9,8 @@ from decur_core.report import figures, records, sentences
 from decur_core.report import tables as results
 
 NB = "\N{NO-BREAK SPACE}"
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
 
 
 def record(method, seed, micro, *, fraction=0.01, protocol="linear", inputs="both"):
@@ -262,6 +263,19 @@ def test_the_papers_numbers_are_the_papers():
     assert len(names) == 4
     for name in names:
         assert results.PAPER[name] == json.loads(reference.read_text())[name]
+
+
+@pytest.mark.parametrize("profile", ["report", "nyu", "ombria"])
+def test_what_shows_that_a_published_run_was_trained_has_its_settings(profile):
+    kept = json.loads((ROOT / f"book/executed/{profile}/records.json").read_text())
+    other = {"epochs", "data.sha256"}  # a world that is drawn on another machine differs in its last digits
+
+    def about(r: dict) -> tuple:
+        return r["pair"], r["method"], {k: v for k, v in r["settings"]["pretraining"].items() if k not in other}
+
+    published = [about(r) for r in kept if not r["variant"] and r["split"] == "test"]
+    shorter = [r for r in kept if r["variant"].startswith("steps")]
+    assert shorter and [r["evaluation"] for r in shorter if about(r) not in published] == []
 
 
 def test_a_sentence_names_a_winner_only_where_the_paired_difference_exceeds_its_deviation():
