@@ -278,6 +278,19 @@ def test_what_shows_that_a_published_run_was_trained_has_its_settings(profile):
     assert shorter and [r["evaluation"] for r in shorter if about(r) not in published] == []
 
 
+@pytest.mark.parametrize("profile", ["report", "nyu", "ombria"])
+def test_published_runs_have_the_main_number_that_did_best_on_held_out_images(profile):
+    kept = json.loads((ROOT / f"book/executed/{profile}/records.json").read_text())
+    main = dict.fromkeys(("decur", "barlow_twins"), "lambd") | {"vicreg": "vicreg_weights"}
+    main |= {"simclr": "temperature", "clip": "learning_rate"}
+    for method, name in main.items():
+        own = [r for r in kept if r["method"] == method]
+        grid = [r for r in own if r["split"] == "validation" and r["variant"].startswith("grid")]
+        best = max(grid, key=lambda r: r[r["numbers"][0]])["settings"]["pretraining"][name]
+        used = [r["settings"]["pretraining"][name] for r in own if not r["variant"] and r["split"] == "test"]
+        assert len(grid) >= 3 and used == [best] * len(used), method
+
+
 def test_a_sentence_names_a_winner_only_where_the_paired_difference_exceeds_its_deviation():
     found = [record("decur", s, m) for s, m in enumerate((60.0, 63.0, 66.0))]
     found += [record("clip", s, m - 2 - 0.1 * s) for s, m in enumerate((60.0, 63.0, 66.0))]  # deviates with the seeds
