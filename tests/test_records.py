@@ -184,6 +184,8 @@ def test_what_the_paper_says_is_judged_by_paired_differences_of_trained_runs(app
     assert "| 1, sar+optical, 100 % linear | Random initialisation | +15.3 | -9.2 ± 1.0 | does not |" in text
     assert "| 1, sar, 100 % linear | Random initialisation | +24.1 | +0.8 ± 17.1 | cannot be told here |" in text
     assert "Of 4 differences: agrees 2, does not 1, cannot be told here 1." in text
+    before, folded = text.split("::::{dropdown}")
+    assert before.count("does not |") == 1 and "agrees |" not in before and folded.count("agrees |") == 2
 
 
 def test_scores_over_steps_are_those_of_runs_of_several_lengths(app, tmp_path):
