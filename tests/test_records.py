@@ -201,6 +201,9 @@ def test_scores_over_steps_are_those_of_runs_of_several_lengths(app, tmp_path):
     assert "| DeCUR | 50.0 | 55.0 | 54.5 | -0.5 |" in text and "99" not in text
     publish(tmp_path, "report", *found, *(r | {"seed": 1, "micro": r["micro"] - 3} for r in found))
     assert "| DeCUR | 48.5 | 53.5 | 53.0 | -0.5 |" in records.steps(app, ""), "the mean over seeds"
+    publish(tmp_path, "report", *found, *(r | {"inputs": "sar", "micro": r["micro"] - 3} for r in found))
+    together, alone = records.steps(app, "").split(", SAR alone**")
+    assert "| 50.0 | 55.0 | 54.5 |" in together and "| 47.0 | 52.0 | 51.5 |" in alone, "other inputs, another table"
 
 
 def test_the_front_page_shows_blocks_of_runs_that_were_trained(app, tmp_path):

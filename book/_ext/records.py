@@ -142,6 +142,7 @@ def steps(app, _: str) -> str:
         for r in records.choose(_records(app, profile), variant="steps"):
             run, score = r["settings"]["pretraining"], r["numbers"][0]
             data = f"{tables.NUMBERS.get(score, score)}: {records.data_title(r)}"
+            data += f", {styles.title(r['inputs'])} alone" if r["inputs"] != "both" else ""
             count = run["epochs"] * (run["data.pairs"] // run["batch_size"])
             lengths.setdefault(data, {}).setdefault(r["method"], {}).setdefault(count, []).append(r)
         for data, methods in lengths.items():
