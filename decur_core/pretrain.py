@@ -265,7 +265,7 @@ def _train(settings: Settings, store: Store, folder: Path, identity: dict, total
     replica = processes.replicate(model, device)
     if rank == 0:
         if state:
-            print(f"{folder.name}: resumes after step {start} of {total}")
+            print(f"{folder.name}: resumes after step {start} of {total}", flush=True)
         runs.remove_torn(folder)
         history.keep(folder, start)
         about = {"settings": config.to_dict(settings), "trained": runs.trained(settings), "processes": world}

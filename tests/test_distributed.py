@@ -505,7 +505,7 @@ def test_job_scripts_pass_signals_on_and_requeue_before_the_time_limit(tmp_path,
     (tmp_path / ".venv/bin").mkdir(parents=True)
     (tmp_path / ".venv/bin/activate").write_text(f"PATH={tmp_path}:$PATH")
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_NODELIST": "n[1-2]"}
-    slurm |= {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "5"}
+    slurm |= {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "5", "SLURM_CPUS_PER_TASK": "64"}
     job = subprocess.Popen(["bash", script, "a100", "20"], cwd=tmp_path, env={**os.environ, **slurm})
     wait_for((tmp_path / "ready").exists, seconds=20)
     job.send_signal(number)
@@ -518,6 +518,7 @@ def test_job_scripts_pass_signals_on_and_requeue_before_the_time_limit(tmp_path,
     elif name == "sweep":
         assert said[:2] == ["python -m decur_core.pretrain a100 20 --shard 3/5", number.name[3:].lower()]
     else:
+        assert said[1].startswith("srun --cpus-per-task=64 torchrun ")  # which srun does not inherit
         assert "--nnodes=2 --nproc-per-node=4" in said[1] and said[1].endswith("-m decur_core.pretrain a100 20")
         assert "--rdzv-endpoint=node1:20007" in said[1] and said[3:5] == ["scancel --signal=USR1 7", "usr1"]
 

@@ -272,6 +272,23 @@ def test_full_disk_is_reported_and_the_run_goes_on(tiny, pair_store, monkeypatch
     assert (folder / "final.pt").exists()
 
 
+def test_a_log_holds_what_a_run_says_before_it_is_killed(tmp_path):
+    (tmp_path / "checkpoint-000000002.pt").write_bytes(b"torn")
+    script = """if True:
+        import os, sys
+        from pathlib import Path
+        from decur_core.running import checkpoints
+        folder = Path(sys.argv[1])
+        checkpoints.newest(folder, {})
+        checkpoints.save_or_say({}, folder / "checkpoint-000000002.pt" / "of a file", "step 3")
+        os._exit(9)
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", script, tmp_path]
+    said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True).stdout
+    assert "trying the one before" in said and "step 3: checkpoint not written" in said
+
+
 def test_a_file_that_finds_no_room_is_named_with_the_reason(tiny, pair_store, capsys):
     limit, settings = resource.getrlimit(resource.RLIMIT_FSIZE), tiny()
     folder = runs.path(settings, "pretrain", runs.title(settings))

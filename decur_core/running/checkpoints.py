@@ -31,7 +31,7 @@ def save_or_say(state: dict, file: Path, what: str) -> bool:
     try:
         save(state, file)
     except OSError as error:
-        print(f"{what}: checkpoint not written ({error}); the run goes on with the one before")
+        print(f"{what}: checkpoint not written ({error}); the run goes on with the one before", flush=True)
         return False
     return True
 
@@ -157,7 +157,7 @@ def newest(folder: Path, identity: dict) -> dict | None:
         try:
             state = load(file)
         except Damaged as error:
-            print(f"{error}; trying the one before")
+            print(f"{error}; trying the one before", flush=True)
             continue
         same_settings(state["settings"], identity, folder)
         return state

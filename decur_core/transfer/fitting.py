@@ -56,7 +56,7 @@ def _restored(network: nn.Module, optimizer: torch.optim.Optimizer, file: Path, 
     try:
         state = checkpoints.load(file)
     except checkpoints.Damaged as error:
-        print(f"{error}; {desc} begins again")
+        print(f"{error}; {desc} begins again", flush=True)
         return 0
     if state["digest"] != digest:
         return 0
