@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 TINY = {"epochs": 3, "batch_size": 16, "explain_samples": 16, "transfer": {"epochs": 2, "milestones": [1]}}
 WORLD = {"locations": 96, "through_files": 16, "train": 24, "test": 16}
+OWN = {"radar": {"bands": ["VV"], "unit": "8 bits"}, "camera": {"bands": ["B11", "B8", "B3"], "unit": "8 bits"}}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
 
@@ -24,6 +25,16 @@ def execute(path: Path, profile: str, overrides: dict, folder: Path, **options):
     out, parameters = folder / path.name, {"profile": profile, "overrides": overrides}
     papermill.execute_notebook(path, out, parameters, cwd=ROOT, progress_bar=False, **options)
     return nbformat.read(out, as_version=4)
+
+
+def printed(notebook) -> str:
+    return "".join(o.get("text", "") for c in notebook.cells if c.cell_type == "code" for o in c.outputs)
+
+
+def own_places(root: Path, folder: Path) -> dict:
+    """Settings of chapter 02 for a tree of one's own; what it makes lies in the other folder."""
+    data = {"roots": {"mine": str(root)}, "stores": str(folder / "stores"), "processes": 0}
+    return {"modalities": OWN, "data": data, "runs": str(folder / "runs"), "epochs": 2, "batch_size": 16}
 
 
 def figures(notebook) -> int:
@@ -79,14 +90,11 @@ def test_own_data_are_those_of_a_tree_that_links_rearrange(tmp_path, monkeypatch
     count = len(list((tmp_path / "shared").glob("**/OmbriaS1/train/BEFORE/*.png")))
     (lines,) = re.findall(r"```python\n([^`]*ombria_half[^`]*)```", (ROOT / "book/data.md").read_text())
     exec(compile(lines, "data.md", "exec"), {})
-    bands = {"radar": ["VV"], "camera": ["B11", "B8", "B3"]}
-    own = {m: {"bands": names, "unit": "8 bits"} for m, names in bands.items()}
-    places = {"roots": {"mine": str(tmp_path / "here/data/mine")}, "stores": str(tmp_path / "stores"), "processes": 0}
-    small = {"modalities": own, "data": places, "runs": str(tmp_path / "runs"), "epochs": 2, "batch_size": 16}
+    small = own_places(tmp_path / "here/data/mine", tmp_path)
     small |= {"dim_common": 0, "blocks": {"radar+camera": 40, "radar": 24, "camera": 24}}  # as three sensors have them
     (path,) = run.find(["02"], ROOT / "notebooks")
     done = execute(path, "mine", small, tmp_path)
-    said = "".join(o.get("text", "") for c in done.cells if c.cell_type == "code" for o in c.outputs)
+    said = printed(done)
     assert run.is_finished(done) and count > 32 and f"{count} places" in said and "no labels: nothing to score" in said
     assert "radar looks for its own place" in said
     assert len(list((tmp_path / "runs/mine/export").glob("*.safetensors"))) == 2
@@ -103,15 +111,11 @@ def test_own_data_with_masks_are_scored_by_them(tmp_path, kernel):
         Image.fromarray(mask + 1).save(root / f"mask/{k}.png")
     (root / "train.txt").write_text("\n".join(map(str, range(32))))
     (root / "test.txt").write_text("\n".join(map(str, range(32, 40))))
-    bands = {"radar": ["VV"], "camera": ["B11", "B8", "B3"]}
-    own = {m: {"bands": names, "unit": "8 bits"} for m, names in bands.items()}
-    about = {"title": "mine", "modalities": [*own], "splits": ["train", "test"], "masks": ["dry", "wet"]}
-    places = {"roots": {"mine": str(root)}, "stores": str(tmp_path / "stores"), "processes": 0}
-    small = {"modalities": own, "datasets": {"mine": about}, "data": places, "runs": str(tmp_path / "runs")}
-    small |= {"epochs": 2, "batch_size": 16, "crop_size": 20, "transfer": {"epochs": 1, "crop_size": 20}}
+    about = {"title": "mine", "modalities": [*OWN], "splits": ["train", "test"], "masks": ["dry", "wet"]}
+    more = {"datasets": {"mine": about}, "crop_size": 20, "transfer": {"epochs": 1, "crop_size": 20}}
     (path,) = run.find(["02"], ROOT / "notebooks")
-    done = execute(path, "mine", small, tmp_path, **kernel())
-    said = "".join(o.get("text", "") for c in done.cells if c.cell_type == "code" for o in c.outputs)
+    done = execute(path, "mine", own_places(root, tmp_path) | more, tmp_path, **kernel())
+    said = printed(done)
     assert run.is_finished(done) and re.search(r"linear probe: mIoU.* \d+\.\d", said), said
 
 

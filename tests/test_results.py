@@ -265,22 +265,26 @@ def test_the_papers_numbers_are_the_papers():
         assert results.PAPER[name] == json.loads(reference.read_text())[name]
 
 
+def published(profile: str) -> list[dict]:
+    return json.loads((ROOT / f"book/executed/{profile}/records.json").read_text())
+
+
 @pytest.mark.parametrize("profile", ["report", "nyu", "ombria"])
 def test_what_shows_that_a_published_run_was_trained_has_its_settings(profile):
-    kept = json.loads((ROOT / f"book/executed/{profile}/records.json").read_text())
+    kept = published(profile)
     other = {"epochs", "data.sha256"}  # a world that is drawn on another machine differs in its last digits
 
     def about(r: dict) -> tuple:
         return r["pair"], r["method"], {k: v for k, v in r["settings"]["pretraining"].items() if k not in other}
 
-    published = [about(r) for r in kept if not r["variant"] and r["split"] == "test"]
+    main = [about(r) for r in kept if not r["variant"] and r["split"] == "test"]
     shorter = [r for r in kept if r["variant"].startswith("steps")]
-    assert shorter and [r["evaluation"] for r in shorter if about(r) not in published] == []
+    assert shorter and [r["evaluation"] for r in shorter if about(r) not in main] == []
 
 
 @pytest.mark.parametrize("profile", ["report", "nyu", "ombria"])
 def test_published_runs_have_the_main_number_that_did_best_on_held_out_images(profile):
-    kept = json.loads((ROOT / f"book/executed/{profile}/records.json").read_text())
+    kept = published(profile)
     main = dict.fromkeys(("decur", "barlow_twins"), "lambd") | {"vicreg": "vicreg_weights"}
     main |= {"simclr": "temperature", "clip": "learning_rate"}
     for method, name in main.items():
