@@ -26,6 +26,7 @@ from decur_core.data.bigearthnet import (
 )
 from decur_core.data.modality import OPTICAL, SAR
 from decur_core.data.raster import DataError
+from decur_core.data.store import Store
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 REAL, SPLITS = SHARED / "bigearthnet_real", SHARED / "bigearthnet_splits"
@@ -454,6 +455,15 @@ def test_patches_with_snow_and_clouds_of_the_second_release_are_left_out(tree_v2
     for exclude, expected in ((False, 2), (True, 1)):
         settings = config.load("start", {**where, "transfer.exclude": exclude})
         assert len(prepare.reader(settings, "bigearthnet", "train")) == expected
+    where |= {"data.stores": str(tree_v2.parent / "stores"), "data.processes": 0}
+    made = {e: config.load("start", {**where, "transfer.exclude": e}) for e in (False, True)}
+    path = prepare.store(made[False], "bigearthnet", "train")
+    with pytest.raises(config.ConfigError, match=f"{path}: made with transfer.exclude: false; remove it, or set"):
+        prepare.store(made[True], "bigearthnet", "train")
+    shutil.rmtree(path)
+    assert len(Store(prepare.store(made[True], "bigearthnet", "train"))) == 1
+    with pytest.raises(config.ConfigError, match=f"{path}: made with transfer.exclude: true"):
+        prepare.store(made[False], "bigearthnet", "train")
     second.write_bytes(b"PAR1")
     with pytest.raises(DataError, match=f"{second}: cannot be read"):
         BigEarthNetV2(tree_v2, exclude=True)

@@ -62,8 +62,7 @@ def reader(settings: config.Settings, dataset: str, split: str) -> Reader:
             raise DataError(f"{folder}: no sample files of {dataset}; choose data.source published or world")
         return found.samples(Path(settings.data.samples), part)
     if settings.data.source == "published":
-        options = {"exclude": True} if settings.transfer.exclude and found.excludes else {}
-        return found.read(config.root_of(settings, dataset), part, **options)
+        return found.read(config.root_of(settings, dataset), part, **_excluding(settings, found))
     twin = miniature(found)
     parts = twin.parts(settings.world)
     if split == "all" and split not in parts:
@@ -76,6 +75,11 @@ def reader(settings: config.Settings, dataset: str, split: str) -> Reader:
     root = _written(settings, dataset, lambda folder: twin.write(folder, settings.world, written))
     files = found.read(root, part, missing="skip")
     return Joined(files, Part(made, parts[split][len(files) :]))
+
+
+def _excluding(settings: config.Settings, dataset: DataSet) -> dict[str, bool]:
+    told = settings.transfer.exclude and dataset.excludes and settings.data.source == "published"
+    return {"exclude": True} if told else {}
 
 
 def pairs(settings: config.Settings) -> Reader:
@@ -148,6 +152,7 @@ def store(settings: config.Settings, dataset: str, split: str, *, shard: tuple[i
     One that is there is used as it is: its source files may be gone by then. ``options``: of ``convert``.
     """
     target, found, drawn = _target(settings, dataset, split), datasets.find(dataset), settings.data.source == "world"
+    excluding = _excluding(settings, found)
     size = (settings.data.rgbd_height, settings.data.rgbd_width)
     size = miniature(found).size(settings.world) if drawn and found.stored else size
     with contextlib.suppress(DataError):  # unfinished or not there
@@ -155,6 +160,9 @@ def store(settings: config.Settings, dataset: str, split: str, *, shard: tuple[i
         if found.stored and (old := there.shapes[found.modalities[0].name][1:]) != size:
             way = "remove it, or set data.rgbd_height and data.rgbd_width to that"
             raise config.ConfigError(f"{target}: holds images of {old[0]} x {old[1]} px; {way}")
+        if (had := bool(there.meta["data"].get("exclude"))) != bool(excluding):
+            way = f"remove it, or set transfer.exclude: {str(had).lower()}"
+            raise config.ConfigError(f"{target}: made with transfer.exclude: {str(had).lower()}; {way}")
         if not there.meta["quarantined"] or not options.get("retry"):
             return there.path
     images = reader(settings, dataset, split)
@@ -162,7 +170,7 @@ def store(settings: config.Settings, dataset: str, split: str, *, shard: tuple[i
     preprocessing = {m.name: _measured(settings, m, target, images) for m in found.modalities}
     about = {"name": found.name, "title": miniature(found).title if drawn else found.title, "split": split}
     classes = list(found.task.classes) if found.task and getattr(images, "labelled", True) else []
-    about |= {"source": settings.data.source, "drawn": drawn, "classes": classes}
+    about |= {"source": settings.data.source, "drawn": drawn, "classes": classes, **excluding}
     options |= {"preprocessing": preprocessing, "shard": shard, "workers": settings.data.processes}
     print(conversion.convert(images, target, about=about, **options))
     return target
