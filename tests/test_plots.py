@@ -37,7 +37,7 @@ def test_a_label_tells_its_method():
     assert styles.method_of("Barlow Twins, single modality, sar, seed 0") == "barlow_twins_single"
     assert styles.method_of("Barlow Twins, seed 3") == "barlow_twins" and styles.method_of("DeCUR") == "decur"
     assert styles.method_of("within modality 1") is None
-    assert styles.named("rgb, common") == "RGB, common" and styles.named("depth") == "depth"
+    assert styles.title("rgb, common") == "RGB, common" and styles.title("depth") == "depth"
     assert styles.title("sar+dem") == "SAR + elevation" and styles.title("intra/hha") == "intra-modal, HHA"
     assert styles.colour("intra/sar") == styles.colour("sar") and styles.colour("nobody") == styles.colour("nobody")
 

@@ -160,9 +160,9 @@ def store(settings: config.Settings, dataset: str, split: str, *, shard: tuple[i
         if found.stored and (old := there.shapes[found.modalities[0].name][1:]) != size:
             way = "remove it, or set data.rgbd_height and data.rgbd_width to that"
             raise config.ConfigError(f"{target}: holds images of {old[0]} x {old[1]} px; {way}")
-        if (had := bool(there.meta["data"].get("exclude"))) != bool(excluding):
-            way = f"remove it, or set transfer.exclude: {str(had).lower()}"
-            raise config.ConfigError(f"{target}: made with transfer.exclude: {str(had).lower()}; {way}")
+        had, asked = (str(bool(x)).lower() for x in (there.meta["data"].get("exclude"), excluding))
+        if had != asked:
+            raise config.ConfigError(f"{target}: made with transfer.exclude: {had}; remove it, or set that")
         if not there.meta["quarantined"] or not options.get("retry"):
             return there.path
     images = reader(settings, dataset, split)

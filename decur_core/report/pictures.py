@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from decur_core.data.modality import Modality
-from decur_core.report.styles import WIDEST, figure, legend, modalities, named, title
+from decur_core.report.styles import WIDEST, figure, legend, modalities, title
 
 COLOURS = (("red", "green", "blue"), ("B4", "B3", "B2"))  # names of bands that make a picture
 LABELS = ("mask", "predicted")  # classes of pixels in a reader's item
@@ -116,7 +116,7 @@ def scenes(samples: Sequence[dict], kinds: Sequence[str], *, classes: Sequence[s
     rows = [[cell(kind, s[kind]) for s in samples] for kind in kinds]
     names = [str(s["id"]).split("/")[-1] for s in samples]
     rows[0] = [(image, text or name) for name, (image, text) in zip(names, rows[0], strict=True)]
-    made, _ = _mosaic(rows, [named(kind) for kind in kinds], width=1.6, cmap="cividis")
+    made, _ = _mosaic(rows, [title(kind) for kind in kinds], width=1.6, cmap="cividis")
     seen = sorted({k for s in samples for kind in kinds if kind in LABELS for k in np.unique(s[kind]).tolist()})
     if seen and classes:
         legend(made, [Patch(color=colours[k], label=classes[k].replace("$", r"\$")) for k in seen])
@@ -150,7 +150,7 @@ def bands(image: np.ndarray, names: Sequence[str], unit: str) -> Figure:
 def views(rows: dict[str, np.ndarray]) -> Figure:
     """Augmented views: one row per entry, images N x C x H x W in [0, 1], in colour where they have any."""
     cells = [[(picture(x, name), "") for x in images] for name, images in rows.items()]
-    return _mosaic(cells, [named(name) for name in rows], width=1.2)[0]
+    return _mosaic(cells, [title(name) for name in rows], width=1.2)[0]
 
 
 def saliency(rows: Sequence[dict[str, np.ndarray]], columns: Sequence[str]) -> Figure:
@@ -161,7 +161,7 @@ def saliency(rows: Sequence[dict[str, np.ndarray]], columns: Sequence[str]) -> F
     """
     pairs = [[row[n] if isinstance(row[n], tuple) else (row[n], None) for n in columns] for row in rows]
     cells = [[(picture(x, n.split(", ")[0]), "") for (x, _), n in zip(row, columns, strict=True)] for row in pairs]
-    cells[0] = [(x, named(n).replace(", ", ",\n")) for (x, _), n in zip(cells[0], columns, strict=True)]
+    cells[0] = [(x, title(n).replace(", ", ",\n")) for (x, _), n in zip(cells[0], columns, strict=True)]
     made, axes = _mosaic(cells, [""] * len(rows), width=1.5)
     for axis, (_, heat) in zip(axes.flat, (cell for row in pairs for cell in row), strict=True):
         if heat is not None and np.ptp(heat) == 0:

@@ -44,7 +44,9 @@ def modalities() -> dict[str, Modality]:
 
 
 def title(name: str) -> str:
-    """What readers call a method, modalities (``sar+optical``, ``sar before``) or a loss term (``intra/sar``)."""
+    """What readers call a method, modalities (``sar+optical``, ``sar before``, ``sar, common``) or a loss term."""
+    if ", " in name:
+        return ", ".join(map(title, name.split(", ")))
     head, _, rest = name.partition(" ")
     if rest and head in modalities():
         return f"{title(head)} {rest}"
@@ -60,11 +62,6 @@ def title(name: str) -> str:
 def given(inputs: str, kinds: Iterable[str]) -> str:
     """The title of what a network is given, among the ``kinds`` of a task: both of more than two sensors are all."""
     return "all sensors" if inputs == "both" and any("+" in kind for kind in kinds) else title(inputs)
-
-
-def named(words: str) -> str:
-    """``rgb, common`` as readers know it: the ``title`` of every part between commas."""
-    return ", ".join(map(title, words.split(", ")))
 
 
 def colour(name: str) -> str:
