@@ -4,14 +4,17 @@ import json
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import make_store
 
 from decur_core import explain, pretrain
 from decur_core.data.modality import DEM, OPTICAL, SAR
+from decur_core.data.raster import DataError
 from decur_core.data.store import Store
 from decur_core.explain import embeddings, saliency
 from decur_core.model import MultimodalModel
@@ -36,6 +39,19 @@ def test_embeddings_do_not_depend_on_the_batch(tiny, pair_store):
         assert z.shape == (7, 8)
         torch.testing.assert_close(z, two[name], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(explain.embed_members({"a": folder}, pair_store, samples=7)["a"], one)
+
+
+def test_images_that_were_mapped_otherwise_are_not_explained(tiny, pair_store, tmp_path):
+    settings = tiny(epochs=1)
+    folder, darker = pretrain.run(settings, pair_store), replace(SAR, mean=(-10.0, -17.0))
+    other = make_store(tmp_path / "other", count=8, seasons=1, labels=False, modalities=(darker, OPTICAL))
+    for explained in (
+        lambda: explain.embed_members({"a": folder}, other, samples=4),
+        lambda: explain.statistics(settings, folder, other, samples=4),
+        lambda: explain.example_maps(settings, folder, other, count=2),
+    ):
+        with pytest.raises(DataError, match="sar was converted with another preprocessing"):
+            explained()
 
 
 def test_blocks_are_named_by_those_who_share_them():

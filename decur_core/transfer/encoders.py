@@ -91,5 +91,10 @@ def alike(modalities: Iterable[Modality], images: Iterable[Tensor], policy: Poli
 
 
 def images(store: Store, modalities: Iterable[Modality], rows: Sequence[int], size: int, device="cpu") -> dict:
-    """Of every modality, by name, float N x channels x size x size: whole images of the first season (``plain``)."""
-    return {m.name: alike([m], [stored(store, m.name, rows, device)], plain(size))[0] for m in modalities}
+    """Of every modality, by name, float N x channels x size x size: whole images of the first season (``plain``).
+
+    DataError: the store was converted with another preprocessing than theirs, that of the encoders.
+    """
+    every = {m.name: m for m in modalities}
+    store.check({name: m.mapping() for name, m in every.items()})
+    return {name: alike([m], [stored(store, name, rows, device)], plain(size))[0] for name, m in every.items()}
