@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_store
 
-from decur_core import explain, pretrain
+from decur_core import backbones, explain, pretrain
 from decur_core.data.modality import DEM, OPTICAL, SAR
 from decur_core.data.raster import DataError
 from decur_core.data.store import Store
@@ -189,6 +189,28 @@ def test_gradcam_is_the_gradient_weighted_map_of_the_last_convolution(target):
         largest.append(found.max())
     assert max(largest) > 0
     handle.remove()
+
+
+def test_a_network_that_overwrites_its_last_map_is_explained_and_left_as_it_is(monkeypatch):
+    """Of a convolution without a normalisation, the activation in place takes the map that GradCAM weighs."""
+
+    def build(name, channels):
+        return torch.nn.Sequential(torch.nn.Conv2d(channels, 8, 3, 2), torch.nn.ReLU(inplace=True), backbones._Mean())
+
+    monkeypatch.setitem(backbones.BACKBONES, "own", backbones.Backbone(build, (8,), lambda network, images: []))
+    torch.manual_seed(0)
+    model, images = MultimodalModel("own", {"rgb": 3, "sar": 2}, (4,)).eval(), torch.rand(3, 3, 24, 24)
+    target = explain.CommonUnique(model, "rgb", (range(3), range(3, 4)), torch.zeros(4), torch.ones(4))
+    layer, _, mean = model.backbones["rgb"]
+    assert model.backbones["rgb"][1].inplace
+    for part in (0, 1):
+        kept = layer(images)
+        out = model.projectors["rgb"](mean(kept.relu())) @ target.weights[:, part]
+        (gradient,) = torch.autograd.grad(out.sum(), kept)
+        weighted = (gradient.mean((2, 3), keepdim=True) * kept).sum(1, keepdim=True).clamp_min(0)
+        expected = F.interpolate(weighted, size=(24, 24), mode="bilinear", align_corners=False)[:, 0].detach()
+        assert expected.max() > 0
+        torch.testing.assert_close(explain.gradcam(target, images, part), expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize(("backbone", "size"), [("resnet18", 64), ("mit_b0", 64)])
