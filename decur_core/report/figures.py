@@ -71,8 +71,7 @@ def correlation(matrices: dict[str, np.ndarray], *, dim_common: int | None = Non
 def history(runs: dict[str, Sequence[dict]], *, smooth: int = 1) -> Figure:
     """The terms of the loss over the steps, one panel per run; ``smooth``: steps averaged for the thick line.
 
-    Shown are ``total``, ``common``, ``unique`` and the terms of single modalities or pairs, such as ``intra/sar``. The
-    scale is logarithmic, its ticks are written out.
+    Shown, on a logarithmic scale: ``total``, ``common``, ``unique`` and those of modalities or pairs (``intra/sar``).
     """
     made, axes = grid(len(runs), 2, width=3.6, height=2.6 + 0.6 / max(1, len(runs)))
     for axis, (label, lines) in zip(axes, runs.items(), strict=True):
