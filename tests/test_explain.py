@@ -107,6 +107,17 @@ def test_tsne_lays_aligned_dimensions_on_top_of_each_other_and_unique_ones_apart
     np.testing.assert_array_equal(place, explain.tsne(z1, z2))
 
 
+def test_embeddings_that_a_network_has_just_made_are_looked_at_as_they_are():
+    """As ``model.embed`` gives them: with the graph that leads back to the weights."""
+    z1, z2 = torch.randn(2, 40, 6, generator=torch.Generator().manual_seed(0))
+    made = [(each * torch.ones(6, requires_grad=True)) for each in (z1, z2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert explain.effective_rank(made[0]) == explain.effective_rank(z1)
+        np.testing.assert_array_equal(explain.tsne(*made), explain.tsne(z1, z2))
+        assert torch.equal(explain.retrieval(*made), explain.retrieval(z1, z2))
+
+
 DEGENERATE = """
 import numpy as np, torch
 from decur_core import explain
