@@ -4,14 +4,17 @@ import json
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import make_store
 
-from decur_core import explain, pretrain
+from decur_core import backbones, explain, pretrain
 from decur_core.data.modality import DEM, OPTICAL, SAR
+from decur_core.data.raster import DataError
 from decur_core.data.store import Store
 from decur_core.explain import embeddings, saliency
 from decur_core.model import MultimodalModel
@@ -36,6 +39,19 @@ def test_embeddings_do_not_depend_on_the_batch(tiny, pair_store):
         assert z.shape == (7, 8)
         torch.testing.assert_close(z, two[name], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(explain.embed_members({"a": folder}, pair_store, samples=7)["a"], one)
+
+
+def test_images_that_were_mapped_otherwise_are_not_explained(tiny, pair_store, tmp_path):
+    settings = tiny(epochs=1)
+    folder, darker = pretrain.run(settings, pair_store), replace(SAR, mean=(-10.0, -17.0))
+    other = make_store(tmp_path / "other", count=8, seasons=1, labels=False, modalities=(darker, OPTICAL))
+    for explained in (
+        lambda: explain.embed_members({"a": folder}, other, samples=4),
+        lambda: explain.statistics(settings, folder, other, samples=4),
+        lambda: explain.example_maps(settings, folder, other, count=2),
+    ):
+        with pytest.raises(DataError, match="sar was converted with another preprocessing"):
+            explained()
 
 
 def test_blocks_are_named_by_those_who_share_them():
@@ -89,6 +105,17 @@ def test_tsne_lays_aligned_dimensions_on_top_of_each_other_and_unique_ones_apart
     distance = np.linalg.norm(place[:24] - place[24:], axis=1)
     assert distance[:12].max() < distance[12:].min()
     np.testing.assert_array_equal(place, explain.tsne(z1, z2))
+
+
+def test_embeddings_that_a_network_has_just_made_are_looked_at_as_they_are():
+    """As ``model.embed`` gives them: with the graph that leads back to the weights."""
+    z1, z2 = torch.randn(2, 40, 6, generator=torch.Generator().manual_seed(0))
+    made = [(each * torch.ones(6, requires_grad=True)) for each in (z1, z2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert explain.effective_rank(made[0]) == explain.effective_rank(z1)
+        np.testing.assert_array_equal(explain.tsne(*made), explain.tsne(z1, z2))
+        assert torch.equal(explain.retrieval(*made), explain.retrieval(z1, z2))
 
 
 DEGENERATE = """
@@ -173,6 +200,28 @@ def test_gradcam_is_the_gradient_weighted_map_of_the_last_convolution(target):
         largest.append(found.max())
     assert max(largest) > 0
     handle.remove()
+
+
+def test_a_network_that_overwrites_its_last_map_is_explained_and_left_as_it_is(monkeypatch):
+    """Of a convolution without a normalisation, the activation in place takes the map that GradCAM weighs."""
+
+    def build(name, channels):
+        return torch.nn.Sequential(torch.nn.Conv2d(channels, 8, 3, 2), torch.nn.ReLU(inplace=True), backbones._Mean())
+
+    monkeypatch.setitem(backbones.BACKBONES, "own", backbones.Backbone(build, (8,), lambda network, images: []))
+    torch.manual_seed(0)
+    model, images = MultimodalModel("own", {"rgb": 3, "sar": 2}, (4,)).eval(), torch.rand(3, 3, 24, 24)
+    target = explain.CommonUnique(model, "rgb", (range(3), range(3, 4)), torch.zeros(4), torch.ones(4))
+    layer, _, mean = model.backbones["rgb"]
+    assert model.backbones["rgb"][1].inplace
+    for part in (0, 1):
+        kept = layer(images)
+        out = model.projectors["rgb"](mean(kept.relu())) @ target.weights[:, part]
+        (gradient,) = torch.autograd.grad(out.sum(), kept)
+        weighted = (gradient.mean((2, 3), keepdim=True) * kept).sum(1, keepdim=True).clamp_min(0)
+        expected = F.interpolate(weighted, size=(24, 24), mode="bilinear", align_corners=False)[:, 0].detach()
+        assert expected.max() > 0
+        torch.testing.assert_close(explain.gradcam(target, images, part), expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize(("backbone", "size"), [("resnet18", 64), ("mit_b0", 64)])

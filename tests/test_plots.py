@@ -60,6 +60,16 @@ def test_losses_have_plain_ticks_and_one_legend():
         assert any(texts) and all(float(t) > 0 for t in texts if t)
 
 
+def test_terms_that_begin_later_are_drawn_from_there_on():
+    """A run with ``dim_common: auto`` begins with intra-modal terms alone; the others come with the split."""
+    lines = [{"step": k, "total": 9.0 - k, "intra/sar": 5.0} for k in (1, 2)]
+    lines += [{"step": k, "total": 9.0 - k, "common": 1.0, "unique": 2.0, "intra/sar": 5.0} for k in (3, 4, 5)]
+    figure = plots.history({"DeCUR, auto": lines}, smooth=2)
+    drawn = {line.get_label(): line.get_xdata().tolist() for line in figure.axes[0].lines if line.get_linewidth() > 1}
+    late, whole = [4, 5], [2, 3, 4, 5]
+    assert drawn == {"total": whole, "intra-modal, SAR": whole, "common": late, "unique": late}
+
+
 def test_without_a_run_there_is_an_empty_panel():
     """Chapters draw runs of seed 0, which a profile need not have."""
     assert not plots.history({}).axes[0].axison and not plots.correlation({}, dim_common=2).axes[0].axison

@@ -217,6 +217,16 @@ def test_scores_follow_from_the_entries_one_by_one():
     assert found["right"] == 0.5 and np.isnan(found["own factors, common block"])
 
 
+def test_a_factor_without_a_ceiling_counts_nowhere_even_where_it_has_no_block():
+    """Of three modalities: the factor of two of them, by a method whose embeddings have no block of just these."""
+    whole = {m: {"all": 0.9, "ab": np.nan, "a": 0.9 * (m == "a")} for m in ("a", "b", "c")}
+    blocks_of = {(m, "a+b+c"): values | {"a": 0.0} for m, values in whole.items()}
+    blocks_of |= {(m, m): values | {"all": 0.0} for m, values in whole.items()}
+    found = probe.scores(blocks_of, {"all": "common", "ab": "a+b", "a": "a"})
+    assert found["right"] == found["best block"] == pytest.approx(0.9) and found["wrong"] == 0
+    assert found["common factors, common block"] == pytest.approx(0.9)
+
+
 def test_shares_of_the_ceiling_leave_alone_what_a_modality_does_not_carry():
     held = table({"common 1": (0.4, 0.3, 0.02), "unique 2": (0.4, 0.03, 0.3)})
     ceilings = {"sar": {"c": [0.7, 0.9], "a": [0.6], "b": [-0.1]}, "optical": {"c": [0.5], "a": [0.01], "b": [0.75]}}

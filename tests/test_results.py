@@ -334,6 +334,22 @@ def test_a_higher_mean_of_other_seeds_is_not_called_a_lead():
     assert text.endswith("; it is behind, over the seeds of both, DeCUR (by -10.2 ± 0.4).")
 
 
+def test_no_sentence_is_made_of_what_is_not_a_number_and_none_calls_a_tie_a_lead():
+    nan, other = float("nan"), {"B": {0: 40.0, 1: 41.0}}
+    one = "score: nobody is ahead; the highest mean, A's 60.0 (1 seed), is not told from B (by 19.0)."
+    for seeds, text in (({0: nan, 1: nan}, "score: B has 40.5 ± 0.7 (2 seeds)."), ({0: nan, 1: 60.0}, one)):
+        for values in ({"A": seeds} | other, other | {"A": seeds}):
+            assert sentences.compare(values, "score") == text
+    with pytest.raises(ValueError, match="no measurement of score"):
+        sentences.compare({"A": {0: nan}}, "score")
+    rounding = {"A": dict.fromkeys(range(3), 0.3), "B": dict.fromkeys(range(3), 0.1 + 0.2)}
+    close = {"A": {0: 50.03, 1: 50.04}, "B": {0: 50.0, 1: 50.01}}
+    for values in (rounding, close):
+        text = sentences.compare(values, "score")
+        assert "nobody is ahead" in text and "(by 0.0 ± 0.0)" in text
+    assert "is ahead of B (by 0.03 ± 0.00)" in sentences.compare(close, "score", digits=2)
+
+
 def test_everything_of_three_sensors_is_not_called_both():
     found = [record("decur", 0, 50.0), {**record("decur", 0, 40.0), "inputs": "sar+dem"}]
     task = {"protocol": "linear", "inputs": "both", "fraction": 0.01}

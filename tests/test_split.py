@@ -245,6 +245,8 @@ def test_warnings_name_what_limits_the_estimate():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         split.estimate(*views)
+        noiseless = split.estimate(*pair(3, (5, 2), n=1024, noise=0))
+        assert (noiseless.shared, noiseless.rank_1, noiseless.rank_2) == (3, 8, 5)  # all that there is in 32 features
     with pytest.warns(UserWarning, match="512 of 1024 rows of 1 repeat others"):
         split.estimate(*(np.concatenate([h[:512], h[:512]]) for h in views))
     with pytest.warns(UserWarning, match="200 samples show no more than 10 directions of 1"):

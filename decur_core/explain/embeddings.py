@@ -72,7 +72,7 @@ def effective_rank(z_NK: Tensor) -> float:
     """
     if not z_NK.isfinite().all():
         raise ValueError("the embedding holds NaN or infinity; look at the loss of the run, which may have diverged")
-    spectrum = torch.linalg.eigvalsh(losses.cross_correlation(z_NK, z_NK).double()).clamp_min(0)
+    spectrum = torch.linalg.eigvalsh(losses.cross_correlation(z_NK, z_NK).detach().double()).clamp_min(0)
     if not spectrum.any():
         return 0.0
     share = spectrum / spectrum.sum()
@@ -100,7 +100,7 @@ def tsne(*z: Tensor, seed: int = 0, perplexity: float = 30.0) -> np.ndarray:
         raise ValueError(f"embeddings of shapes {found}; a map needs 2 samples or more, and 4 dimensions in all")
     if bad := sum(int((~each.isfinite()).any(0).sum()) for each in z):
         raise ValueError(f"{bad} dimensions hold NaN or infinity; look at the loss of the run, which may have diverged")
-    points = torch.cat([losses.standardise(each) for each in z], dim=1).T.contiguous().numpy()
+    points = torch.cat([losses.standardise(each.detach().cpu()) for each in z], dim=1).T.contiguous().numpy()
     if np.ptp(points, axis=0).max() < 1e-6:  # scikit-learn would divide by their spread, and its C code crash
         raise ValueError("every dimension has the same values, so there is no map: this embedding has collapsed")
     from sklearn.manifold import TSNE  # here: with scipy it takes a second
@@ -119,4 +119,4 @@ def neighbours(z1: Tensor, z2: Tensor) -> Tensor:
 
 def retrieval(z1: Tensor, z2: Tensor) -> Tensor:
     """At which place among its ``neighbours`` every sample finds itself, from 0 on: N whole numbers."""
-    return (neighbours(z1, z2) == torch.arange(len(z1))[:, None]).int().argmax(1)
+    return (neighbours(z1, z2) == torch.arange(len(z1), device=z1.device)[:, None]).int().argmax(1)

@@ -267,7 +267,7 @@ def scores(table: Table, seen_by: Mapping[str, str]) -> dict[str, float]:
                 impossible += [value for value in there.values() if value == value]
                 continue
             best.append(np.maximum(0, max(there.values())))
-            for block, value in ({home: 0.0} | there).items():
+            for block, value in ({home: 0 * best[-1]} | there).items():  # not a number stays so without a block too
                 value = np.maximum(0, value)
                 (right if block == home else wrong).append(value)
                 if block in (home, m) or home == m:  # of several common blocks only the right one counts as common

@@ -38,9 +38,6 @@ class CommonUnique(nn.Module):
     def __init__(self, model: MultimodalModel, modality: str, parts: Sequence[list[int]], mean: Tensor, std: Tensor):
         super().__init__()
         self.model, self.modality = model.eval(), modality
-        for module in self.model.modules():
-            if isinstance(module, nn.ReLU):
-                module.inplace = False  # attribution needs what an in-place activation overwrites
         scale = torch.where(std > 1e-6 * mean.abs().max().clamp_min(1e-6), 1 / std, 0.0)
         weights = torch.zeros(len(mean), len(parts))
         for k, part in enumerate(parts):

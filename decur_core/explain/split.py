@@ -147,7 +147,7 @@ def estimate_many(
     for m in names:  # what is shared is content, be it less reproducible than the rest
         pairs = [r - joint for pair, r in shared.items() if m in pair.split("+")]
         ranks[m] = max(int((spectra[m] > REPRODUCIBLE).sum()), joint + sum(pairs))
-        if ranks[m] == len(spectra[m]) < arrays[m][0].shape[1]:
+        if ranks[m] == len(spectra[m]) == len(folds.rows) // 20 < arrays[m][0].shape[1]:  # of ``_reduced``
             warnings.warn(f"{n} samples show no more than {ranks[m]} directions of {m}; maybe there are", stacklevel=2)
     return Splits(ranks, shared, joint, spectra, thresholds)
 

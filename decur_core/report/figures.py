@@ -71,14 +71,14 @@ def correlation(matrices: dict[str, np.ndarray], *, dim_common: int | None = Non
 def history(runs: dict[str, Sequence[dict]], *, smooth: int = 1) -> Figure:
     """The terms of the loss over the steps, one panel per run; ``smooth``: steps averaged for the thick line.
 
-    Shown are ``total``, ``common``, ``unique`` and the terms of single modalities or pairs, such as ``intra/sar``. The
-    scale is logarithmic, its ticks are written out.
+    Shown, on a logarithmic scale: ``total``, ``common``, ``unique`` and those of modalities or pairs (``intra/sar``).
     """
     made, axes = grid(len(runs), 2, width=3.6, height=2.6 + 0.6 / max(1, len(runs)))
     for axis, (label, lines) in zip(axes, runs.items(), strict=True):
-        steps, used = [line["step"] for line in lines], []
-        for name in [n for n in (lines[0] if lines else ()) if n in ("total", "common", "unique") or "/" in n]:
-            values, paint = [line[name] for line in lines], colour(name)
+        terms, used = dict.fromkeys(n for line in lines for n in line), []  # some begin once a run has found its split
+        for name in [n for n in terms if n in ("total", "common", "unique") or "/" in n]:
+            steps, values = zip(*((line["step"], line[name]) for line in lines if name in line), strict=True)
+            paint = colour(name)
             axis.plot(steps, values, color=paint, lw=0.5, alpha=0.35)
             width, dashes = min(smooth, len(values)), DASHES[used.count(paint) % len(DASHES)]
             mean = np.convolve(values, np.ones(width) / width, mode="valid")

@@ -28,9 +28,10 @@ def compare(values: Mapping[str, Mapping[int, float]], what: str, *, digits: int
     """A sentence on which method has most of ``what``: method -> seed -> value, the higher the better.
 
     It names the highest mean, the methods that it is ahead of, and those that it cannot be told from, with the paired
-    differences; of one method its number alone.
+    differences; of one method its number alone. What is not a number is left out; a lead that rounds to 0 is none.
     """
-    if not (values := {name: seeds for name, seeds in values.items() if seeds}):
+    numbers = {name: {seed: v for seed, v in seeds.items() if v == v} for name, seeds in values.items()}
+    if not (values := {name: seeds for name, seeds in numbers.items() if seeds}):
         raise ValueError(f"no measurement of {what} to make a sentence of")
     means = {name: spread([*seeds.values()]) for name, seeds in values.items()}
     first = max(means, key=lambda name: means[name][0])
@@ -43,7 +44,8 @@ def compare(values: Mapping[str, Mapping[int, float]], what: str, *, digits: int
     for name in [name for name in values if name != first]:
         difference = paired(values[first], values[name])
         number = f"by {tables.number(*difference, digits)}" if difference[0] is not None else "no seed in common"
-        group = close if not told(difference) else ahead if difference[0] > 0 else behind
+        lead = round(difference[0], digits) if told(difference) else 0
+        group = ahead if lead > 0 else behind if lead < 0 else close
         group.append(f"{name} ({number})")
     verbs = {"is not told from": close, "is behind, over the seeds of both,": behind}
     rest = [f"{verb} {_listed(names)}" for verb, names in verbs.items() if names]
@@ -87,7 +89,6 @@ def of_matrices(
     values: dict[str, dict[int, float]] = {}
     for label, by_kernel in by_run.items():
         seed = re.search(r", seed (\d+)", label)
-        value = scores(by_kernel[kernel], seen_by)[score]
-        if value == value:  # not a number where a factor has no ceiling
-            values.setdefault(method(label), {})[int(seed[1]) if seed else 0] = value
+        found = scores(by_kernel[kernel], seen_by)[score]
+        values.setdefault(method(label), {})[int(seed[1]) if seed else 0] = found
     return compare(values, f"{COLUMNS.get(score, score)}, {kernel} probe", digits=2)

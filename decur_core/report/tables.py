@@ -78,9 +78,8 @@ def _column(task: tuple) -> str:
 def markdown(rows: Sequence[dict], *, numbers: int = 2) -> str:
     """Rows of ``summary`` as Markdown tables: one per number and kind of inputs, methods as rows, DeCUR first.
 
-    ``numbers``: 1 leaves out the second.
-
     Mean ± standard deviation over seeds where there is more than one; the best of a column in bold; Δ: ``difference``.
+    ``numbers``: 1 leaves out the second.
     """
     parts, kinds = [], sorted({r["inputs"] for r in rows}, key=order)
     for (k, (mean, more)), inputs in itertools.product(enumerate(PAIR[:numbers]), kinds):

@@ -1,6 +1,6 @@
 """What trained networks are given: the encoders of a finished run, and whole images or views from a store."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -90,6 +90,9 @@ def alike(modalities: Iterable[Modality], images: Iterable[Tensor], policy: Poli
     ]
 
 
-def images(store: Store, modalities: Iterable[Modality], rows: Sequence[int], size: int, device="cpu") -> dict:
-    """Of every modality, by name, float N x channels x size x size: whole images of the first season (``plain``)."""
+def images(store: Store, modalities: Collection[Modality], rows: Sequence[int], size: int, device="cpu") -> dict:
+    """Of every modality, by name, float N x channels x size x size: whole images of the first season (``plain``).
+    DataError: the store was converted with another preprocessing than theirs.
+    """
+    store.check({m.name: m.mapping() for m in modalities})
     return {m.name: alike([m], [stored(store, m.name, rows, device)], plain(size))[0] for m in modalities}
