@@ -68,7 +68,7 @@ def kernel(folder):
 def test_runs_to_its_last_cell_and_shows_its_figures(path, folder, kernel):
     # What is common is read from features, which takes some images and some training: longer runs, of its own.
     longer = path.name[:2] == "42"
-    more = {"epochs": 4, "batch_size": 32, "world": {**WORLD, "locations": 256}} if longer else {}
+    more = {"epochs": 4, "auto_share": 0.5, "batch_size": 32, "world": {**WORLD, "locations": 256}} if longer else {}
     runs = folder / ("longer" if longer else "runs")
     places = {"runs": str(runs), "data": {"stores": str(folder / "stores"), "processes": 0}}
     done = execute(path, "start", {**TINY, "world": WORLD, **places, **more}, folder, **kernel())
