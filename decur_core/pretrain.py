@@ -267,6 +267,8 @@ def _train(settings: Settings, store: Store, folder: Path, identity: dict, total
         if state:
             print(f"{folder.name}: resumes after step {start} of {total}", flush=True)
         runs.remove_torn(folder)
+        for damaged in checkpoints.files(folder, after=start):  # they would be taken for newer than what comes now
+            damaged.unlink()
         history.keep(folder, start)
         about = {"settings": config.to_dict(settings), "trained": runs.trained(settings), "processes": world}
         about |= {"data": store.meta.get("data", {}), "provenance": runs.provenance()}

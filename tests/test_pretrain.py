@@ -211,6 +211,23 @@ def test_both_checkpoints_damaged_start_the_run_again(tiny, pair_store, monkeypa
     assert [line["step"] for line in history.read(folder)] == list(range(1, 17))
 
 
+def test_a_run_that_begins_again_keeps_its_new_checkpoints(tiny, pair_store, monkeypatch, capsys):
+    settings = tiny()
+    folder, calls = runs.path(settings, "pretrain", runs.title(settings)), stop_after(12, monkeypatch)
+    with pytest.raises(pretrain.Interrupted):
+        pretrain.run(settings, pair_store)
+    for file in checkpoints.files(folder):
+        file.write_bytes(bytes(file.stat().st_size))
+    stop_after(5, monkeypatch)
+    with pytest.raises(pretrain.Interrupted, match="after step 5 of 16"):
+        pretrain.run(settings, pair_store)
+    assert "no checkpoint can be read; the run begins again" in capsys.readouterr().out
+    assert [f.name for f in checkpoints.files(folder)] == ["checkpoint-000000003.pt", "checkpoint-000000005.pt"]
+    calls.clear()
+    pretrain.run(settings, pair_store)
+    assert len(calls) == 11, "goes on after step 5"
+
+
 @pytest.mark.parametrize("damage", [truncated, changed, misled, folded])
 def test_a_damaged_end_is_named_with_the_way_out(tiny, pair_store, damage):
     file = pretrain.run(tiny(epochs=1), pair_store) / "final.pt"

@@ -139,9 +139,10 @@ def read_weights(path: Path | str) -> dict:
     return content
 
 
-def files(folder: Path) -> list[Path]:
-    """The checkpoints of an unfinished run, oldest first; a copy that someone made under another name is none."""
-    return sorted(f for f in folder.glob("checkpoint-*.pt") if f.stem.removeprefix("checkpoint-").isdecimal())
+def files(folder: Path, after: int = -1) -> list[Path]:
+    """The checkpoints of an unfinished run ``after`` a step, oldest first; a copy under another name is none."""
+    steps = {f: f.stem.removeprefix("checkpoint-") for f in folder.glob("checkpoint-*.pt")}
+    return sorted(f for f, step in steps.items() if step.isdecimal() and int(step) > after)
 
 
 def remove(folder: Path) -> None:
@@ -161,6 +162,8 @@ def newest(folder: Path, identity: dict) -> dict | None:
             continue
         same_settings(state["settings"], identity, folder)
         return state
+    if files(folder):
+        print(f"{folder.name}: no checkpoint can be read; the run begins again", flush=True)
     return None
 
 
