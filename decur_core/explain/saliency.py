@@ -131,12 +131,10 @@ def _stream(file: Path, about: dict, rows: range, size: int, compute: Callable[[
         lines = [about]
     runs.write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
     starts = rows[(len(lines) - 1) * size :: size]
-    with open(file, "a") as out:
-        total = len(range(0, len(rows), size))
-        for start in runs.progress(starts, desc=file.stem, initial=len(lines) - 1, total=total):
-            lines.append(compute(rows[start : start + size]))
-            out.write(json.dumps(lines[-1]) + "\n")
-            out.flush()
+    total = len(range(0, len(rows), size))
+    for start in runs.progress(starts, desc=file.stem, initial=len(lines) - 1, total=total):
+        lines.append(compute(rows[start : start + size]))
+        history.append(file, lines[-1:])
     return lines[1:]
 
 

@@ -145,9 +145,9 @@ def files(folder: Path, after: int = -1) -> list[Path]:
     return sorted(f for f, step in steps.items() if step.isdecimal() and int(step) > after)
 
 
-def remove(folder: Path) -> None:
-    """Remove the checkpoints of a finished run, as far as the disk can be written."""
-    for file in files(folder):
+def remove(folder: Path, *, after: int = -1, keep: int = 0) -> None:
+    """Remove checkpoints ``after`` a step but the last ``keep``, as far as the disk can be written."""
+    for file in files(folder, after)[: -keep or None]:
         with contextlib.suppress(OSError):  # they do no harm where they are
             file.unlink()
 
