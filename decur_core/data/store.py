@@ -248,7 +248,10 @@ def _joined(path: Path) -> StoreWriter:
 
 
 def _begin(path: Path, wanted: dict, *, retry: bool) -> None:
-    """Note what is to be stored and make the files, `state` last: where it is missing, they are not all there."""
+    """Note what is to be stored and make the files, `state` last: where it is missing, they are not all there.
+
+    Of a finished store, half copied for instance, none is made anew: it would pass for whole with nothing in it.
+    """
     index = load(path)
     if index is None:
         if foreign := [file for each in arrays.files(wanted).values() for file, *_ in each if (path / file).exists()]:
@@ -261,7 +264,7 @@ def _begin(path: Path, wanted: dict, *, retry: bool) -> None:
         raise DataError(f"{path}: {what}; choose another path")
     elif retry and index["finished"] and index["quarantined"]:
         arrays.save(path, index | {"finished": False})
-    if not (path / "state.npy").exists():
+    if not (path / "state.npy").exists() and not (index or wanted)["finished"]:
         arrays.make(path, index or wanted)
 
 
