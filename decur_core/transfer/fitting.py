@@ -110,7 +110,7 @@ def fit(
                 optimizer.zero_grad(set_to_none=True)
                 value.backward()
                 optimizer.step()
-                if received and step + 1 < total:
+                if received:
                     at = f"{signal.Signals(received[0]).name} in epoch {epoch + 1} of {epochs}"
                     raise pretrain.Interrupted(f"{desc}: {at}; the same call goes on from its last checkpoint")
             if not value.isfinite():
