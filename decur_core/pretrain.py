@@ -275,8 +275,8 @@ def _train(settings: Settings, store: Store, folder: Path, identity: dict, total
 
     def state_at(step: int) -> dict:
         about = {"settings": identity, "trained": runs.trained(settings), "data": store.meta.get("data", {})}
-        about["preprocessing"] = {m.name: m.mapping() for m in everything}
-        return {"model": history.finite(model.state_dict(), folder, step), "step": step, "split": found, **about}
+        about |= {"preprocessing": {m.name: m.mapping() for m in everything}, "step": step, "split": found}
+        return {"model": history.finite(model.state_dict(), folder, "weights", step), **about}
 
     def checkpoint(step: int) -> None:
         state = {**state_at(step), "optimizer": update.state_dict()}

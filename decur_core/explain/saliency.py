@@ -22,6 +22,7 @@ from decur_core.explain.embeddings import blocks, embeddings
 from decur_core.model import MultimodalModel
 from decur_core.running import folders as runs
 from decur_core.running import history
+from decur_core.running.files import disk
 from decur_core.transfer.encoders import images, load_pretrained
 
 PARTS = ("common", "unique")
@@ -134,7 +135,8 @@ def _stream(file: Path, about: dict, rows: range, size: int, compute: Callable[[
     total = len(range(0, len(rows), size))
     for start in runs.progress(starts, desc=file.stem, initial=len(lines) - 1, total=total):
         lines.append(compute(rows[start : start + size]))
-        history.append(file, lines[-1:])
+        with disk(file), open(file, "a") as out:
+            out.write(json.dumps(lines[-1]) + "\n")
     return lines[1:]
 
 

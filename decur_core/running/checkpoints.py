@@ -139,15 +139,14 @@ def read_weights(path: Path | str) -> dict:
     return content
 
 
-def files(folder: Path, after: int = -1) -> list[Path]:
-    """The checkpoints of an unfinished run ``after`` a step, oldest first; a copy under another name is none."""
-    steps = {f: f.stem.removeprefix("checkpoint-") for f in folder.glob("checkpoint-*.pt")}
-    return sorted(f for f, step in steps.items() if step.isdecimal() and int(step) > after)
+def files(folder: Path) -> list[Path]:
+    """The checkpoints of an unfinished run, oldest first; a copy that someone made under another name is none."""
+    return sorted(f for f in folder.glob("checkpoint-*.pt") if f.stem.removeprefix("checkpoint-").isdecimal())
 
 
-def remove(folder: Path, *, after: int = -1, keep: int = 0) -> None:
+def remove(folder: Path, *, after: int = 0, keep: int = 0) -> None:
     """Remove checkpoints ``after`` a step but the last ``keep``, as far as the disk can be written."""
-    for file in files(folder, after)[: -keep or None]:
+    for file in [f for f in files(folder) if f.name > f"checkpoint-{after:09d}.pt"][: -keep or None]:
         with contextlib.suppress(OSError):  # they do no harm where they are
             file.unlink()
 

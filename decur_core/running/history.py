@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from decur_core.config import Settings
 from decur_core.running import checkpoints
 from decur_core.running import folders as runs
+from decur_core.running.files import disk
 
 
 class NonFinite(RuntimeError):
@@ -18,42 +18,26 @@ class NonFinite(RuntimeError):
 
 
 def write(pending: list, folder: Path, settings: Settings, rate: float, *, rank: int = 0) -> float:
-    """Make sure that every term of pending steps is a number, append their lines (rank 0), return the last total."""
+    """Append the pending steps' lines, after making sure that every term is a number; returns the last total."""
     values = torch.cat([torch.stack([*terms.values()]) for _, _, terms in pending]).cpu().double().tolist()
-    file, lines = Path(os.devnull) if rank else folder / "history.jsonl", []
-    for step, share, terms in pending:
-        row, values = dict(zip(terms, values, strict=False)), values[len(terms) :]
-        if bad := ", ".join(f"{name} = {value}" for name, value in row.items() if not math.isfinite(value)):
-            append(file, lines)
-            raise _diverged(folder, f"loss terms {bad} at step {step}")
-        rates = {"learning_rate": share * settings.learning_rate, "pairs_per_second": round(rate, 2)}
-        lines.append({"step": step, **rates, **row})
-    append(file, lines)
+    file = os.devnull if rank else folder / "history.jsonl"
+    with disk(file), open(file, "a") as lines:
+        for step, share, terms in pending:
+            row = finite(dict(zip(terms, values, strict=False)), folder, "loss terms", step)
+            values = values[len(terms) :]
+            rates = {"learning_rate": share * settings.learning_rate, "pairs_per_second": round(rate, 2)}
+            lines.write(json.dumps({"step": step, **rates, **row}) + "\n")
     return row["total"]
 
 
-def finite(weights: dict, folder: Path, step: int) -> dict:
-    """``weights``; NonFinite where the last update made one no number, which no loss has seen yet."""
-    if bad := [name for name, x in weights.items() if not x.isfinite().all()]:
-        raise _diverged(folder, f"{len(bad)} weights that are not finite ({bad[0]}) after step {step}")
-    return weights
-
-
-def _diverged(folder: Path, what: str) -> NonFinite:
-    """That something of a run is not a number, and what there is from before."""
-    good = [f.name for f in checkpoints.files(folder)]
-    state = f"{what}; last good checkpoint: {good[-1] if good else 'none'}"
-    return NonFinite(f"{folder.name}: {state}. Lower learning_rate, or look at the images of that step.")
-
-
-def append(file: Path, lines: list[dict]) -> None:
-    """Add lines of JSON; OSError with the file, the reason and the way out where the disk takes no more."""
-    try:
-        with open(file, "a") as opened:
-            opened.writelines(json.dumps(line) + "\n" for line in lines)
-    except OSError as error:
-        why = f"{file} cannot be written ({error.strerror}); mend that, and the same call resumes"
-        raise OSError(error.errno, why) from error
+def finite(values: dict, folder: Path, what: str, step: int) -> dict:
+    """``values``, numbers or tensors by name; NonFinite where there is something else in some of them."""
+    tensors = {name: torch.as_tensor(x) for name, x in values.items()}
+    if bad := [f"{name} = {x.sum()}" for name, x in tensors.items() if not x.isfinite().all()]:
+        good = [f.name for f in checkpoints.files(folder)]
+        state = f"{what} {', '.join(bad[:9])} at step {step}; last good checkpoint: {good[-1] if good else 'none'}"
+        raise NonFinite(f"{folder.name}: {state}. Lower learning_rate, or look at the images of that step.")
+    return values
 
 
 def keep(folder: Path, start: int) -> None:
