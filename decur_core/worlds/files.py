@@ -1,13 +1,13 @@
 """The miniature world on disk, in the published layouts of SSL4EO-S12 and BigEarthNet-MM (v1), with smaller tiles."""
 
+import contextlib
 import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import rasterio
-from rasterio import Affine
+from rasterio import Affine, MemoryFile
 from rasterio.crs import CRS
 
 from decur_core.data.bigearthnet import BAND_FILES
@@ -19,14 +19,23 @@ _LONLAT, _UTM = CRS.from_epsg(4326), CRS.from_epsg(32633)
 _PIXEL = {_LONLAT: 9e-5, _UTM: 10.0}  # 10 m in the units of the reference system
 
 
+@contextlib.contextmanager
+def created(path: Path, *, driver: str = "GTiff", **profile):
+    """A raster to write to, a file once it is whole: what a full disk does not take is no error for GDAL."""
+    with MemoryFile(ext=path.suffix) as memory:
+        with memory.open(driver=driver, **profile) as file:
+            yield file
+        path.write_bytes(memory.getbuffer())
+
+
 def _write(folder: Path, bands: dict[str, tuple], *, crs: CRS, west: float, north: float) -> None:
     """{name: (band (h, w), pixel size in units of 10 m)} as GeoTIFFs without a no-data tag, as in both data sets."""
     folder.mkdir(parents=True)
     for name, (band, step) in bands.items():
         size = _PIXEL[crs] * step
-        profile = {"driver": "GTiff", "height": band.shape[0], "width": band.shape[1], "count": 1, "dtype": band.dtype}
+        profile = {"height": band.shape[0], "width": band.shape[1], "count": 1, "dtype": band.dtype}
         place = {"crs": crs, "transform": Affine(size, 0, west, 0, -size, north)}
-        with rasterio.open(folder / f"{name}.tif", "w", **profile, **place) as file:
+        with created(folder / f"{name}.tif", **profile, **place) as file:
             file.write(band, 1)
 
 

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import rasterio
 from rasterio import Affine
 from rasterio.enums import ColorInterp
 
 from decur_core.data.geonrw import SPLITS
 from decur_core.worlds import Miniature
+from decur_core.worlds.files import created
 from decur_core.worlds.sar_optical import Locations, _blocks, _lowest, _smooth
 
 # name: who sees it. What each one does is written where it is used, in `draw_scene`, `_rgb` and `_dem`.
@@ -185,7 +185,7 @@ def write_geonrw(root: Path | str, world: TerrainWorld, indices: Iterable[int]) 
             grid = np.stack([item[key] for item in items]).reshape(4, 4, -1, world.tile, world.tile)
             image = grid.transpose(2, 0, 3, 1, 4).reshape(-1, side, side)
             profile = {"count": len(image), "height": side, "width": side, "dtype": image.dtype, **place, **options}
-            with rasterio.open(Path(root) / city / f"{name}_{part}", "w", **profile) as file:
+            with created(Path(root) / city / f"{name}_{part}", **profile) as file:
                 if key == "rgb":  # else the header says grey, and Pillow refuses three bands of grey
                     file.colorinterp = ColorInterp.red, ColorInterp.green, ColorInterp.blue
                 file.write(image)
