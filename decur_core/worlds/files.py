@@ -1,6 +1,5 @@
 """The miniature world on disk, in the published layouts of SSL4EO-S12 and BigEarthNet-MM (v1), with smaller tiles."""
 
-import contextlib
 import json
 from collections.abc import Iterable
 from dataclasses import replace
@@ -19,12 +18,14 @@ _LONLAT, _UTM = CRS.from_epsg(4326), CRS.from_epsg(32633)
 _PIXEL = {_LONLAT: 9e-5, _UTM: 10.0}  # 10 m in the units of the reference system
 
 
-@contextlib.contextmanager
-def created(path: Path, *, driver: str = "GTiff", **profile):
-    """A raster to write to, a file once it is whole: what a full disk does not take is no error for GDAL."""
+def write_raster(path: Path, image: np.ndarray, *, driver: str = "GTiff", colors=None, **place) -> None:
+    """(C, H, W) as a file, by way of memory: what a full disk does not take is no error for GDAL."""
+    shape = dict(zip(("count", "height", "width"), image.shape, strict=True))
     with MemoryFile(ext=path.suffix) as memory:
-        with memory.open(driver=driver, **profile) as file:
-            yield file
+        with memory.open(driver=driver, dtype=image.dtype, **shape, **place) as file:
+            if colors:
+                file.colorinterp = colors
+            file.write(image)
         path.write_bytes(memory.getbuffer())
 
 
@@ -33,10 +34,8 @@ def _write(folder: Path, bands: dict[str, tuple], *, crs: CRS, west: float, nort
     folder.mkdir(parents=True)
     for name, (band, step) in bands.items():
         size = _PIXEL[crs] * step
-        profile = {"height": band.shape[0], "width": band.shape[1], "count": 1, "dtype": band.dtype}
         place = {"crs": crs, "transform": Affine(size, 0, west, 0, -size, north)}
-        with created(folder / f"{name}.tif", **profile, **place) as file:
-            file.write(band, 1)
+        write_raster(folder / f"{name}.tif", band[None], **place)
 
 
 def _bands(native: dict, season: int) -> tuple[dict[str, tuple], dict[str, tuple]]:
