@@ -267,6 +267,7 @@ def _train(settings: Settings, store: Store, folder: Path, identity: dict, total
         if state:
             print(f"{folder.name}: resumes after step {start} of {total}", flush=True)
         runs.remove_torn(folder)
+        checkpoints.remove(folder, after=start)  # damaged ones, which would be taken for newer than what comes now
         history.keep(folder, start)
         about = {"settings": config.to_dict(settings), "trained": runs.trained(settings), "processes": world}
         about |= {"data": store.meta.get("data", {}), "provenance": runs.provenance()}
@@ -274,14 +275,13 @@ def _train(settings: Settings, store: Store, folder: Path, identity: dict, total
 
     def state_at(step: int) -> dict:
         about = {"settings": identity, "trained": runs.trained(settings), "data": store.meta.get("data", {})}
-        about["preprocessing"] = {m.name: m.mapping() for m in everything}
-        return {"model": model.state_dict(), "step": step, "split": found, **about}
+        about |= {"preprocessing": {m.name: m.mapping() for m in everything}, "step": step, "split": found}
+        return {"model": history.finite(model.state_dict(), folder, "weights", step), **about}
 
     def checkpoint(step: int) -> None:
         state = {**state_at(step), "optimizer": update.state_dict()}
         if checkpoints.save_or_say(state, folder / f"checkpoint-{step:09d}.pt", f"step {step}"):
-            for old in checkpoints.files(folder)[:-2]:
-                old.unlink()
+            checkpoints.remove(folder, keep=2)
 
     # With dim_common: auto the run begins with intra-modal terms alone, from which the split is read.
     auto = settings.method == "decur" and settings.dim_common == "auto"
@@ -289,7 +289,7 @@ def _train(settings: Settings, store: Store, folder: Path, identity: dict, total
     if boundary == 0:
         raise config.ConfigError(f"dim_common = 'auto' in {total} step; it needs one before and one after the split")
     current = with_split(settings, found)
-    with runs.stop_signals() as received, open(os.devnull if rank else folder / "history.jsonl", "a") as lines:
+    with runs.stop_signals() as received:
         todo = batches(settings, store, range(start, total), device, (rank, world))
         options = {"initial": start, "total": total, "disable": rank > 0 or processes.followed}
         bar = runs.progress(todo, desc=folder.name, **options)
@@ -310,7 +310,7 @@ def _train(settings: Settings, store: Store, folder: Path, identity: dict, total
             due = step % settings.checkpoint_steps == 0 or step == total or bool(asked)
             if due or step % settings.log_steps == 0:
                 rate = len(pending) * settings.batch_size / (time.perf_counter() - began)
-                last = history.write(lines, pending, folder, settings, rate)
+                last = history.write(pending, folder, settings, rate, rank=rank)
                 bar.set_postfix_str(f"loss {last:.4g}, {rate:.0f} pairs/s", refresh=False)
                 pending, began = [], time.perf_counter()
             if due and step < total and rank == 0:

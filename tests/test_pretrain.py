@@ -211,6 +211,23 @@ def test_both_checkpoints_damaged_start_the_run_again(tiny, pair_store, monkeypa
     assert [line["step"] for line in history.read(folder)] == list(range(1, 17))
 
 
+def test_a_run_that_begins_again_keeps_its_new_checkpoints(tiny, pair_store, monkeypatch, capsys):
+    settings = tiny()
+    folder, calls = runs.path(settings, "pretrain", runs.title(settings)), stop_after(12, monkeypatch)
+    with pytest.raises(pretrain.Interrupted):
+        pretrain.run(settings, pair_store)
+    for file in checkpoints.files(folder):
+        file.write_bytes(bytes(file.stat().st_size))
+    stop_after(5, monkeypatch)
+    with pytest.raises(pretrain.Interrupted, match="after step 5 of 16"):
+        pretrain.run(settings, pair_store)
+    assert "no checkpoint can be read; the run begins again" in capsys.readouterr().out
+    assert [f.name for f in checkpoints.files(folder)] == ["checkpoint-000000003.pt", "checkpoint-000000005.pt"]
+    calls.clear()
+    pretrain.run(settings, pair_store)
+    assert len(calls) == 11, "goes on after step 5"
+
+
 @pytest.mark.parametrize("damage", [truncated, changed, misled, folded])
 def test_a_damaged_end_is_named_with_the_way_out(tiny, pair_store, damage):
     file = pretrain.run(tiny(epochs=1), pair_store) / "final.pt"
@@ -303,6 +320,27 @@ def test_a_file_that_finds_no_room_is_named_with_the_reason(tiny, pair_store, ca
     assert len(history.read(pretrain.run(settings, pair_store))) == 16
 
 
+def test_a_history_that_finds_no_room_is_named_with_the_way_out(tiny, pair_store, monkeypatch):
+    whole, settings = final(pretrain.run(tiny(name="whole"), pair_store)), tiny()
+    file = runs.path(settings, "pretrain", runs.title(settings), "history.jsonl")
+    limit, real, calls = resource.getrlimit(resource.RLIMIT_FSIZE), pretrain.loss, []
+
+    def full(*arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 20, limit[1]))
+        return real(*arguments)
+
+    monkeypatch.setattr(pretrain, "loss", full)
+    try:
+        with pytest.raises(OSError, match=f"{file}: cannot be written \\(File too large\\); make room and run"):
+            pretrain.run(settings, pair_store)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert same_weights(whole, final(pretrain.run(settings, pair_store))) and len(calls) == 5 + 13
+    assert [line["step"] for line in history.read(file.parent)] == list(range(1, 17))
+
+
 def test_lines_of_a_history_that_cannot_be_read_are_left_out(tmp_path):
     (tmp_path / "history.jsonl").write_bytes(b'{"step": 1}\n\xff\0\xfe\n{"step": 2}\n{"ste')
     assert history.read(tmp_path) == [{"step": 1}, {"step": 2}] and history.read(tmp_path / "none") == []
@@ -363,6 +401,24 @@ def test_non_finite_loss_names_step_term_and_checkpoint(tiny, pair_store, monkey
     match = r"terms total = nan, unique = nan at step 5; last good checkpoint: checkpoint-000000003.pt"
     with pytest.raises(pretrain.NonFinite, match=match):
         pretrain.run(tiny(), pair_store)
+
+
+@pytest.mark.parametrize(("step", "good"), [(6, "checkpoint-000000003.pt"), (16, "checkpoint-000000015.pt")])
+def test_weights_that_are_no_numbers_are_not_kept(tiny, pair_store, monkeypatch, step, good):
+    real, calls = pretrain.train_step, []
+
+    def diverging(settings, model, *arguments):
+        terms = real(settings, model, *arguments)
+        calls.append(1)
+        if len(calls) == step:  # of a finite loss, an update that overflows
+            next(model.parameters()).data.fill_(float("inf"))
+        return terms
+
+    monkeypatch.setattr(pretrain, "train_step", diverging)
+    with pytest.raises(pretrain.NonFinite, match=rf"weights \S+ = inf at step {step}; last good checkpoint: {good}"):
+        pretrain.run(tiny(), pair_store)
+    folder = runs.path(tiny(), "pretrain", runs.title(tiny()))
+    assert checkpoints.files(folder)[-1].name == good and not (folder / "final.pt").exists()
 
 
 @pytest.mark.parametrize(

@@ -420,7 +420,7 @@ def test_a_truncated_file_is_named_and_may_be_completed(tmp_path, name):
     with writer(tmp_path, labels=2) as target:
         for id in IDS:
             target.put(id, arrays(id), (0, 1))
-    data = tmp_path / f"{name}.npy"
+    data, before = tmp_path / f"{name}.npy", content(tmp_path)
     whole = data.read_bytes()
     for size in (len(whole) - 1, len(whole) // 2, 100, 3, 0):
         with open(data, "r+b") as file:
@@ -430,8 +430,10 @@ def test_a_truncated_file_is_named_and_may_be_completed(tmp_path, name):
     data.unlink()
     with pytest.raises(DataError, match=f"{name}.npy: missing"):
         Store(tmp_path)
+    with pytest.raises(DataError, match=f"{name}.npy: missing; remove the store"):  # not with empty arrays as finished
+        writer(tmp_path, labels=2)
     data.write_bytes(whole)  # in the process that still has the error and its frames
-    assert error.value and Store(tmp_path).ids == IDS
+    assert error.value and Store(tmp_path).ids == IDS and content(tmp_path) == before
 
 
 def test_another_array_in_a_files_place_is_named(tmp_path):

@@ -262,6 +262,23 @@ def test_an_interrupt_says_where_it_came_and_the_same_call_gives_the_same_record
     assert record["per_class"] == whole["per_class"] and record["micro"] == whole["micro"]
 
 
+def test_a_signal_in_the_last_step_of_an_evaluation_stops_those_that_follow(pretrained, patch_stores, monkeypatch):
+    settings, folder = pretrained
+    few = {"protocols": ("linear",), "inputs": ("both",), "fractions": (0.1, 1.0), "epochs": 1}
+    settings = settings.model_copy(update={"transfer": settings.transfer.model_copy(update=few)})
+    real, signals = evaluation.samples, [signal.SIGTERM]
+
+    def signalled(*arguments, **options):
+        if signals:
+            os.kill(os.getpid(), signals.pop())
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(evaluation, "samples", signalled)
+    with pytest.raises(pretrain.Interrupted, match=r"linear-both-0.1: SIGTERM in epoch 1 of 1; the same call goes on"):
+        transfer.evaluate_members(settings, {"run": folder}, patch_stores)
+    assert len(transfer.evaluate_members(settings, {"run": folder}, patch_stores)) == 2
+
+
 def test_a_full_disk_costs_the_checkpoint_and_not_the_evaluation(pretrained, patch_stores, monkeypatch, capsys):
     settings, folder = pretrained
     whole = transfer.evaluate(settings.model_copy(update={"profile": "whole"}), folder, patch_stores, protocol="linear")

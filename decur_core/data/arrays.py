@@ -12,7 +12,6 @@ A row of each array belongs to an id; all are as long as the data set from the s
     state.npy        uint8 (rows,), 0 to do, 1 stored, 2 quarantined
 """
 
-import contextlib
 import ctypes
 import errno
 import hashlib
@@ -20,18 +19,17 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from decur_core.data.raster import DataError
-from decur_core.running.files import write_text
+from decur_core.running.files import FULL, write_text
 
 FORMAT = 3
 TODO, STORED, QUARANTINED = range(3)
 REASON = 1024  # bytes that are kept of a reason
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BLOCK = 1024  # rows that are looked at together
 
 
@@ -130,7 +128,7 @@ def make(path: Path, index: dict) -> None:
             size = ctypes.c_int64(made.stat().st_size if name != "reasons" else 1)  # most of those stay holes
             if fallocate(opened.fileno(), 0, ctypes.c_int64(0), size):
                 number = ctypes.get_errno()
-                if number in _FULL:
+                if number in FULL:
                     raise OSError(number, os.strerror(number))
             os.fsync(opened.fileno())
         os.replace(made, path / file)
@@ -178,14 +176,3 @@ def _flat(value: object, name: str = "") -> dict[str, object]:
     if not isinstance(value, dict):
         return {name: value}
     return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{name}.{key}".lstrip(".")).items()}
-
-
-@contextlib.contextmanager
-def disk(path: Path | str) -> Iterator[None]:
-    """An error of the disk says which store it concerns and how to go on."""
-    try:
-        yield
-    except OSError as error:
-        what = "make room" if error.errno in _FULL else "mend that"
-        way = f"{what} and run the same again: it goes on where it stopped"
-        raise OSError(error.errno, f"{path}: cannot be written ({error.strerror or error}); {way}") from error

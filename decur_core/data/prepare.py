@@ -20,6 +20,7 @@ from decur_core.data.datasets import DataSet
 from decur_core.data.raster import DataError, Joined, Part, Reader
 from decur_core.data.store import Store
 from decur_core.running import folders as runs
+from decur_core.running.files import disk
 
 
 def miniature(dataset: DataSet):
@@ -107,7 +108,7 @@ def _written(settings: config.Settings, name: str, write) -> Path:
     root = _stores(settings) / "world" / _source(settings) / name
     if not root.exists():
         temporary = root.with_name(f"{name}.part")
-        with runs.locked(root.parent, wait=True):  # drivers side by side need it; it takes seconds
+        with runs.locked(root.parent, wait=True), disk(root):  # drivers side by side need the lock; it takes seconds
             if not root.exists():  # another process may just have finished it
                 shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
                 write(temporary)

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from decur_core.data import arrays
-from decur_core.data.arrays import QUARANTINED, STORED, TODO, digest, disk, load, maps, positions
+from decur_core.data.arrays import QUARANTINED, STORED, TODO, digest, load, maps, positions
 from decur_core.data.raster import DataError, repeated
-from decur_core.running.files import locked, seen
+from decur_core.running.files import disk, locked, seen
 
 _LARGEST = 2**37  # bytes of a file
 _BATCH, _PAUSE = 2**26, 10.0  # bytes or seconds after which rows are flushed and marked: a flush waits for the disk

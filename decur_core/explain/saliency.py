@@ -22,6 +22,7 @@ from decur_core.explain.embeddings import blocks, embeddings
 from decur_core.model import MultimodalModel
 from decur_core.running import folders as runs
 from decur_core.running import history
+from decur_core.running.files import disk
 from decur_core.transfer.encoders import images, load_pretrained
 
 PARTS = ("common", "unique")
@@ -128,12 +129,11 @@ def _stream(file: Path, about: dict, rows: range, size: int, compute: Callable[[
         lines = [about]
     runs.write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
     starts = rows[(len(lines) - 1) * size :: size]
-    with open(file, "a") as out:
-        total = len(range(0, len(rows), size))
-        for start in runs.progress(starts, desc=file.stem, initial=len(lines) - 1, total=total):
-            lines.append(compute(rows[start : start + size]))
+    total = len(range(0, len(rows), size))
+    for start in runs.progress(starts, desc=file.stem, initial=len(lines) - 1, total=total):
+        lines.append(compute(rows[start : start + size]))
+        with disk(file), open(file, "a") as out:
             out.write(json.dumps(lines[-1]) + "\n")
-            out.flush()
     return lines[1:]
 
 

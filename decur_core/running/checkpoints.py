@@ -144,9 +144,9 @@ def files(folder: Path) -> list[Path]:
     return sorted(f for f in folder.glob("checkpoint-*.pt") if f.stem.removeprefix("checkpoint-").isdecimal())
 
 
-def remove(folder: Path) -> None:
-    """Remove the checkpoints of a finished run, as far as the disk can be written."""
-    for file in files(folder):
+def remove(folder: Path, *, after: int = 0, keep: int = 0) -> None:
+    """Remove checkpoints ``after`` a step but the last ``keep``, as far as the disk can be written."""
+    for file in [f for f in files(folder) if f.name > f"checkpoint-{after:09d}.pt"][: -keep or None]:
         with contextlib.suppress(OSError):  # they do no harm where they are
             file.unlink()
 
@@ -161,6 +161,8 @@ def newest(folder: Path, identity: dict) -> dict | None:
             continue
         same_settings(state["settings"], identity, folder)
         return state
+    if files(folder):
+        print(f"{folder.name}: no checkpoint can be read; the run begins again", flush=True)
     return None
 
 

@@ -14,6 +14,7 @@ from filelock import SoftFileLock, Timeout
 
 TURNS = "DECUR_TURNS"  # set in the environment of chapters side by side, which wait for what another one makes
 PATIENCE = 10.0  # seconds until one that waits for a file says so: some file systems cannot tell that its owner died
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 seen: list[dict] = []  # what the images are of every store that this process has opened
 
 
@@ -42,6 +43,17 @@ def visible(folder: Path | str, pattern: str) -> list[Path]:
         what = "are left out, hidden or links to what is gone"
         warnings.warn(f"{folder}: {len(left)} of {pattern} {what}, first {min(left)}", stacklevel=2)
     return [Path(path) for path in found]
+
+
+@contextlib.contextmanager
+def disk(path: Path | str):
+    """An error of the disk says which file or store it concerns and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        what = "make room" if error.errno in FULL else "mend that"
+        way = f"{what} and run the same again: it goes on where it stopped"
+        raise OSError(error.errno, f"{path}: cannot be written ({error.strerror or error}); {way}") from error
 
 
 @contextlib.contextmanager

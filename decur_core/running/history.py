@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 from pathlib import Path
 
@@ -11,25 +10,34 @@ import torch
 from decur_core.config import Settings
 from decur_core.running import checkpoints
 from decur_core.running import folders as runs
+from decur_core.running.files import disk
 
 
 class NonFinite(RuntimeError):
     """A loss became NaN or infinite; the message says where, and what to do."""
 
 
-def write(file, pending: list, folder: Path, settings: Settings, rate: float) -> float:
+def write(pending: list, folder: Path, settings: Settings, rate: float, *, rank: int = 0) -> float:
     """Append the pending steps' lines, after making sure that every term is a number; returns the last total."""
     values = torch.cat([torch.stack([*terms.values()]) for _, _, terms in pending]).cpu().double().tolist()
-    for step, share, terms in pending:
-        row, values = dict(zip(terms, values, strict=False)), values[len(terms) :]
-        if bad := ", ".join(f"{name} = {value}" for name, value in row.items() if not math.isfinite(value)):
-            good = [f.name for f in checkpoints.files(folder)]
-            state = f"loss terms {bad} at step {step}; last good checkpoint: {good[-1] if good else 'none'}"
-            raise NonFinite(f"{folder.name}: {state}. Lower learning_rate, or look at the images of that step.")
-        rates = {"learning_rate": share * settings.learning_rate, "pairs_per_second": round(rate, 2)}
-        file.write(json.dumps({"step": step, **rates, **row}) + "\n")
-    file.flush()
+    file = os.devnull if rank else folder / "history.jsonl"
+    with disk(file), open(file, "a") as lines:
+        for step, share, terms in pending:
+            row = finite(dict(zip(terms, values, strict=False)), folder, "loss terms", step)
+            values = values[len(terms) :]
+            rates = {"learning_rate": share * settings.learning_rate, "pairs_per_second": round(rate, 2)}
+            lines.write(json.dumps({"step": step, **rates, **row}) + "\n")
     return row["total"]
+
+
+def finite(values: dict, folder: Path, what: str, step: int) -> dict:
+    """``values``, numbers or tensors by name; NonFinite where there is something else in some of them."""
+    tensors = {name: torch.as_tensor(x) for name, x in values.items()}
+    if bad := [f"{name} = {x.sum()}" for name, x in tensors.items() if not x.isfinite().all()]:
+        good = [f.name for f in checkpoints.files(folder)]
+        state = f"{what} {', '.join(bad[:9])} at step {step}; last good checkpoint: {good[-1] if good else 'none'}"
+        raise NonFinite(f"{folder.name}: {state}. Lower learning_rate, or look at the images of that step.")
+    return values
 
 
 def keep(folder: Path, start: int) -> None:

@@ -51,14 +51,12 @@ def _optimizer(network: nn.Module, kind: Network, t, rate: float) -> torch.optim
 
 def _restored(network: nn.Module, optimizer: torch.optim.Optimizer, file: Path, digest: str, desc: str) -> int:
     """Epochs that a checkpoint of the same evaluation has behind it; 0 without one."""
-    if not file.exists():
-        return 0
+    state = {}
     try:
-        state = checkpoints.load(file)
+        state = checkpoints.load(file) if file.exists() else {}
     except checkpoints.Damaged as error:
         print(f"{error}; {desc} begins again", flush=True)
-        return 0
-    if state["digest"] != digest:
+    if state.get("digest") != digest:
         return 0
     network.load_state_dict(state["network"])
     optimizer.load_state_dict(state["optimizer"])
@@ -110,7 +108,7 @@ def fit(
                 optimizer.zero_grad(set_to_none=True)
                 value.backward()
                 optimizer.step()
-                if received and step + 1 < total:
+                if received:
                     at = f"{signal.Signals(received[0]).name} in epoch {epoch + 1} of {epochs}"
                     raise pretrain.Interrupted(f"{desc}: {at}; the same call goes on from its last checkpoint")
             if not value.isfinite():

@@ -6,8 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import rasterio
-from rasterio import Affine
+from rasterio import Affine, MemoryFile
 from rasterio.crs import CRS
 
 from decur_core.data.bigearthnet import BAND_FILES
@@ -19,15 +18,24 @@ _LONLAT, _UTM = CRS.from_epsg(4326), CRS.from_epsg(32633)
 _PIXEL = {_LONLAT: 9e-5, _UTM: 10.0}  # 10 m in the units of the reference system
 
 
+def write_raster(path: Path, image: np.ndarray, *, driver: str = "GTiff", colors=None, **place) -> None:
+    """(C, H, W) as a file, by way of memory: what a full disk does not take is no error for GDAL."""
+    shape = dict(zip(("count", "height", "width"), image.shape, strict=True))
+    with MemoryFile(ext=path.suffix) as memory:
+        with memory.open(driver=driver, dtype=image.dtype, **shape, **place) as file:
+            if colors:
+                file.colorinterp = colors
+            file.write(image)
+        path.write_bytes(memory.getbuffer())
+
+
 def _write(folder: Path, bands: dict[str, tuple], *, crs: CRS, west: float, north: float) -> None:
     """{name: (band (h, w), pixel size in units of 10 m)} as GeoTIFFs without a no-data tag, as in both data sets."""
     folder.mkdir(parents=True)
     for name, (band, step) in bands.items():
         size = _PIXEL[crs] * step
-        profile = {"driver": "GTiff", "height": band.shape[0], "width": band.shape[1], "count": 1, "dtype": band.dtype}
         place = {"crs": crs, "transform": Affine(size, 0, west, 0, -size, north)}
-        with rasterio.open(folder / f"{name}.tif", "w", **profile, **place) as file:
-            file.write(band, 1)
+        write_raster(folder / f"{name}.tif", band[None], **place)
 
 
 def _bands(native: dict, season: int) -> tuple[dict[str, tuple], dict[str, tuple]]:

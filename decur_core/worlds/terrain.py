@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import rasterio
 from rasterio import Affine
 from rasterio.enums import ColorInterp
 
 from decur_core.data.geonrw import SPLITS
 from decur_core.worlds import Miniature
+from decur_core.worlds.files import write_raster
 from decur_core.worlds.sar_optical import Locations, _blocks, _lowest, _smooth
 
 # name: who sees it. What each one does is written where it is used, in `draw_scene`, `_rgb` and `_dem`.
@@ -174,6 +174,8 @@ def write_geonrw(root: Path | str, world: TerrainWorld, indices: Iterable[int]) 
         raise ValueError(f"indices: {indices.size} locations, not whole tiles of 16 neighbours (16 k to 16 k + 15)")
     # Without loss: the reversible wavelet, every bit of it, and no mixture of the colours
     lossless = {"driver": "JP2OpenJPEG", "QUALITY": 100, "REVERSIBLE": "YES", "YCC": "NO"}
+    # Colours are named, else the header says grey, and Pillow refuses three bands of grey
+    lossless |= {"colors": (ColorInterp.red, ColorInterp.green, ColorInterp.blue)}
     for k in first:
         items = [world[i] for i in range(k, k + 16)]
         city, name = items[0]["id"].rsplit("_", 1)[0].split("/")
@@ -184,11 +186,7 @@ def write_geonrw(root: Path | str, world: TerrainWorld, indices: Iterable[int]) 
         for part, key, options in (("rgb.jp2", "rgb", lossless), ("dem.tif", "dem", {}), ("seg.tif", "mask", {})):
             grid = np.stack([item[key] for item in items]).reshape(4, 4, -1, world.tile, world.tile)
             image = grid.transpose(2, 0, 3, 1, 4).reshape(-1, side, side)
-            profile = {"count": len(image), "height": side, "width": side, "dtype": image.dtype, **place, **options}
-            with rasterio.open(Path(root) / city / f"{name}_{part}", "w", **profile) as file:
-                if key == "rgb":  # else the header says grey, and Pillow refuses three bands of grey
-                    file.colorinterp = ColorInterp.red, ColorInterp.green, ColorInterp.blue
-                file.write(image)
+            write_raster(Path(root) / city / f"{name}_{part}", image, **place, **options)
 
 
 def _make(world, split: str, count: int) -> TerrainWorld:
