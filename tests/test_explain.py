@@ -247,6 +247,14 @@ def test_gradcam_of_other_backbones_is_spatial(backbone, size):
     handle.remove()
 
 
+def test_gradcam_of_a_backbone_without_convolutions_is_refused():
+    model = MultimodalModel("small", {"rgb": 3, "sar": 2}, (16, 8)).eval()
+    model.backbones["rgb"] = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 128))
+    target = explain.CommonUnique(model, "rgb", (range(5), range(5, 8)), torch.zeros(8), torch.ones(8))
+    with pytest.raises(ValueError, match="the backbone of rgb has no convolution to look at"):
+        explain.gradcam(target, torch.rand(2, 3, 8, 8), 0)
+
+
 def test_gradcam_looks_where_the_only_thing_is(target):
     images = torch.zeros(1, 13, 24, 24)
     images[:, :, 2:10, 14:22] = torch.rand(13, 8, 8)

@@ -14,6 +14,8 @@ from decur_core import losses
 from decur_core.data.store import Store
 from decur_core.transfer.encoders import images, load_pretrained
 
+__all__ = ["alignment", "blocks", "effective_rank", "embed_members", "neighbours", "retrieval", "tsne"]
+
 
 @torch.inference_mode()
 def embeddings(

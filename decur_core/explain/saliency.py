@@ -25,6 +25,8 @@ from decur_core.running import history
 from decur_core.running.files import disk
 from decur_core.transfer.encoders import images, load_pretrained
 
+__all__ = ["CommonUnique", "PARTS", "example_maps", "gradcam", "integrated_gradients", "overlap"]
+__all__ += ["statistics", "targets"]
 PARTS = ("common", "unique")
 FLOOR = math.log(1e-12)
 
@@ -52,7 +54,10 @@ class CommonUnique(nn.Module):
 
     def last_convolution(self) -> nn.Conv2d:
         """The backbone's last, where saliency is looked at (section 7); in a Mix Transformer a depthwise one."""
-        return [m for m in self.model.backbones[self.modality].modules() if isinstance(m, nn.Conv2d)][-1]
+        found = [m for m in self.model.backbones[self.modality].modules() if isinstance(m, nn.Conv2d)]
+        if not found:
+            raise ValueError(f"the backbone of {self.modality} has no convolution to look at; gradcam needs one")
+        return found[-1]
 
 
 def targets(folder: Path, store: Store, *, samples: int = 1024, device="cpu") -> tuple[dict, dict, dict]:

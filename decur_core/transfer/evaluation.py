@@ -118,7 +118,7 @@ def evaluate(
     further = {part: task.score(answers(partial(batch, store), used, t)) for part, (store, used) in scored.items()}
     if task.dense:
         pictures = [task.picture(x).tolist() for x in examples]
-        runs.write_json(runs.path(settings, "predictions", f"{name}.json"), pictures)
+        runs.write_json(_predicted(settings, name), pictures)
     facts = test.meta.get("data") or {}
     record = {"dataset": title, "evaluation": name, "run": Path(folder).name, "name": settings.name, **wanted}
     record |= {"pair": pretraining["pair"], "variant": settings.variant, "network": type(network).__name__}
@@ -134,6 +134,10 @@ def evaluate(
     for left in (file, *file.parent.glob(f".{file.name}.*")):  # also by a process that was killed while it wrote one
         left.unlink(missing_ok=True)
     return record
+
+
+def _predicted(settings: Settings, name: str) -> Path:
+    return runs.path(settings, "predictions", f"{name}.json")
 
 
 def _task(dataset: str | None, store: Store) -> tuple[str, str, Task]:
@@ -220,7 +224,7 @@ def example_predictions(record: dict, settings: Settings, stores: Mapping[str, P
 
     Items: ``id``, the modalities' stored uint8 images (C x H x W), ``mask`` and ``predicted`` uint8 (H x W).
     """
-    predicted = json.loads(runs.path(settings, "predictions", f"{record['evaluation']}.json").read_text())
+    predicted = json.loads(_predicted(settings, record["evaluation"]).read_text())
     held = record.get("split") == "validation"  # the last training images were scored
     test, items = Store(stores["train" if held else "test"]), []
     first, season = record["settings"]["patches"][0] * held, record["given"][-1][1]

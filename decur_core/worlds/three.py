@@ -17,22 +17,7 @@ from decur_core.data.modality import DEM, OPTICAL, SAR
 from decur_core.data.raster import DataError, Reader
 from decur_core.data.tasks import Scene
 from decur_core.worlds import Miniature
-from decur_core.worlds.sar_optical import (
-    BARE,
-    BUILT,
-    VEGETATED,
-    WATER,
-    Layout,
-    Locations,
-    World,
-    _blocks,
-    _fields,
-    _lowest,
-    _optical,
-    _sar,
-    _smooth,
-    to_10m,
-)
+from decur_core.worlds import sar_optical as flat
 
 # name: who sees it. What each one does is written where it is used, in `draw_ground` and `ThreeWorld`.
 FACTORS = {
@@ -48,25 +33,25 @@ FACTORS = {
 }
 
 
-def draw_ground(rng, f: dict[str, float], tile: int) -> tuple[Layout, np.ndarray, np.ndarray]:
+def draw_ground(rng, f: dict[str, float], tile: int) -> tuple[flat.Layout, np.ndarray, np.ndarray]:
     """One ground: houses, lakes and fields; where woods stand, maybe on the latter two, bool (tile, tile); the terrain,
     of unit variance. Factors are scaled to 0..1; shares of houses, water and woods are met to the pixel.
 
     What one sensor does not see must not shape what it sees: houses first, lakes and woods around them alone.
     """
     shape = (tile, tile)
-    _, x, _, street, rank = _blocks(rng, tile, 0.3)
-    houses = _lowest(rank + 10 * street, round((0.08 + 0.27 * f["built_up"]) * tile**2))
-    lakes = _lowest(_smooth(rng, shape, 2.2) + 100 * houses, round((0.02 + 0.38 * f["water"]) * tile**2))
-    woods = _lowest(_smooth(rng, shape, 2.0) + 100 * houses, round((0.05 + 0.30 * f["woods"]) * tile**2))
-    cover = np.full(shape, BARE)
-    cover[houses], cover[lakes] = BUILT, WATER
-    terrain = _smooth(rng, shape, 1.4)
-    layout = Layout(cover, _fields(rng, cover), houses & (x % 4 == 0))
+    _, x, _, street, rank = flat._blocks(rng, tile, 0.3)
+    houses = flat._lowest(rank + 10 * street, round((0.08 + 0.27 * f["built_up"]) * tile**2))
+    lakes = flat._lowest(flat._smooth(rng, shape, 2.2) + 100 * houses, round((0.02 + 0.38 * f["water"]) * tile**2))
+    woods = flat._lowest(flat._smooth(rng, shape, 2.0) + 100 * houses, round((0.05 + 0.30 * f["woods"]) * tile**2))
+    cover = np.full(shape, flat.BARE)
+    cover[houses], cover[lakes] = flat.BUILT, flat.WATER
+    terrain = flat._smooth(rng, shape, 1.4)
+    layout = flat.Layout(cover, flat._fields(rng, cover), houses & (x % 4 == 0))
     return layout, woods, (terrain - terrain.mean()) / terrain.std()
 
 
-class ThreeWorld(Locations):
+class ThreeWorld(flat.Locations):
     """Locations seen by radar, optical sensor and elevation model.
 
     `tile`: height and width in 10 m pixels, a multiple of 6 from 12 on; `seasons`: views of each location, of which
@@ -74,7 +59,7 @@ class ThreeWorld(Locations):
     W) reflectance x 10000, "dem": float32 (S, 1, H, W) m, "dates"}.
     """
 
-    dates = World.dates
+    dates = flat.World.dates
 
     def __init__(self, locations: int, *, tile: int = 36, seasons: int = 4, seed: int = 0, stream: int = 2):
         super().__init__(FACTORS, locations=locations, tile=tile, seasons=seasons, seed=seed, stream=stream)
@@ -83,17 +68,17 @@ class ThreeWorld(Locations):
     def __getitem__(self, i: int) -> dict:
         rng, f = self._draw(i, 0)
         (layout, woods, terrain), shape = draw_ground(rng, f, self.tile), (self.tile, self.tile)
-        views = Layout(*(np.repeat(part[None], self.seasons, 0) for part in layout))
-        land = np.isin(layout.cover, (BARE, VEGETATED))
+        views = flat.Layout(*(np.repeat(part[None], self.seasons, 0) for part in layout))
+        land = np.isin(layout.cover, (flat.BARE, flat.VEGETATED))
         slope = np.gradient(terrain, axis=1)  # open land is much brighter where it faces the radar
         slope = np.tanh(slope / slope.std()) * land
         slope = np.maximum(slope, 0.35 * slope)
         slope *= (0.4 + 7 * f["relief"]) / slope[land].std()
-        sar = _sar(rng, views, f, self.seasons) + slope.astype(np.float32)
-        optical = to_10m(_optical(rng, views, f | {"soil_colour": 0.5}, self.seasons, woods))
-        canopy, roofs = 36 + 1.5 * _smooth(rng, shape, 0.5), 5 + 26 * f["building_height"]
+        sar = flat._sar(rng, views, f, self.seasons) + slope.astype(np.float32)
+        optical = flat.to_10m(flat._optical(rng, views, f | {"soil_colour": 0.5}, self.seasons, woods))
+        canopy, roofs = 36 + 1.5 * flat._smooth(rng, shape, 0.5), 5 + 26 * f["building_height"]
         height = 100 + 0.3 * 7 ** f["relief"] * terrain + 0.1 * rng.standard_normal(shape)
-        height += np.where(woods, canopy, 0) + np.where(layout.cover == BUILT, roofs, 0)
+        height += np.where(woods, canopy, 0) + np.where(layout.cover == flat.BUILT, roofs, 0)
         dem = np.repeat(height.astype(np.float32)[None, None], self.seasons, 0)
         return {"id": self.ids[i], "sar": sar, "optical": optical, "dem": dem, "dates": self.dates(i)}
 
