@@ -154,8 +154,8 @@ def run(settings: Settings, store_path: Path | str) -> Path:
     one GPU in deterministic mode, an interrupted and resumed run ends with the same bits as an uninterrupted one.
     Several processes (setting ``processes``) are started here and followed; inside ``processes.joined`` the call is
     one of them. Their number may change from one call to the next.
-    Raises ``ConfigError`` (settings), ``Interrupted`` (after SIGTERM, SIGUSR1, SIGINT), ``NonFinite`` (loss) and
-    ``OSError`` (a damaged ``final.pt``, or no room for one; for want of room for a checkpoint a run does not stop).
+    Raises ``ConfigError`` (settings), ``Interrupted`` (after SIGTERM, SIGUSR1, SIGINT), ``NonFinite`` (loss, weights),
+    ``OSError`` (a damaged ``final.pt``, no room for it or the history; without room for a checkpoint a run goes on).
     """
     folder = runs.path(settings, "pretrain", runs.title(settings))
     store, (rank, world), joined = Store(store_path), processes.place(), torch.distributed.is_initialized()

@@ -1,5 +1,8 @@
 """Shared fixtures: a tiny store of random pairs and settings that train on it in a second."""
 
+import contextlib
+import resource
+
 import numpy as np
 import pytest
 import torch
@@ -30,6 +33,22 @@ def make_store(path, *, count: int, seasons: int, labels: bool, seed: int = 0, m
             truth = np.array([level > 120, level > 80, level < 60], np.uint8) if labels else None
             writer.put(name, images, labels=truth)
     return path
+
+
+@contextlib.contextmanager
+def file_limit(size: int | None = None):
+    """No file takes more than ``size`` bytes: a full disk for those that are larger. Gives what sets another size."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    try:
+        if size is not None:
+            limit(size)
+        yield limit
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import os
-import resource
 import signal
 import socket
 import subprocess
@@ -12,6 +11,7 @@ import threading
 import time
 
 import pytest
+from conftest import file_limit
 
 from decur_core.running import files
 from decur_core.running.files import locked
@@ -138,11 +138,6 @@ def test_where_nothing_can_be_written_nothing_is_held(tmp_path, monkeypatch, num
 
 def test_a_file_that_finds_no_room_is_named_and_what_was_there_stays(tmp_path):
     files.write_text(tmp_path / "a.json", "before")
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limit[1]))  # bytes; a full disk for files that are larger
-    try:
-        with pytest.raises(OSError, match=f"File too large: '{tmp_path}/a.json'"):
-            files.write_text(tmp_path / "a.json", "after" * 1000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with file_limit(4000), pytest.raises(OSError, match=f"File too large: '{tmp_path}/a.json'"):
+        files.write_text(tmp_path / "a.json", "after" * 1000)
     assert [f.name for f in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").read_text() == "before"

@@ -1,13 +1,13 @@
 """From a profile to stores: the published path and the miniature world's end in the same form."""
 
 import contextlib
-import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import file_limit
 
 from decur_core import config
 from decur_core.data import datasets, prepare
@@ -215,13 +215,10 @@ def test_a_shard_of_another_form_is_named(capsys, shard):
 @pytest.mark.parametrize(("pair", "name"), [("sar_optical", "ssl4eo"), ("rgb_dem", "geonrw")])
 def test_a_tree_that_finds_no_room_is_none_and_written_anew(tmp_path, pair, name):
     overrides = {"batch_size": 4, "world": WORLD | {"through_files": 16, "locations": 16}, "data.stores": str(tmp_path)}
-    settings, limit = config.load("start", overrides, pair=pair), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limit[1]))  # bytes; a full disk for files that are larger
-    try:
-        with pytest.raises(OSError, match=rf"/{name}: cannot be written \(File too large\); make room and run"):
-            prepare.pairs(settings)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    settings = config.load("start", overrides, pair=pair)
+    cannot = rf"/{name}: cannot be written \(File too large\); make room and run"
+    with file_limit(3000), pytest.raises(OSError, match=cannot):
+        prepare.pairs(settings)
     assert not list(tmp_path.glob(f"**/{name}"))
     reader, world = prepare.pairs(settings), prepare.world(settings)
     for i, sensor in [(k, m) for k in (0, 15) for m in ("sar", "optical", "rgb", "dem") if m in world[k]]:

@@ -5,7 +5,6 @@ import io
 import itertools
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_store
+from conftest import file_limit, make_store
 
 from decur_core import backbones, config, pretrain
 from decur_core.data import datasets, prepare
@@ -307,14 +306,10 @@ def test_a_log_holds_what_a_run_says_before_it_is_killed(tmp_path):
 
 
 def test_a_file_that_finds_no_room_is_named_with_the_reason(tiny, pair_store, capsys):
-    limit, settings = resource.getrlimit(resource.RLIMIT_FSIZE), tiny()
+    settings = tiny()
     folder = runs.path(settings, "pretrain", runs.title(settings))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (40000, limit[1]))  # bytes; a full disk for files that are larger
-    try:
-        with pytest.raises(OSError, match=r"final.pt cannot be written: .*File too large"):
-            pretrain.run(settings, pair_store)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with file_limit(40000), pytest.raises(OSError, match=r"final.pt cannot be written: .*File too large"):
+        pretrain.run(settings, pair_store)
     assert "step 3: checkpoint not written" in (said := capsys.readouterr().out) and "File too large" in said
     assert sorted(f.name for f in folder.iterdir()) == [".lock", "history.jsonl", "run.json"]
     assert len(history.read(pretrain.run(settings, pair_store))) == 16
@@ -323,20 +318,17 @@ def test_a_file_that_finds_no_room_is_named_with_the_reason(tiny, pair_store, ca
 def test_a_history_that_finds_no_room_is_named_with_the_way_out(tiny, pair_store, monkeypatch):
     whole, settings = final(pretrain.run(tiny(name="whole"), pair_store)), tiny()
     file = runs.path(settings, "pretrain", runs.title(settings), "history.jsonl")
-    limit, real, calls = resource.getrlimit(resource.RLIMIT_FSIZE), pretrain.loss, []
+    real, calls, cannot = pretrain.loss, [], f"{file}: cannot be written \\(File too large\\); make room and run"
 
     def full(*arguments):
         calls.append(1)
         if len(calls) == 5:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 20, limit[1]))
+            limit(file.stat().st_size + 20)
         return real(*arguments)
 
     monkeypatch.setattr(pretrain, "loss", full)
-    try:
-        with pytest.raises(OSError, match=f"{file}: cannot be written \\(File too large\\); make room and run"):
-            pretrain.run(settings, pair_store)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with file_limit() as limit, pytest.raises(OSError, match=cannot):
+        pretrain.run(settings, pair_store)
     assert same_weights(whole, final(pretrain.run(settings, pair_store))) and len(calls) == 5 + 13
     assert [line["step"] for line in history.read(file.parent)] == list(range(1, 17))
 

@@ -3,7 +3,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import resource
 import shutil
 import sys
 from collections import namedtuple
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import file_limit
 from torch.utils.data import DataLoader
 
 from decur_core.data import arrays as layout
@@ -320,13 +320,9 @@ def test_ids_may_be_long_and_of_any_language(tmp_path):
 
 @pytest.mark.parametrize("limit", [1, 8000])  # at the index, and while the files are made
 def test_a_disk_that_fills_up_before_the_work_is_named(tmp_path, limit):
-    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
-    try:
-        with pytest.raises(OSError, match=f"{tmp_path}.*: cannot be written .* goes on where it stopped"):
-            fill(tmp_path / "store")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    cannot = f"{tmp_path}.*: cannot be written .* goes on where it stopped"
+    with file_limit(limit), pytest.raises(OSError, match=cannot):
+        fill(tmp_path / "store")
     with pytest.raises(DataError, match="no finished store"):
         Store(tmp_path / "store")
     assert content(fill(tmp_path / "store")) == content(fill(tmp_path / "whole"))

@@ -14,7 +14,7 @@ from decur_core.running.files import disk
 
 
 class NonFinite(RuntimeError):
-    """A loss became NaN or infinite; the message says where, and what to do."""
+    """A loss or a weight became NaN or infinite; the message says where, and what to do."""
 
 
 def write(pending: list, folder: Path, settings: Settings, rate: float, *, rank: int = 0) -> float:
